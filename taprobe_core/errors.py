@@ -1,0 +1,144 @@
+"""Every error a user can meet, as one tree.
+
+Each error says what was found, where (a file, and in it a field or a record), and how to fix it.
+The core raises; the command line prints without a traceback; Dagster turns `where` and `fix` into
+failure metadata. An exception that is not a `TaprobeError` is a defect of ours and keeps its
+traceback.
+
+    TaprobeError
+      ConfigError                study file, key, environment variable
+        PlanError                a budget or a split that nothing can satisfy
+      DataError                  dataset files and the tables made from them
+        SchemaError              a table breaks its contract; lists every fault
+        LabelError               labels that cannot be computed
+        SpanError                a sentence that cannot be placed in its text
+        LeakageError             one problem on two sides of a split
+        NotEnoughDataError       found n, need m
+      ModelError                 checkpoints and tokenizers
+        ModelMissingError        absent, and offline
+        ModelMismatchError       not the shape or the vocabulary that the study says
+        UnsafeModelError         would run code: pickled weights, remote code
+      NumericsError              results that are not numbers
+        NonFiniteError           NaN or infinity, with layer and sentence
+      ArtifactError              the store
+        MissingArtifactError     never built, or pruned
+        CorruptArtifactError     bytes differ from the manifest
+        StaleArtifactError       written by another format version
+        BusyArtifactError        another process is writing it
+        DiskFullError            bytes needed and free
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class TaprobeError(Exception):
+    """Base of all errors that a user can act on.
+
+    Args:
+        what: what was found, in one sentence without a full stop.
+        where: file, and in it the field or record.
+        fix: the command to type or the edit to make.
+    """
+
+    def __init__(self, what: str, where: str | None = None, fix: str | None = None) -> None:
+        self.what = what
+        self.where = where
+        self.fix = fix
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        head = f"{self.what} in {self.where}" if self.where else self.what
+        return f"{head}\nFix: {self.fix}" if self.fix else head
+
+
+class ConfigError(TaprobeError):
+    """The study file or an environment variable is wrong."""
+
+
+class PlanError(ConfigError):
+    """A budget, an objective or a split that no plan can satisfy."""
+
+
+class DataError(TaprobeError):
+    """A dataset file, or a table made from one, is wrong."""
+
+
+class SchemaError(DataError):
+    """A table breaks its contract. `faults` lists every one of them."""
+
+    def __init__(
+        self,
+        what: str,
+        where: str | None = None,
+        fix: str | None = None,
+        faults: Sequence[str] = (),
+    ) -> None:
+        self.faults = tuple(faults)
+        listed = "".join(f"\n  - {fault}" for fault in self.faults)
+        super().__init__(what, f"{where or 'table'}:{listed}" if listed else where, fix)
+
+
+class LabelError(DataError):
+    """Labels cannot be computed from these rollouts."""
+
+
+class SpanError(DataError):
+    """A sentence cannot be placed in its text, or a range is empty or outside."""
+
+
+class LeakageError(DataError):
+    """The same problem stands on two sides of a split."""
+
+
+class NotEnoughDataError(DataError):
+    """Fewer problems, sentences or classes than the step needs."""
+
+
+class ModelError(TaprobeError):
+    """A checkpoint or a tokenizer cannot be used."""
+
+
+class ModelMissingError(ModelError):
+    """The checkpoint is not on this machine and cannot be fetched."""
+
+
+class ModelMismatchError(ModelError):
+    """The checkpoint is not what the study says: depth, vocabulary, tokenizer."""
+
+
+class UnsafeModelError(ModelError):
+    """Loading the checkpoint would run code."""
+
+
+class NumericsError(TaprobeError):
+    """A computation gave no usable number."""
+
+
+class NonFiniteError(NumericsError):
+    """An activation or a score is NaN or infinite."""
+
+
+class ArtifactError(TaprobeError):
+    """The store cannot serve or take an artifact."""
+
+
+class MissingArtifactError(ArtifactError):
+    """The artifact was never built, or has been pruned."""
+
+
+class CorruptArtifactError(ArtifactError):
+    """Bytes on disk differ from the manifest."""
+
+
+class StaleArtifactError(ArtifactError):
+    """The artifact was written by another version of the format."""
+
+
+class BusyArtifactError(ArtifactError):
+    """Another process holds the artifact's lock."""
+
+
+class DiskFullError(ArtifactError):
+    """No space left; names the folder, the bytes needed and the bytes free."""
