@@ -20,6 +20,8 @@ LABEL_STATUS = ("measured", "no_dissimilar", "equal_rates", "missing_rollouts", 
 
 SPLITS = ("train", "val", "test")
 PROTOCOLS = ("holdout", "lopo")
+OBJECTIVES = ("budget", "error")
+DECISIONS_ON_SENTENCE = ("accept_negative", "accept_positive", "defer")
 
 
 def _column(dtype: Any, *checks: pa.Check, nullable: bool = False) -> pa.Column:
@@ -180,6 +182,82 @@ SCORES = pa.DataFrameSchema(
     name="scores",
 )
 """One row per sentence × fold of one recipe: val and test rows (training rows are not scored)."""
+
+DELTAS = pa.DataFrameSchema(
+    {
+        "recipe": _column(pl.String),
+        "baseline": _column(pl.String),
+        "protocol": _column(pl.Enum(PROTOCOLS)),
+        "metric": _column(pl.String),
+        "n_problems": _column(pl.Int64, _at_least(0)),
+        "n_better": _column(pl.Int64, _at_least(0)),
+        "delta": _column(pl.Float64, nullable=True),
+        "delta_low": _column(pl.Float64, nullable=True),
+        "delta_high": _column(pl.Float64, nullable=True),
+        "p_sign_flip": _column(pl.Float64, _within(0, 1), nullable=True),
+        "interval_note": _column(pl.String, nullable=True),
+    },
+    strict=True,
+    ordered=True,
+    unique=["recipe", "baseline", "protocol"],
+    name="deltas",
+)
+"""One row per recipe × baseline × protocol, on test. No interval without a note that says why."""
+
+_PLAN_KEY = {
+    "recipe": _column(pl.String),
+    "protocol": _column(pl.Enum(PROTOCOLS)),
+    "objective": _column(pl.Enum(OBJECTIVES)),
+    "objective_value": _column(pl.Float64, _within(0, 1)),
+}
+
+PLANS = pa.DataFrameSchema(
+    {
+        **_PLAN_KEY,
+        "n_folds": _column(pl.Int64, _at_least(1)),
+        "meets_objective": _column(pl.Boolean),
+        "val_deferral_rate": _column(pl.Float64, _within(0, 1)),
+        "val_accepted_error": _column(pl.Float64, _within(0, 1), nullable=True),
+        "n_total": _column(pl.Int64, _at_least(1)),
+        "n_deferred": _column(pl.Int64, _at_least(0)),
+        "n_accepted": _column(pl.Int64, _at_least(0)),
+        "n_accepted_errors": _column(pl.Int64, _at_least(0)),
+        "n_accepted_positives": _column(pl.Int64, _at_least(0)),
+        "n_anchors": _column(pl.Int64, _at_least(0)),
+        "n_missed_anchors": _column(pl.Int64, _at_least(0)),
+        "deferral_rate": _column(pl.Float64, _within(0, 1)),
+        "accepted_error": _column(pl.Float64, _within(0, 1), nullable=True),
+        "accepted_anchor_recall": _column(pl.Float64, _within(0, 1), nullable=True),
+        "positive_precision": _column(pl.Float64, _within(0, 1), nullable=True),
+        "all_negative_error": _column(pl.Float64, _within(0, 1)),
+        "meets_objective_on_test": _column(pl.Boolean),
+        "n_banks": _column(pl.Int64, _at_least(0)),
+        "n_banks_all": _column(pl.Int64, _at_least(2)),
+        "t_negative": _column(pl.List(pl.Float32)),
+        "t_positive": _column(pl.List(pl.Float32)),
+        "guarantee": _column(pl.String),
+    },
+    strict=True,
+    ordered=True,
+    unique=list(_PLAN_KEY),
+    name="plans",
+)
+"""One row per recipe × protocol × objective: val-tuned thresholds (one per fold), test counts."""
+
+DECISIONS = pa.DataFrameSchema(
+    {
+        **_SENTENCE_KEY,
+        **_PLAN_KEY,
+        "fold": _column(pl.Int32, _at_least(0)),
+        "score": _column(pl.Float32, _FINITE),
+        "decision": _column(pl.Enum(DECISIONS_ON_SENTENCE)),
+    },
+    strict=True,
+    ordered=True,
+    unique=["problem_id", "sentence_idx", *_PLAN_KEY, "fold"],
+    name="decisions",
+)
+"""One row per test sentence × plan."""
 
 
 def check_table(frame: pl.DataFrame, schema: pa.DataFrameSchema, where: str) -> pl.DataFrame:

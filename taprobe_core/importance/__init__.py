@@ -1,0 +1,25 @@
+"""Rollouts of one trace -> published importance measures: the label code for any rollouts.
+
+`solutions` reads rows, `similarity` compares sentences, `measures` computes. Nothing else belongs
+here; files are opened by callers, and targets are made in `labels`.
+"""
+
+from taprobe_core.importance.measures import MIN_SENTENCE_CHARS, answer_kl, published_measures
+from taprobe_core.importance.similarity import (
+    SIMILARITY_THRESHOLD,
+    trigram_cosine,
+    trigram_masked_dissimilar,
+)
+from taprobe_core.importance.solutions import Rollout, Solutions, parse_solutions
+
+__all__ = [
+    "MIN_SENTENCE_CHARS",
+    "SIMILARITY_THRESHOLD",
+    "Rollout",
+    "Solutions",
+    "answer_kl",
+    "parse_solutions",
+    "published_measures",
+    "trigram_cosine",
+    "trigram_masked_dissimilar",
+]

@@ -1,0 +1,93 @@
+"""The text of a `chunk_<i>/solutions.json` -> rollouts.
+
+Reading the file belongs to the caller; what the rollouts mean belongs in `measures`. Invariant:
+a row is either kept, counted as an error or ungraded row, or named in the error.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from taprobe_core.errors import DataError, SchemaError
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One continuation of a trace, resampled at a sentence.
+
+    Attributes:
+        answer: first boxed text; empty if the rollout gave none.
+        is_correct: grade of `answer`; without meaning if `answer` is empty.
+        chunk_resampled: first sentence of the continuation.
+    """
+
+    answer: str
+    is_correct: bool
+    chunk_resampled: str
+
+
+@dataclass(frozen=True, slots=True)
+class Solutions:
+    """The rows of one `chunk_<i>/solutions.json`.
+
+    Attributes:
+        rollouts: graded rows, in file order.
+        n_errors: rows with an `error` key, left out.
+        n_ungraded: rows whose `is_correct` is null, left out.
+    """
+
+    rollouts: list[Rollout]
+    n_errors: int
+    n_ungraded: int
+
+
+def parse_solutions(text: str, where: str) -> Solutions:
+    """Parse the text of a `solutions.json`; keys that the measures do not need are not read.
+
+    Args:
+        text: JSON list with one object per rollout.
+        where: the file, for messages.
+
+    Raises:
+        DataError: `text` is not a JSON list.
+        SchemaError: rows lack a key or have a wrong type; lists them all.
+    """
+    fix = "fetch the file again, or leave the problem out with rollouts.problem_ids"
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"rollouts are not JSON ({error})", where, fix) from error
+    if not isinstance(rows, list):
+        raise DataError(f"rollouts are a {type(rows).__name__}, not a list", where, fix)
+    faults = [fault for row, value in enumerate(rows) for fault in _row_faults(row, value)]
+    if faults:
+        raise SchemaError("rollouts have unreadable rows", where, fix, faults)
+    kept = [row for row in rows if "error" not in row]
+    graded = [row for row in kept if row["is_correct"] is not None]
+    return Solutions(
+        rollouts=[
+            Rollout(row["answer"] or "", row["is_correct"], row["chunk_resampled"])
+            for row in graded
+        ],
+        n_errors=len(rows) - len(kept),
+        n_ungraded=len(kept) - len(graded),
+    )
+
+
+def _row_faults(row: int, value: Any) -> list[str]:
+    if not isinstance(value, dict):
+        return [f"row {row} is a {type(value).__name__}, not an object"]
+    if "error" in value:
+        return []
+    wanted: dict[str, tuple[type, ...]] = {
+        "answer": (str, type(None)),
+        "is_correct": (bool, type(None)),
+        "chunk_resampled": (str,),
+    }
+    return [
+        f"row {row}: {key} is {type(value[key]).__name__ if key in value else 'absent'}"
+        for key, types in wanted.items()
+        if key not in value or not isinstance(value[key], types)
+    ]

@@ -1,0 +1,204 @@
+"""Activations of any set of (site, setting) cells: one pass per text, one shard per problem.
+
+Cells are grouped by model, so the weights are loaded once; each text runs once, whatever the
+number of layers that still lack it; and every (site, setting, problem) shard is committed as soon
+as it exists. A kill therefore costs at most one text, and a longer layer list extracts only what
+is missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+import transformers
+
+from taprobe_core.activations import ActivationShard, Progress, TextJob, extract
+from taprobe_core.checkpoints import LoadedModel, load_base_model, pick_device, resolve_checkpoint
+from taprobe_core.keys import Site
+from taprobe_core.pipeline.outcome import Outcome, commit_once
+from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.text import dataset_provenance
+from taprobe_core.store import ArtifactKey, write_table, write_tensors
+
+_log = logging.getLogger(__name__)
+
+Cell = tuple[Site, str]
+
+
+def ensure_activations(plan: Plan, cells: Sequence[Cell]) -> Iterator[Outcome]:
+    """Extract what the cells lack and yield one outcome per cell, as it becomes complete.
+
+    Args:
+        plan: the plan.
+        cells: (site, setting) pairs in any order.
+
+    Yields:
+        One outcome per cell: the index of its shards, table `shards`.
+
+    Raises:
+        MissingArtifactError: the spans are not there yet.
+        ModelError: the checkpoint cannot be used, or is not as deep as the study says.
+        NonFiniteError: an activation is NaN or infinite; names problem, layer and sentence.
+    """
+    by_model: dict[str, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        by_model[cell[0].model].append(cell)
+    for model, cells_of_model in by_model.items():
+        yield from _ensure_model(plan, model, cells_of_model)
+
+
+def _ensure_model(plan: Plan, model: str, cells: list[Cell]) -> Iterator[Outcome]:
+    by_setting: dict[str, list[Site]] = defaultdict(list)
+    for site, setting in cells:
+        by_setting[setting].append(site)
+    jobs = {
+        setting: _missing_jobs(plan, model, setting, sites) for setting, sites in by_setting.items()
+    }
+    loaded: LoadedModel | None = None
+    for setting, sites in by_setting.items():
+        start = time.monotonic()
+        if jobs[setting]:
+            loaded = loaded or _load(plan, model)
+            _extract_setting(plan, model, setting, jobs[setting], loaded)
+        for site in sites:
+            outcome = _commit_index(plan, site, setting)
+            is_reused = outcome.is_reused and not jobs[setting]
+            yield Outcome(outcome.artifact, is_reused, time.monotonic() - start)
+
+
+def _shard_keys(plan: Plan, site: Site, setting: str, texts: pl.DataFrame) -> list[ArtifactKey]:
+    return [
+        plan.activation_shard(site, setting, problem_id, input_sha256)
+        for problem_id, input_sha256 in texts.select("problem_id", "input_sha256").iter_rows()
+    ]
+
+
+def _missing_jobs(plan: Plan, model: str, setting: str, sites: Sequence[Site]) -> list[TextJob]:
+    if all(plan.store.find(plan.activations(site, setting)) for site in sites):
+        return []
+    artifact = plan.store.open(plan.spans(model, setting))
+    texts, spans = artifact.read_table("texts.parquet"), artifact.read_table("spans.parquet")
+    missing: dict[int, list[int]] = defaultdict(list)
+    for site in sites:
+        for problem_id, key in zip(
+            texts["problem_id"], _shard_keys(plan, site, setting, texts), strict=True
+        ):
+            if plan.store.find(key) is None:
+                missing[problem_id].append(site.layer)
+    return [
+        TextJob(
+            problem_id=problem_id,
+            token_ids=texts.row(by_predicate=pl.col("problem_id") == problem_id, named=True)[
+                "token_ids"
+            ],
+            spans=spans.filter(problem_id=problem_id)
+            .sort("sentence_idx")
+            .select("start_token", "end_token")
+            .to_numpy(),
+            layers=tuple(layers),
+        )
+        for problem_id, layers in missing.items()
+    ]
+
+
+def _load(plan: Plan, model: str) -> LoadedModel:
+    spec = plan.model(model)
+    files = resolve_checkpoint(spec, plan.checkpoints_root)
+    return load_base_model(files, spec, pick_device(plan.study.activations.device))
+
+
+def _extract_setting(
+    plan: Plan, model: str, setting: str, jobs: list[TextJob], loaded: LoadedModel
+) -> None:
+    texts = plan.store.open(plan.spans(model, setting)).read_table("texts.parquet")
+    hashes = dict(texts.select("problem_id", "input_sha256").iter_rows())
+    provenance = _provenance(plan, model, setting, loaded)
+    progress = Progress(total_tokens=sum(len(job.token_ids) for job in jobs))
+    storage = plan.study.activations.storage
+    for job, shards in extract(loaded.module, jobs, storage):
+        for layer, shard in shards.items():
+            site = Site(model, layer)
+            key = plan.activation_shard(site, setting, job.problem_id, hashes[job.problem_id])
+            _commit_shard(plan, key, shard, provenance)
+        progress.advance(len(job.token_ids))
+        _log.info(
+            "activations %s %s problem_%d: %s", model, setting, job.problem_id, progress.render()
+        )
+
+
+def _commit_shard(
+    plan: Plan, key: ArtifactKey, shard: ActivationShard, provenance: dict[str, Any]
+) -> None:
+    def write(folder: Path) -> None:
+        write_tensors(
+            folder / "activations.safetensors",
+            {"mean": shard.mean},
+            {"dimensions": "sentence d_model", "layer": str(shard.layer)},
+        )
+
+    if shard.is_widened:
+        _log.warning(
+            "%s: largest activation %.3g does not fit float16, stored as float32",
+            "/".join(key.partition),
+            shard.max_abs,
+        )
+    plan.store.commit(
+        key,
+        write,
+        provenance={
+            **provenance,
+            "layer": shard.layer,
+            "dtype_stored": shard.dtype,
+            "max_abs": shard.max_abs,
+        },
+        estimate_bytes=shard.mean.numel() * shard.mean.element_size(),
+    )
+
+
+def _provenance(plan: Plan, model: str, setting: str, loaded: LoadedModel) -> dict[str, Any]:
+    return {
+        **dataset_provenance(plan, model, setting),
+        **{f"checkpoint_{name}": value for name, value in plan.checkpoint(model).items()},
+        "pooling": plan.study.activations.pooling,
+        "text_view": plan.study.spans.text_view,
+        "device": str(loaded.device),
+        "dtype_computed": str(loaded.dtype).removeprefix("torch."),
+        "attention": "sdpa",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _commit_index(plan: Plan, site: Site, setting: str) -> Outcome:
+    spans = plan.spans(site.model, setting)
+    texts = plan.store.open(spans).read_table("texts.parquet")
+    shards = _shard_keys(plan, site, setting, texts)
+
+    def build() -> Any:
+        manifests = [plan.store.open(key).manifest for key in shards]
+        table = pl.DataFrame(
+            {
+                "problem_id": texts["problem_id"],
+                "shard_fingerprint": [key.fingerprint for key in shards],
+                "dtype": [str(manifest.provenance["dtype_stored"]) for manifest in manifests],
+                "max_abs": [float(manifest.provenance["max_abs"]) for manifest in manifests],
+            }
+        )
+        return lambda folder: write_table(folder / "shards.parquet", table)
+
+    provenance = {
+        **dataset_provenance(plan, site.model, setting),
+        **{f"checkpoint_{name}": value for name, value in plan.checkpoint(site.model).items()},
+        "layer": site.layer,
+        "pooling": plan.study.activations.pooling,
+    }
+    return commit_once(
+        plan.store, plan.activations(site, setting), build, provenance, [spans, *shards]
+    )

@@ -1,0 +1,127 @@
+"""Deferral plans, evaluation and leaderboard: from scores to what a reader may conclude."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from taprobe_core.deferral import plan_deferrals
+from taprobe_core.evaluation import EvaluationTables, evaluate
+from taprobe_core.keys import Site, Trial
+from taprobe_core.leaderboard import build_leaderboard
+from taprobe_core.pipeline.fit import read_scores
+from taprobe_core.pipeline.outcome import Outcome, commit_once
+from taprobe_core.pipeline.plan import Plan
+from taprobe_core.store import write_table
+
+
+def _labels(plan: Plan, site: Site, setting: str) -> pl.DataFrame:
+    return plan.store.open(plan.labels(site.model, setting)).read_table("labels.parquet")
+
+
+def ensure_deferral_plans(plan: Plan, site: Site, trial: Trial) -> Outcome:
+    """Tune and project one site and trial's deferral plans: tables `plans`, `decisions`.
+
+    Raises:
+        MissingArtifactError: the fits are not there yet.
+        PlanError: no validation sentence to tune on.
+    """
+    fits = plan.probe_fits(site, trial)
+
+    def build() -> Any:
+        plan.store.open(fits)
+        tables = plan_deferrals(
+            read_scores(plan, site, trial),
+            _labels(plan, site, trial.setting),
+            plan.study.deferral,
+        )
+
+        def write(folder: Path) -> None:
+            write_table(folder / "plans.parquet", tables.plans)
+            write_table(folder / "decisions.parquet", tables.decisions)
+
+        return write
+
+    provenance = {"site": str(site), "trial": str(trial)}
+    return commit_once(plan.store, plan.deferral_plans(site, trial), build, provenance, [fits])
+
+
+def ensure_evaluation(plan: Plan, site: Site, setting: str) -> Outcome:
+    """Evaluate one site and setting over all seeds.
+
+    Tables `metrics`, `problem_metrics`, `deltas` and `plans`.
+
+    Raises:
+        MissingArtifactError: a trial's fits or plans are not there yet.
+    """
+    trials = [Trial(setting, seed) for seed in plan.study.seeds]
+    upstream = [
+        *(plan.probe_fits(site, trial) for trial in trials),
+        *(plan.deferral_plans(site, trial) for trial in trials),
+    ]
+
+    def build() -> Any:
+        for key in upstream:
+            plan.store.open(key)
+        tables = evaluate(
+            {trial.seed: read_scores(plan, site, trial) for trial in trials},
+            _labels(plan, site, setting),
+            plan.study.evaluation,
+            plan.study.probes.target,
+        )
+        plans = pl.concat(
+            plan.store.open(plan.deferral_plans(site, trial))
+            .read_table("plans.parquet")
+            .with_columns(seed=pl.lit(trial.seed, pl.Int64))
+            for trial in trials
+        )
+
+        def write(folder: Path) -> None:
+            write_table(folder / "metrics.parquet", tables.metrics)
+            write_table(folder / "problem_metrics.parquet", tables.problem_metrics)
+            write_table(folder / "deltas.parquet", tables.deltas)
+            write_table(folder / "plans.parquet", plans)
+
+        return write
+
+    provenance = {"site": str(site), "setting": setting, "seeds": list(plan.study.seeds)}
+    return commit_once(plan.store, plan.evaluation(site, setting), build, provenance, upstream)
+
+
+def read_evaluation(plan: Plan, site: Site, setting: str) -> EvaluationTables:
+    """Read one site and setting's evaluation.
+
+    Raises:
+        MissingArtifactError: it is not there yet.
+    """
+    artifact = plan.store.open(plan.evaluation(site, setting))
+    return EvaluationTables(
+        metrics=artifact.read_table("metrics.parquet"),
+        problem_metrics=artifact.read_table("problem_metrics.parquet"),
+        deltas=artifact.read_table("deltas.parquet"),
+    )
+
+
+def ensure_leaderboard(plan: Plan) -> Outcome:
+    """Rank every recipe of the study: table `leaderboard`.
+
+    Raises:
+        MissingArtifactError: an evaluation is not there yet.
+    """
+    cells = [(site, setting) for site in plan.study.sites for setting in plan.study.settings]
+
+    def build() -> Any:
+        board = build_leaderboard(
+            [(site, setting, read_evaluation(plan, site, setting)) for site, setting in cells]
+        )
+        return lambda folder: write_table(folder / "leaderboard.parquet", board)
+
+    return commit_once(
+        plan.store,
+        plan.leaderboard(),
+        build,
+        {"study": plan.study.name},
+        [plan.evaluation(site, setting) for site, setting in cells],
+    )

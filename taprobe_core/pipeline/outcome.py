@@ -1,0 +1,61 @@
+"""What one step of the pipeline leaves behind, for whoever watches: a person, a log, Dagster."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from taprobe_core.store import Artifact, ArtifactKey, Store
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One committed artifact.
+
+    Attributes:
+        artifact: the artifact, committed now or found.
+        is_reused: whether it stood in the store before.
+        duration_s: seconds this step took.
+    """
+
+    artifact: Artifact
+    is_reused: bool
+    duration_s: float
+
+    @property
+    def key(self) -> ArtifactKey:
+        """Stage, cell and fingerprint."""
+        return self.artifact.key
+
+
+def commit_once(
+    store: Store,
+    key: ArtifactKey,
+    build: Callable[[], Callable[[Path], None]],
+    provenance: Mapping[str, Any],
+    upstream: Sequence[ArtifactKey] = (),
+) -> Outcome:
+    """Return the artifact of `key`, building it only if the store lacks it.
+
+    Args:
+        store: where the artifact stands.
+        key: its key.
+        build: computes the result and returns the function that writes it into a folder. Called
+            only when needed; errors pass through and leave the store as it was.
+        provenance: what the manifest should say beside the key.
+        upstream: keys the result was computed from.
+    """
+    start = time.monotonic()
+    found = store.find(key)
+    if found is not None:
+        return Outcome(found, True, time.monotonic() - start)
+    artifact = store.commit(key, build(), provenance=provenance, upstream=upstream)
+    seconds = time.monotonic() - start
+    _log.info("%s %s: computed in %.1f s", key.stage, "/".join(key.partition), seconds)
+    return Outcome(artifact, False, seconds)

@@ -1,0 +1,66 @@
+"""Run any stage over any of its cells: the one entry that Dagster and the notebook share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from taprobe_core.errors import ConfigError
+from taprobe_core.keys import parse_site, parse_trial
+from taprobe_core.pipeline.cells import STAGES, Cell
+from taprobe_core.pipeline.extract import ensure_activations
+from taprobe_core.pipeline.fit import ensure_probe_fits
+from taprobe_core.pipeline.judge import (
+    ensure_deferral_plans,
+    ensure_evaluation,
+    ensure_leaderboard,
+)
+from taprobe_core.pipeline.outcome import Outcome
+from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.publish import ensure_study_report
+from taprobe_core.pipeline.text import ensure_labels, ensure_rollouts, ensure_spans
+
+_PER_CELL: Mapping[str, Callable[[Plan, Cell], Outcome]] = {
+    "rollouts": lambda plan, cell: ensure_rollouts(plan, *cell),
+    "labels": lambda plan, cell: ensure_labels(plan, *cell),
+    "spans": lambda plan, cell: ensure_spans(plan, *cell),
+    "deferral_plans": lambda plan, cell: ensure_deferral_plans(
+        plan, parse_site(cell[0]), parse_trial(cell[1])
+    ),
+    "evaluation": lambda plan, cell: ensure_evaluation(plan, parse_site(cell[0]), cell[1]),
+    "leaderboard": lambda plan, _: ensure_leaderboard(plan),
+    "study_report": lambda plan, _: ensure_study_report(plan),
+}
+
+
+def run_stage(plan: Plan, stage: str, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Outcome]]:
+    """Compute what the cells of a stage lack; yield each cell with its outcome, when complete.
+
+    Args:
+        plan: the plan.
+        stage: a stage of `cells.STAGES`.
+        cells: cells of that stage, in any order.
+
+    Yields:
+        (cell, outcome). Activations and fits come grouped by model and setting, so the order may
+        differ from that of `cells`.
+
+    Raises:
+        ConfigError: there is no such stage.
+        MissingArtifactError: an upstream stage has not run.
+    """
+    if stage == "activations":
+        sites = [(parse_site(site), setting) for site, setting in cells]
+        yield from _keyed(ensure_activations(plan, sites))
+    elif stage == "probe_fits":
+        trials = [(parse_site(site), parse_trial(trial)) for site, trial in cells]
+        yield from _keyed(ensure_probe_fits(plan, trials))
+    elif stage in _PER_CELL:
+        for cell in cells:
+            yield cell, _PER_CELL[stage](plan, cell)
+    else:
+        raise ConfigError(f"no stage {stage!r}", None, f"use one of {', '.join(STAGES)}")
+
+
+def _keyed(outcomes: Iterator[Outcome]) -> Iterator[tuple[Cell, Outcome]]:
+    for outcome in outcomes:
+        yield outcome.key.partition, outcome

@@ -1,0 +1,108 @@
+"""Rollouts, labels and spans of one model and setting: read, check, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from taprobe_core.checkpoints import load_tokenizer, resolve_checkpoint
+from taprobe_core.labels import make_labels
+from taprobe_core.pipeline.outcome import Outcome, commit_once
+from taprobe_core.pipeline.plan import Plan
+from taprobe_core.rollouts import read_rollouts
+from taprobe_core.spans import make_spans
+from taprobe_core.store import write_table
+
+Writer = Callable[[Path], None]
+
+
+def dataset_provenance(plan: Plan, model: str, setting: str) -> dict[str, Any]:
+    """Which dataset, at which revision or content digest, a result descends from."""
+    return {
+        **{f"dataset_{name}": value for name, value in plan.source.identity().items()},
+        "rollouts_dir": plan.model(model).rollouts_dir,
+        "sampling": plan.study.rollouts.sampling,
+        "setting": setting,
+    }
+
+
+def ensure_rollouts(plan: Plan, model: str, setting: str) -> Outcome:
+    """Read one model and setting's rollouts: tables `problems`, `sentences`, `skipped`.
+
+    Raises:
+        DataError: a file that cannot be read, when the study says to fail on a bad problem.
+        NotEnoughDataError: no problem can be read.
+    """
+
+    def build() -> Writer:
+        tables = read_rollouts(plan.source, plan.model(model), plan.study.rollouts, setting)
+
+        def write(folder: Path) -> None:
+            write_table(folder / "problems.parquet", tables.problems)
+            write_table(folder / "sentences.parquet", tables.sentences)
+            write_table(folder / "skipped.parquet", tables.skipped)
+
+        return write
+
+    key = plan.rollouts(model, setting)
+    return commit_once(plan.store, key, build, dataset_provenance(plan, model, setting))
+
+
+def ensure_labels(plan: Plan, model: str, setting: str) -> Outcome:
+    """Make one model and setting's labels: table `labels`.
+
+    Raises:
+        MissingArtifactError: the rollouts are not there yet.
+        LabelError: a sentence has no published measure to label it by.
+    """
+    rollouts = plan.rollouts(model, setting)
+
+    def build() -> Writer:
+        sentences = plan.store.open(rollouts).read_table("sentences.parquet")
+        labels = make_labels(sentences, plan.study.labels)
+        return lambda folder: write_table(folder / "labels.parquet", labels)
+
+    provenance = {
+        **dataset_provenance(plan, model, setting),
+        **plan.study.labels.model_dump(mode="json"),
+    }
+    return commit_once(plan.store, plan.labels(model, setting), build, provenance, [rollouts])
+
+
+def ensure_spans(plan: Plan, model: str, setting: str) -> Outcome:
+    """Place one model and setting's sentences: tables `texts`, `spans`, `skipped`.
+
+    Raises:
+        MissingArtifactError: the rollouts are not there yet.
+        SpanError: a sentence cannot be placed, when the study says to fail on a bad problem.
+        ModelError: the tokenizer cannot be used.
+    """
+    rollouts = plan.rollouts(model, setting)
+
+    def build() -> Writer:
+        source = plan.store.open(rollouts)
+        spec = plan.model(model)
+        files = resolve_checkpoint(spec, plan.checkpoints_root)
+        tokenizer, _ = load_tokenizer(spec, files)
+        tables = make_spans(
+            source.read_table("problems.parquet"),
+            source.read_table("sentences.parquet"),
+            tokenizer,
+            plan.study.spans.text_view,
+            plan.study.rollouts.on_bad_problem,
+        )
+
+        def write(folder: Path) -> None:
+            write_table(folder / "texts.parquet", tables.texts)
+            write_table(folder / "spans.parquet", tables.spans)
+            write_table(folder / "skipped.parquet", tables.skipped)
+
+        return write
+
+    provenance = {
+        **dataset_provenance(plan, model, setting),
+        "text_view": plan.study.spans.text_view,
+        "tokenizer_sha256": plan.checkpoint(model)["tokenizer_sha256"],
+    }
+    return commit_once(plan.store, plan.spans(model, setting), build, provenance, [rollouts])

@@ -1,0 +1,122 @@
+"""Problems and sentences to the two tables that the model is run on.
+
+Every problem goes one way: choose the text view, walk the sentences, tokenize once, place the
+ranges, cut after the last span. What does not belong here: how each step works (walk, tokens).
+
+The invariant: a problem is in `texts` and `spans` with all its sentences, or in `skipped` with its
+reason, never in both and never in neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import polars as pl
+
+from taprobe_core import tables
+from taprobe_core.errors import NotEnoughDataError, SpanError
+from taprobe_core.spans.tokens import bos_id, tokenize_text
+from taprobe_core.spans.walk import TextView, view_text, walk_sentences
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_TEXTS_COLUMNS: dict[str, Any] = {
+    "problem_id": pl.Int64,
+    "text": pl.String,
+    "text_view": pl.Enum(["base", "flattened"]),
+    "token_ids": pl.List(pl.Int32),
+    "n_tokens": pl.Int64,
+    "bos_token_id": pl.Int64,
+    "input_sha256": pl.String,
+}
+_SPANS_COLUMNS: dict[str, Any] = dict.fromkeys(tables.SPANS.columns, pl.Int64)
+_SKIPPED_COLUMNS: dict[str, Any] = {
+    **dict.fromkeys(tables.SKIPPED.columns, pl.String),
+    "problem_id": pl.Int64,
+}
+
+
+@dataclass(frozen=True)
+class SpanTables:
+    """What the spans stage makes.
+
+    Attributes:
+        texts: `tables.TEXTS`, by problem_id.
+        spans: `tables.SPANS`, by problem_id and sentence_idx.
+        skipped: `tables.SKIPPED`, stage `spans`.
+    """
+
+    texts: pl.DataFrame
+    spans: pl.DataFrame
+    skipped: pl.DataFrame
+
+
+@dataclass(frozen=True)
+class _Skip:
+    problem_id: int
+    stage: str
+    error: str
+    what: str
+    where: str
+    fix: str | None
+
+
+def make_spans(
+    problems: pl.DataFrame,
+    sentences: pl.DataFrame,
+    tokenizer: PreTrainedTokenizerFast,
+    text_view: TextView,
+    on_bad_problem: Literal["skip", "fail"],
+) -> SpanTables:
+    """Place every sentence of every problem in the text that the model reads.
+
+    Args:
+        problems: `tables.PROBLEMS`.
+        sentences: `tables.SENTENCES`; all sentences, the last one included.
+        tokenizer: the model's own fast tokenizer.
+        text_view: `base` or `flattened`, see `view_text`.
+        on_bad_problem: leave a problem out that cannot be placed, or fail on the first.
+
+    Raises:
+        SpanError: a problem cannot be placed and `on_bad_problem` is `fail`.
+        NotEnoughDataError: no problem can be placed.
+        ModelError: the tokenizer has no BOS token, or gives no offsets.
+    """
+    bos_id(tokenizer)
+    own = _sentences_by_problem(sentences)
+    texts: list[dict[str, Any]] = []
+    spans: list[dict[str, int]] = []
+    skipped: list[_Skip] = []
+    for problem in problems.sort("problem_id").iter_rows(named=True):
+        problem_id = problem["problem_id"]
+        try:
+            text, placed = _place_problem(
+                problem, own.get(problem_id, (), ()), tokenizer, text_view
+            )
+        except SpanError as fault:
+            where = f"problem {problem_id}, {fault.where}"
+            if on_bad_problem == "fail":
+                raise SpanError(fault.what, where, fault.fix) from None
+            name = type(fault).__name__
+            skipped.append(_Skip(problem_id, "spans", name, fault.what, where, fault.fix))
+        else:
+            texts.append(text)
+            spans.extend(placed)
+    if not texts:
+        raise _nothing_placed(skipped)
+    return _checked(texts, spans, skipped)
+
+
+def input_sha256(token_ids: Sequence[int], ranges: Sequence[tuple[int, int]]) -> str:
+    """Return the hash that identifies token ids and token ranges together.
+
+    sha256 over: the number of tokens, the token ids, the ranges row by row; all as little-endian
+    32-bit integers.
+    """
+    parts = ([len(token_ids)], token_ids, np.ravel(ranges))
+    return hashlib.sha256(b"".join(np.asarray(part, "<i4").tobytes() for part in parts)).hexdigest()

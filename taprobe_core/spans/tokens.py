@@ -1,0 +1,126 @@
+"""Text to token ids with exactly one BOS, and character ranges to token ranges.
+
+The whole text is tokenized once, so that a token at a sentence's border is the one the model would
+see. What does not belong here: where sentences lie (the walk).
+
+The invariant: token 0 is BOS and no other token is; a sentence's range holds every token that holds
+one of its characters. Offsets of byte-level tokenizers may include a leading space, repeat (one
+character in several tokens), or leave characters out (a normaliser composed them); all three keep
+the invariant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from taprobe_core.errors import ModelError, SpanError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Ranges = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """Token ids of one text, BOS first, and the characters of each token.
+
+    Attributes:
+        token_ids: [token], BOS at 0.
+        offsets: half-open character ranges of the tokens after BOS, [token - 1].
+    """
+
+    token_ids: list[int]
+    offsets: Ranges
+
+    def place(self, chars: Ranges) -> Ranges:
+        """Return the half-open range in `token_ids` of each character range."""
+        return [(start + 1, end + 1) for start, end in token_ranges(self.offsets, chars)]
+
+
+def bos_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the tokenizer's BOS id.
+
+    Raises:
+        ModelError: the tokenizer has no BOS token, or gives no offsets.
+    """
+    where = f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r}"
+    if not tokenizer.is_fast:
+        raise ModelError("the tokenizer gives no character offsets", where, "add a tokenizer.json")
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        raise ModelError(
+            "the tokenizer has no BOS token", where, "name bos_token in its tokenizer_config.json"
+        )
+    return int(bos)
+
+
+def tokenize_text(text: str, tokenizer: PreTrainedTokenizerFast) -> TokenizedText:
+    """Tokenize the whole text once and put exactly one BOS before it.
+
+    A text that begins with BOS keeps its own.
+
+    Args:
+        text: what the model reads.
+        tokenizer: a fast tokenizer with a BOS token.
+
+    Raises:
+        SpanError: BOS occurs inside the text.
+        ModelError: the tokenizer has no BOS token, or gives no offsets.
+    """
+    bos = bos_id(tokenizer)
+    # verbose=False: the tokenizer's own length warning names a limit that is not the model's.
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    token_ids: list[int] = list(encoded["input_ids"])
+    offsets: Ranges = [(start, end) for start, end in encoded["offset_mapping"]]
+    if token_ids and token_ids[0] == bos:
+        token_ids, offsets = token_ids[1:], offsets[1:]
+    if bos in token_ids:
+        at = token_ids.index(bos)
+        raise SpanError(
+            f"the text holds the BOS token {tokenizer.bos_token!r} again at token {at + 1}",
+            f"character {offsets[at][0]}",
+            "leave the problem out with rollouts.problem_ids",
+        )
+    return TokenizedText([bos, *token_ids], offsets)
+
+
+def token_ranges(
+    offsets: Sequence[tuple[int, int]], chars: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return the half-open token range of each character range.
+
+    The first token is the first that ends after the range starts; the end is the first token, not
+    before it, that starts where the range ends or later. So a token that straddles a border belongs
+    to both neighbours, and every range holds a token. Characters that no token claims belong to the
+    token before them. O(n log n), no scan per sentence.
+
+    Args:
+        offsets: half-open character range of each token, in text order, [token].
+        chars: half-open character ranges, each not empty, [span].
+
+    Raises:
+        SpanError: there is no token at all, or a range is empty.
+
+    Example:
+        >>> token_ranges([(0, 2), (2, 6), (6, 7)], [(0, 2), (3, 7)])
+        [(0, 1), (1, 3)]
+    """
+    if not chars:
+        return []
+    where = np.asarray(chars, dtype=np.int64).reshape(-1, 2)
+    if not len(offsets) or (where[:, 0] >= where[:, 1]).any():
+        empty = int(np.argmax(where[:, 0] >= where[:, 1]))
+        what = f"sentence {empty} has no characters" if len(offsets) else "the text has no tokens"
+        raise SpanError(what, f"sentence {empty}", "leave the problem out of rollouts.problem_ids")
+    # The running maximum turns "first token with bound >= x" into a binary search, exactly, even
+    # when a normaliser's offsets step back.
+    starts, ends = np.maximum.accumulate(np.asarray(offsets, dtype=np.int64), axis=0).T
+    ends = np.maximum(ends, np.append(starts[1:], where[:, 1].max()))
+    first = np.searchsorted(ends, where[:, 0], side="right")
+    stop = np.maximum(np.searchsorted(starts, where[:, 1], side="left"), first + 1)
+    return list(zip(first.tolist(), stop.tolist(), strict=True))
