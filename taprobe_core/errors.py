@@ -9,6 +9,7 @@ traceback.
       ConfigError                study file, key, environment variable
         PlanError                a budget or a split that nothing can satisfy
       DataError                  dataset files and the tables made from them
+        SourceUnavailableError   the dataset's place cannot be reached; says nothing about the data
         SchemaError              a table breaks its contract; lists every fault
         LabelError               labels that cannot be computed
         SpanError                a sentence that cannot be placed in its text
@@ -63,6 +64,13 @@ class PlanError(ConfigError):
 
 class DataError(TaprobeError):
     """A dataset file, or a table made from one, is wrong."""
+
+
+class SourceUnavailableError(DataError):
+    """The dataset cannot be reached: no network, offline without a cache, a refused request.
+
+    Never a reason to skip a problem: the problem may be sound.
+    """
 
 
 class SchemaError(DataError):

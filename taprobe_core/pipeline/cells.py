@@ -37,8 +37,8 @@ PARENTS: Mapping[str, tuple[str, ...]] = {
     "spans": ("rollouts",),
     "activations": ("spans",),
     "probe_fits": ("labels", "spans", "activations"),
-    "deferral_plans": ("probe_fits", "labels"),
-    "evaluation": ("probe_fits", "deferral_plans", "labels"),
+    "deferral_plans": ("probe_fits",),
+    "evaluation": ("probe_fits", "deferral_plans"),
     "leaderboard": ("evaluation",),
     "study_report": ("leaderboard",),
 }

@@ -25,6 +25,9 @@ from taprobe_core.spans.walk import TextView, view_text, walk_sentences
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_Sentences = tuple[list[int], list[str]]
+"""Indices and texts of one problem's sentences, in order."""
+
 _TEXTS_COLUMNS: dict[str, Any] = {
     "problem_id": pl.Int64,
     "text": pl.String,
@@ -96,7 +99,7 @@ def make_spans(
         problem_id = problem["problem_id"]
         try:
             text, placed = _place_problem(
-                problem, own.get(problem_id, (), ()), tokenizer, text_view
+                problem, own.get(problem_id, ([], [])), tokenizer, text_view
             )
         except SpanError as fault:
             where = f"problem {problem_id}, {fault.where}"
@@ -120,3 +123,83 @@ def input_sha256(token_ids: Sequence[int], ranges: Sequence[tuple[int, int]]) ->
     """
     parts = ([len(token_ids)], token_ids, np.ravel(ranges))
     return hashlib.sha256(b"".join(np.asarray(part, "<i4").tobytes() for part in parts)).hexdigest()
+
+
+def _sentences_by_problem(sentences: pl.DataFrame) -> dict[int, _Sentences]:
+    grouped = (
+        sentences.lazy()
+        .sort("problem_id", "sentence_idx")
+        .group_by("problem_id", maintain_order=True)
+        .agg("sentence_idx", "sentence")
+        .collect()
+    )
+    return {problem_id: (index, own) for problem_id, index, own in grouped.iter_rows()}
+
+
+def _place_problem(
+    problem: Mapping[str, Any],
+    own: _Sentences,
+    tokenizer: PreTrainedTokenizerFast,
+    text_view: TextView,
+) -> tuple[dict[str, Any], list[dict[str, int]]]:
+    index, sentences = own
+    if not sentences or list(index) != list(range(len(sentences))):
+        raise SpanError(
+            f"{len(sentences)} sentences whose sentence_idx does not count up from 0 without gaps",
+            "table 'sentences'",
+            "build the rollouts again",
+        )
+    part = view_text(problem, sentences, text_view)
+    chars = walk_sentences(part.text, sentences, part.start, part.end)
+    tokenized = tokenize_text(part.text, tokenizer)
+    ranges = tokenized.place(chars)
+    # In a causal model no later token can change a span's hidden states.
+    token_ids = tokenized.token_ids[: ranges[-1][1]]
+    text = {
+        "problem_id": problem["problem_id"],
+        "text": part.text,
+        "text_view": text_view,
+        "token_ids": token_ids,
+        "n_tokens": len(token_ids),
+        "bos_token_id": token_ids[0],
+        "input_sha256": input_sha256(token_ids, ranges),
+    }
+    spans = [
+        {
+            "problem_id": problem["problem_id"],
+            "sentence_idx": at,
+            "start_char": start_char,
+            "end_char": end_char,
+            "start_token": start_token,
+            "end_token": end_token,
+            "n_tokens": end_token - start_token,
+        }
+        for at, (start_char, end_char), (start_token, end_token) in zip(
+            index, chars, ranges, strict=True
+        )
+    ]
+    return text, spans
+
+
+def _nothing_placed(skipped: Sequence[_Skip]) -> NotEnoughDataError:
+    if not skipped:
+        return NotEnoughDataError("there is no problem", "table 'problems'", "build the rollouts")
+    first = skipped[0]
+    return NotEnoughDataError(
+        f"no problem of {len(skipped)} can be placed in its text, the first because {first.what}",
+        first.where,
+        first.fix,
+    )
+
+
+def _checked(
+    texts: Sequence[Mapping[str, Any]],
+    spans: Sequence[Mapping[str, int]],
+    skipped: Sequence[_Skip],
+) -> SpanTables:
+    left_out = [asdict(skip) for skip in skipped]
+    return SpanTables(
+        tables.check_table(pl.DataFrame(texts, _TEXTS_COLUMNS), tables.TEXTS, "stage spans"),
+        tables.check_table(pl.DataFrame(spans, _SPANS_COLUMNS), tables.SPANS, "stage spans"),
+        tables.check_table(pl.DataFrame(left_out, _SKIPPED_COLUMNS), tables.SKIPPED, "stage spans"),
+    )

@@ -75,7 +75,7 @@ def view_text(problem: Mapping[str, Any], sentences: Sequence[str], view: TextVi
 def walk_sentences(
     text: str, sentences: Sequence[str], start: int, end: int
 ) -> list[tuple[int, int]]:
-    """Return the character range of each sentence in text[start:end].
+    r"""Return the character range of each sentence in text[start:end].
 
     Whitespace is what `str.isspace` says; all other characters must be equal, in order, and used
     up. The cost is linear in the text.
@@ -94,7 +94,7 @@ def walk_sentences(
         SpanError: a sentence is empty, differs from the text, or text is left over.
 
     Example:
-        >>> walk_sentences("So a.\\n\\nThen b.", ["So a.", "Then  b."], 0, 14)
+        >>> walk_sentences("So a.\n\nThen b.", ["So a.", "Then  b."], 0, 14)
         [(0, 5), (7, 14)]
     """
     solid_at = [at for at, char in enumerate(text[start:end], start) if not char.isspace()]

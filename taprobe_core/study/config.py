@@ -11,34 +11,73 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from taprobe_core.keys import Site, Trial, check_slug
+from taprobe_core.keys import Site, Trial
+from taprobe_core.study.fields import (
+    CommitSha,
+    Count,
+    FolderName,
+    Fraction,
+    HubId,
+    Index,
+    LocalPath,
+    Seed,
+    Slug,
+    StudyPart,
+    distinct,
+    study_fault,
+)
+from taprobe_core.study.models import (
+    Checkpoint,
+    Layers,
+    Model,
+    PretrainedCheckpoint,
+    StandInCheckpoint,
+)
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+__all__ = [
+    "DEFAULT_RECIPES",
+    "Activations",
+    "Checkpoint",
+    "Deferral",
+    "DemoSource",
+    "Evaluation",
+    "HubSource",
+    "Labels",
+    "Layers",
+    "MirrorSource",
+    "Model",
+    "PretrainedCheckpoint",
+    "ProbeRecipe",
+    "Probes",
+    "Rollouts",
+    "Source",
+    "Spans",
+    "Splits",
+    "StandInCheckpoint",
+    "Study",
+    "StudyPart",
+    "Target",
+    "resolve_folder",
+]
+
 Target = Literal["anchor_binary", "importance_abs", "importance_signed"]
-Layers = Literal["all", "quartiles", "mid"] | tuple[Annotated[int, Field(ge=0)], ...]
-
-
-class StudyPart(BaseModel):
-    """Base of every part: frozen, unknown keys refused, no coercion, no NaN or infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class HubSource(StudyPart):
     """Rollouts in a hub dataset repository; `revision` is a commit sha, or null to resolve one."""
 
     kind: Literal["hub"]
-    repo: str
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    repo: HubId
+    revision: CommitSha | None = None
 
 
 class MirrorSource(StudyPart):
     """Rollouts in a local folder of the dataset's own layout."""
 
     kind: Literal["mirror"]
-    folder: str
+    folder: LocalPath
 
 
 class DemoSource(StudyPart):
@@ -47,7 +86,7 @@ class DemoSource(StudyPart):
     kind: Literal["demo"]
     n_problems: Annotated[int, Field(ge=4, le=200)] = 16
     n_rollouts: Annotated[int, Field(ge=2, le=1000)] = 100
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 Source = Annotated[HubSource | MirrorSource | DemoSource, Field(discriminator="kind")]
@@ -57,77 +96,13 @@ class Rollouts(StudyPart):
     """Which rollouts, and what to do with a problem that cannot be read."""
 
     source: Source
-    sampling: str = "temperature_0.6_top_p_0.95"
-    problem_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    max_problems: Annotated[int, Field(ge=1)] | None = None
-    sample_seed: Annotated[int, Field(ge=0)] = 0
+    sampling: FolderName = "temperature_0.6_top_p_0.95"
+    problem_ids: (
+        Annotated[tuple[Index, ...], Field(min_length=1), AfterValidator(distinct)] | None
+    ) = None
+    max_problems: Count | None = None
+    sample_seed: Seed = 0
     on_bad_problem: Literal["skip", "fail"] = "skip"
-
-
-class StandInCheckpoint(StudyPart):
-    """A tiny seeded checkpoint of random weights, built by code: a stand-in or a control."""
-
-    kind: Literal["stand_in"]
-    architecture: Literal["qwen2", "llama"]
-    n_layers: Annotated[int, Field(ge=1, le=128)] = 4
-    d_model: Annotated[int, Field(ge=8)] = 64
-    n_heads: Annotated[int, Field(ge=1)] = 4
-    n_kv_heads: Annotated[int, Field(ge=1)] = 2
-    seed: Annotated[int, Field(ge=0)] = 0
-
-
-class PretrainedCheckpoint(StudyPart):
-    """A `from_pretrained` folder, or a hub model at a commit sha (null: resolve one)."""
-
-    kind: Literal["pretrained"]
-    path: str
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
-
-
-Checkpoint = Annotated[StandInCheckpoint | PretrainedCheckpoint, Field(discriminator="kind")]
-
-
-class Model(StudyPart):
-    """One model: where its rollouts, its weights and its tokenizer are, and which layers to read.
-
-    `n_layers` is the depth of the checkpoint; it is stated so that partitions need no download,
-    and checked against the checkpoint before the first forward pass.
-    """
-
-    rollouts_dir: str
-    checkpoint: Checkpoint
-    n_layers: Annotated[int, Field(ge=1, le=999)]
-    tokenizer: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    layers: Layers = "all"
-
-    @model_validator(mode="after")
-    def _layers_exist(self) -> Self:
-        if isinstance(self.layers, tuple):
-            beyond = [layer for layer in self.layers if layer >= self.n_layers]
-            if beyond or not self.layers or len(set(self.layers)) < len(self.layers):
-                raise ValueError(
-                    f"layers {list(self.layers)} of a model with {self.n_layers} layers: give each "
-                    f"once, from 0 to {self.n_layers - 1}"
-                )
-        checkpoint = self.checkpoint
-        if isinstance(checkpoint, StandInCheckpoint) and checkpoint.n_layers != self.n_layers:
-            raise ValueError(
-                f"n_layers is {self.n_layers}, its stand-in checkpoint has {checkpoint.n_layers}"
-            )
-        return self
-
-    @property
-    def layer_indices(self) -> tuple[int, ...]:
-        """Requested block indices, ascending. Quartiles are n/4, n/2 and 3n/4; mid is n/2."""
-        depth = self.n_layers
-        if self.layers == "all":
-            return tuple(range(depth))
-        if self.layers == "mid":
-            return (depth // 2,)
-        if self.layers == "quartiles":
-            return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
-        return tuple(sorted(self.layers))
 
 
 class Labels(StudyPart):
@@ -165,11 +140,15 @@ class ProbeRecipe(StudyPart):
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
-    features: Annotated[tuple[Literal["position", "text", "activations"], ...], Field(min_length=1)]
+    features: Annotated[
+        tuple[Literal["position", "text", "activations"], ...],
+        Field(min_length=1),
+        AfterValidator(distinct),
+    ]
     estimator: Literal["linear", "mlp"] = "linear"
     regularization: Annotated[float, Field(gt=0)] = 1.0
-    hidden: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (100, 100)
-    max_iter: Annotated[int, Field(ge=1)] = 300
+    hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (100, 100)
+    max_iter: Count = 300
     early_stopping: bool = True
 
     @property
@@ -204,27 +183,27 @@ class Probes(StudyPart):
     def _names_differ(cls, recipes: tuple[ProbeRecipe, ...]) -> tuple[ProbeRecipe, ...]:
         names = [recipe.name for recipe in recipes]
         if len(set(names)) < len(names):
-            raise ValueError(f"recipe names repeat: {sorted(names)}")
+            raise study_fault(f"recipe names repeat: {names}", "give each recipe a name of its own")
         return recipes
 
 
 class Splits(StudyPart):
     """How problems are divided; the problem is the unit, a sentence never leaves its own."""
 
-    protocols: Annotated[tuple[Literal["holdout", "lopo"], ...], Field(min_length=1)] = (
-        "holdout",
-        "lopo",
-    )
+    protocols: Annotated[
+        tuple[Literal["holdout", "lopo"], ...], Field(min_length=1), AfterValidator(distinct)
+    ] = ("holdout", "lopo")
     train_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.7
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _room_for_test(self) -> Self:
         if self.train_fraction + self.val_fraction >= 1:
-            raise ValueError(
+            raise study_fault(
                 f"train_fraction {self.train_fraction} and val_fraction {self.val_fraction} leave "
-                "no problem for test: make their sum less than 1"
+                "no problem for test",
+                "make their sum less than 1",
             )
         return self
 
@@ -232,28 +211,35 @@ class Splits(StudyPart):
 class Evaluation(StudyPart):
     """How recipes are compared."""
 
-    baselines: tuple[str, ...] = ("position_baseline", "text_only_baseline")
-    recall_at: tuple[Annotated[int, Field(ge=1)], ...] = (5, 10)
-    n_bootstrap: Annotated[int, Field(ge=0)] = 2000
-    bootstrap_seed: Annotated[int, Field(ge=0)] = 0
+    baselines: Annotated[tuple[str, ...], AfterValidator(distinct)] = (
+        "position_baseline",
+        "text_only_baseline",
+    )
+    recall_at: Annotated[tuple[Count, ...], AfterValidator(distinct)] = (5, 10)
+    n_bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 2000
+    bootstrap_seed: Seed = 0
 
 
 class Deferral(StudyPart):
     """What a plan must keep to: a share of deferred sentences, or an error among the accepted."""
 
-    budgets: tuple[Fraction, ...] = (0.2,)
-    errors: tuple[Fraction, ...] = (0.05,)
+    budgets: Annotated[tuple[Fraction, ...], AfterValidator(distinct)] = (0.2,)
+    errors: Annotated[tuple[Fraction, ...], AfterValidator(distinct)] = (0.05,)
 
 
 class Study(StudyPart):
     """One study."""
 
-    name: str
+    name: Slug
     description: str = ""
     rollouts: Rollouts
-    models: Annotated[dict[str, Model], Field(min_length=1)]
-    settings: Annotated[tuple[str, ...], Field(min_length=1)]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, le=9999)], ...], Field(min_length=1)] = (0,)
+    models: Annotated[dict[Slug, Model], Field(min_length=1)]
+    settings: Annotated[tuple[Slug, ...], Field(min_length=1), AfterValidator(distinct)]
+    seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=9999)], ...],
+        Field(min_length=1),
+        AfterValidator(distinct),
+    ] = (0,)
     labels: Labels = Labels()
     spans: Spans = Spans()
     activations: Activations = Activations()
@@ -263,21 +249,25 @@ class Study(StudyPart):
     deferral: Deferral = Deferral()
 
     @model_validator(mode="after")
-    def _keys_are_sound(self) -> Self:
-        check_slug(self.name, "name")
-        for model in self.models:
-            check_slug(model, f"models.{model}")
-        for setting in self.settings:
-            check_slug(setting, "settings")
-        for name, values in (("settings", self.settings), ("seeds", self.seeds)):
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} repeat: {list(values)}")
-        known = {recipe.name for recipe in self.probes.recipes}
-        missing = sorted(set(self.evaluation.baselines) - known)
+    def _baselines_exist(self) -> Self:
+        known = [recipe.name for recipe in self.probes.recipes]
+        missing = sorted(set(self.evaluation.baselines) - set(known))
         if missing:
-            raise ValueError(
-                f"evaluation.baselines names {missing}, which probes.recipes lacks ({sorted(known)})"
+            raise study_fault(
+                f"evaluation.baselines names {missing}, which probes.recipes lacks",
+                f"name recipes of this study ({', '.join(known)}), or add the missing ones",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tokenizers_exist(self) -> Self:
+        for key, model in self.models.items():
+            has_own = isinstance(model.checkpoint, PretrainedCheckpoint) or model.tokenizer
+            if not has_own and not isinstance(self.rollouts.source, DemoSource):
+                raise study_fault(
+                    f"models.{key} has a stand-in checkpoint and no tokenizer",
+                    f"set models.{key}.tokenizer to a tokenizer folder or a hub id",
+                )
         return self
 
     @property

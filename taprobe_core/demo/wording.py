@@ -1,0 +1,242 @@
+"""A kind of sentence -> its surface forms, tag, summary and what it depends on.
+
+Each kind has two or three forms, so that a resampled sentence may say the same in other words and
+the similarity filter has work to do. When a kind is spoken belongs in `policy`. Invariants: forms
+of one kind carry the same numbers; no two kinds that may stand at the same place share a form, so
+the text tells what the policy did; every sentence has 10 characters or more and exactly one
+closing mark, at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Kind(NamedTuple):
+    """One kind of sentence.
+
+    Attributes:
+        tag: the dataset's function tag.
+        summary: two to four words.
+        uses: kinds, or what they provide, whose latest sentence it depends on.
+        paragraph: probability that it opens a paragraph.
+        forms: surface forms, equally likely.
+    """
+
+    tag: str
+    summary: str
+    uses: tuple[str, ...]
+    paragraph: float
+    forms: tuple[str, ...]
+
+
+def _computation(summary: str, uses: str, paragraph: float, *forms: str) -> Kind:
+    return Kind("active_computation", summary, tuple(uses.split()), paragraph, forms)
+
+
+_FIRST = "setup plan wait_slip"
+
+KINDS: dict[str, Kind] = {
+    "setup": Kind(
+        "problem_setup",
+        "restate the problem",
+        (),
+        0.0,
+        (
+            "We need z, where {givens}.",
+            "The task gives {givens}, and it asks for z.",
+            "Let me write down what is known: {givens}.",
+        ),
+    ),
+    "facts": Kind(
+        "fact_retrieval",
+        "lines build on lines",
+        ("setup",),
+        0.3,
+        (
+            "Each line needs the value of the line above it.",
+            "The value of y follows from x, and z follows from y.",
+        ),
+    ),
+    "opening": Kind(
+        "unknown",
+        "begin the work",
+        (),
+        0.3,
+        ("Okay, let me go step by step.", "Alright, this should not take long."),
+    ),
+    "doubt": Kind(
+        "uncertainty_management",
+        "unsure about order",
+        ("setup",),
+        0.5,
+        ("Hmm, which order is right?", "Hmm, I am not sure where to start."),
+    ),
+    "plan_products": Kind(
+        "plan_generation",
+        "plan: products first",
+        ("setup",),
+        0.7,
+        ("I will do the products first and then the sums.", "The plan is to multiply before adding."),
+    ),
+    "plan_in_order": Kind(
+        "plan_generation",
+        "plan: left to right",
+        ("setup",),
+        0.7,
+        ("I will work from left to right.", "The plan is to take everything in the order it is written."),
+    ),
+    "x_product": _computation(
+        "product in x",
+        _FIRST,
+        0.4,
+        "First, {left} * {right} = {result}.",
+        "Multiplying {left} by {right} gives {result}.",
+    ),
+    "x_sum": _computation(
+        "sum in x",
+        _FIRST,
+        0.4,
+        "First, {left} + {right} = {result}.",
+        "Adding {left} and {right} gives {result}.",
+    ),
+    "x_from_product": _computation(
+        "value of x",
+        "setup x_product",
+        0.2,
+        "Then {left} + {right} = {result}.",
+        "With {left} added, {left} + {right} is {result}.",
+    ),
+    "x_from_sum": _computation(
+        "value of x",
+        "setup x_sum",
+        0.2,
+        "Then {left} * {right} = {result}.",
+        "Times {right}, this is {left} * {right} = {result}.",
+    ),
+    "consolidation": Kind(
+        "result_consolidation",
+        "state x",
+        ("x",),
+        0.2,
+        ("So we have x = {result}.", "This means that x is {result}."),
+    ),
+    "bridge": Kind(
+        "unknown", "turn to z", (), 0.7, ("Now for the second part.", "Good, on to the rest.")
+    ),
+    "y": _computation(
+        "value of y",
+        "setup x",
+        0.5,
+        "Next, y = {left} - {right} = {result}.",
+        "Taking {right} from {left}, y is {result}.",
+    ),
+    "z_product": _computation(
+        "product in z",
+        "setup plan",
+        0.3,
+        "For z, {left} * {right} = {result}.",
+        "The second product, {left} * {right}, is {result}.",
+    ),
+    "z_sum": _computation(
+        "sum in z",
+        "setup plan y",
+        0.3,
+        "For z, {left} + {right} = {result}.",
+        "The next sum, {left} + {right}, is {result}.",
+    ),
+    "z_from_product": _computation(
+        "value of z",
+        "y z_product",
+        0.2,
+        "This gives z = {left} + {right} = {result}.",
+        "Hence {left} + {right} makes z equal to {result}.",
+    ),
+    "z_from_sum": _computation(
+        "value of z",
+        "setup z_sum",
+        0.2,
+        "This gives z = {left} * {right} = {result}.",
+        "Hence {left} * {right} makes z equal to {result}.",
+    ),
+    "check": Kind(
+        "self_checking",
+        "check the steps",
+        ("z",),
+        0.7,
+        ("Let me check the steps once more.", "I should look at this again."),
+    ),
+    "wait_order": Kind(
+        "uncertainty_management",
+        "order was wrong",
+        ("plan", "check"),
+        0.7,
+        ("Wait, products come before sums.", "Wait, left to right was the wrong order."),
+    ),
+    "wait_slip": Kind(
+        "uncertainty_management",
+        "product was wrong",
+        ("x_product", "z_product", "check"),
+        0.7,
+        ("Wait, {left} * {right} is not {shown}.", "Hold on, {shown} is not {left} * {right}."),
+    ),
+    "alarm": Kind(
+        "uncertainty_management",
+        "doubt the order",
+        ("plan", "check"),
+        0.7,
+        ("Wait, is this really the right order?", "Hmm, maybe the order was wrong."),
+    ),
+    "stay": Kind(
+        "uncertainty_management",
+        "keep the order",
+        ("alarm",),
+        0.1,
+        ("No, the order was fine.", "No, I can keep this result."),
+    ),
+    "move": Kind(
+        "plan_generation",
+        "switch to left-to-right",
+        ("alarm",),
+        0.1,
+        ("I should go from left to right instead.", "It is better to follow the written order."),
+    ),
+    "approval": Kind(
+        "self_checking",
+        "steps look right",
+        ("check",),
+        0.1,
+        ("That looks right.", "Everything is consistent.", "Yes, all of this is fine."),
+    ),
+    "answer": Kind(
+        "final_answer_emission",
+        "give the answer",
+        ("z",),
+        0.8,
+        ("So the answer is {result}.", "Therefore, z is {result} in the end."),
+    ),
+}
+"""Every kind of sentence, by name."""
+
+_PROVIDES = {
+    **dict.fromkeys(("plan_products", "plan_in_order", "wait_order", "move"), "plan"),
+    **dict.fromkeys(("x_from_product", "x_from_sum"), "x"),
+    **dict.fromkeys(("z_from_product", "z_from_sum"), "z"),
+}
+"""What a kind gives to later sentences, where several kinds give the same."""
+
+
+def dependencies(kinds: Sequence[str]) -> list[tuple[int, ...]]:
+    """Return, per sentence, the ascending indices of the earlier sentences that it uses.
+
+    Args:
+        kinds: the kinds of a trace's sentences, in order. Of each thing used, only the latest
+            earlier sentence counts: a redone step replaces the first attempt.
+    """
+    latest: dict[str, int] = {}
+    found = []
+    for index, kind in enumerate(kinds):
+        found.append(tuple(sorted({latest[use] for use in KINDS[kind].uses if use in latest})))
+        latest[_PROVIDES.get(kind, kind)] = index
+    return found

@@ -1,0 +1,34 @@
+"""Rollouts: from a source of dataset files to checked tables.
+
+`sources` and `hub` find files, `strict_json` and `parse` read one problem, `read` makes the tables
+of one model and setting. What the published measures mean as labels belongs in `labels`.
+"""
+
+from taprobe_core.rollouts.parse import ProblemRecord, parse_problem
+from taprobe_core.rollouts.read import (
+    RolloutTables,
+    choose_problems,
+    content_digest,
+    read_rollouts,
+)
+from taprobe_core.rollouts.sources import (
+    FILE_NAMES,
+    FolderRollouts,
+    RolloutSource,
+    max_rollouts,
+    open_source,
+)
+
+__all__ = [
+    "FILE_NAMES",
+    "FolderRollouts",
+    "ProblemRecord",
+    "RolloutSource",
+    "RolloutTables",
+    "choose_problems",
+    "content_digest",
+    "max_rollouts",
+    "open_source",
+    "parse_problem",
+    "read_rollouts",
+]

@@ -1,0 +1,223 @@
+"""From a source to the tables of one model and setting: choose problems, read, check.
+
+A problem that cannot be read is left out with its reason, or fails the whole, as the study says. A
+source that cannot be reached always fails: it says nothing about a problem. Rows are ordered by
+problem and sentence, whatever order the files came in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandera.polars as pa
+import polars as pl
+
+from taprobe_core import tables
+from taprobe_core.errors import DataError, NotEnoughDataError, SourceUnavailableError
+from taprobe_core.rollouts.parse import ProblemRecord, parse_problem
+from taprobe_core.rollouts.sources import FILE_NAMES, RolloutSource
+from taprobe_core.study.config import Model, Rollouts
+
+_THREADS = 8
+_ABSENT = "absent"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RolloutTables:
+    """Tables of one model and setting, each keeping its contract in `tables`."""
+
+    problems: pl.DataFrame
+    sentences: pl.DataFrame
+    skipped: pl.DataFrame
+
+
+def choose_problems(available: Sequence[int], rollouts: Rollouts) -> list[int]:
+    """Return the problems to read, ascending.
+
+    The pool is `problem_ids` where given, else what is available. With `max_problems` below the
+    size of the pool, that many are drawn from the sorted pool without replacement by
+    `random.Random(sample_seed).sample`. A requested id that is not available stays in: reading it
+    says so.
+
+    Args:
+        available: problem ids of the source, in any order.
+        rollouts: the study's `rollouts`.
+    """
+    pool = sorted(set(available if rollouts.problem_ids is None else rollouts.problem_ids))
+    wanted = rollouts.max_problems
+    if wanted is None or wanted >= len(pool):
+        return pool
+    # Reproducibility, not secrecy.
+    return sorted(random.Random(rollouts.sample_seed).sample(pool, wanted))  # noqa: S311
+
+
+def content_digest(source: RolloutSource, model: Model, rollouts: Rollouts, setting: str) -> str:
+    """Return a sha256 that changes whenever what `read_rollouts` reads changes.
+
+    Where the source's identity names a revision, files cannot change: the digest is over identity,
+    place and chosen ids, and nothing is fetched. Otherwise it is over (problem id, file name,
+    sha256 of the bytes) of the chosen problems, so that a mirror may move.
+
+    Raises:
+        DataError: the problems cannot be listed, or a file cannot be read.
+    """
+    place = (model.rollouts_dir, rollouts.sampling, setting)
+    chosen = _chosen(source, rollouts, place)
+    identity = source.identity()
+    if "revision" in identity:
+        return _sha256(json.dumps([identity, place, chosen], sort_keys=True).encode())
+    rows = [
+        (problem_id, name, _file_digest(source, place, problem_id, name))
+        for problem_id in chosen
+        for name in FILE_NAMES
+    ]
+    return _sha256(json.dumps(rows).encode())
+
+
+def read_rollouts(
+    source: RolloutSource, model: Model, rollouts: Rollouts, setting: str
+) -> RolloutTables:
+    """Read the chosen problems of one model and setting.
+
+    Args:
+        source: opened source.
+        model: gives `rollouts_dir`.
+        rollouts: the study's `rollouts`.
+        setting: folder below the sampling folder.
+
+    Returns:
+        Tables sorted by problem_id and sentence_idx. `skipped` has a row per problem left out; it
+        stays empty where `on_bad_problem` is `fail`.
+
+    Raises:
+        NotEnoughDataError: no problem is left; gives the first reasons.
+        SourceUnavailableError: the source cannot be reached.
+        DataError: a folder of the path does not exist; or a problem cannot be read and
+            `on_bad_problem` is `fail`.
+    """
+    place = (model.rollouts_dir, rollouts.sampling, setting)
+    available = source.list_problems(*place)
+    chosen = choose_problems(available, rollouts)
+    present = set(available)
+    where = "/".join(place)
+
+    def read_one(problem_id: int) -> ProblemRecord | DataError:
+        try:
+            if problem_id not in present:
+                raise _no_such_problem(problem_id, available, where)
+            files = {name: source.fetch(*place, problem_id, name) for name in FILE_NAMES}
+            return parse_problem(files, problem_id)
+        except SourceUnavailableError:
+            raise
+        except DataError as error:
+            if rollouts.on_bad_problem == "fail":
+                raise
+            return error
+
+    results = _in_threads(read_one, chosen)
+    records = [result for result in results if isinstance(result, ProblemRecord)]
+    skipped = [
+        _skipped_row(problem_id, result)
+        for problem_id, result in zip(chosen, results, strict=True)
+        if isinstance(result, DataError)
+    ]
+    if not records:
+        raise _nothing_read(skipped, where)
+    return RolloutTables(
+        _table([record.problem for record in records], tables.PROBLEMS, where),
+        _table([row for record in records for row in record.sentences], tables.SENTENCES, where),
+        _table(skipped, tables.SKIPPED, where),
+    )
+
+
+def _chosen(source: RolloutSource, rollouts: Rollouts, place: tuple[str, str, str]) -> list[int]:
+    # Named problems need no listing, so that a pinned study plans without a network.
+    available = source.list_problems(*place) if rollouts.problem_ids is None else []
+    return choose_problems(available, rollouts)
+
+
+def _file_digest(
+    source: RolloutSource, place: tuple[str, str, str], problem_id: int, name: str
+) -> str:
+    try:
+        path = source.fetch(*place, problem_id, name)
+    except SourceUnavailableError:
+        raise
+    except DataError:
+        return _ABSENT
+    return _sha256(_bytes(path))
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"the file cannot be read ({error.strerror})",
+            str(path),
+            "make it a file that this user can read, or leave its problem out with "
+            "rollouts.problem_ids",
+        ) from error
+
+
+def _in_threads(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
+    """Map in order; the first failure cancels what has not begun."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _table(rows: list[dict[str, Any]], schema: pa.DataFrameSchema, where: str) -> pl.DataFrame:
+    types = {name: column.type for name, column in schema.dtypes.items()}
+    return tables.check_table(pl.DataFrame(rows, schema=types), schema, where)
+
+
+def _skipped_row(problem_id: int, error: DataError) -> dict[str, Any]:
+    return {
+        "problem_id": problem_id,
+        "stage": "rollouts",
+        "error": type(error).__name__,
+        "what": error.what,
+        "where": error.where,
+        "fix": error.fix,
+    }
+
+
+def _no_such_problem(problem_id: int, available: Sequence[int], where: str) -> DataError:
+    shown = ", ".join(map(str, available[:10])) + (", ..." if available[10:] else "")
+    return DataError(
+        f"no problem {problem_id} (there is: {shown or 'none'})",
+        where,
+        f"take {problem_id} out of rollouts.problem_ids",
+    )
+
+
+def _nothing_read(skipped: Sequence[dict[str, Any]], where: str) -> NotEnoughDataError:
+    if not skipped:
+        return NotEnoughDataError(
+            "no problem_<id> folder", where, "point the study at a folder that holds problems"
+        )
+    reasons = "; ".join(
+        f"problem {row['problem_id']}: {row['what']} in {row['where']}" for row in skipped[:3]
+    )
+    return NotEnoughDataError(
+        f"none of {len(skipped)} problem(s) could be read ({reasons})",
+        where,
+        f"problem {skipped[0]['problem_id']}: {skipped[0]['fix']}",
+    )
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

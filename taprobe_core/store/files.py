@@ -1,0 +1,209 @@
+"""The three file forms of an artifact: Parquet, safetensors, JSON.
+
+Turns a table, named tensors or a JSON value into a file and back. Durability, hashes and names
+belong to the store: these functions run inside its `write(folder)` callbacks, before the fsync.
+Invariants: read(write(x)) is x; the same x gives the same bytes; no file can run code.
+Source of the tensor format: the safetensors README (8-byte length, JSON header, raw data).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from safetensors import SafetensorError
+
+from taprobe_core.errors import ArtifactError, CorruptArtifactError, NonFiniteError
+from taprobe_core.store.canonical import NotJsonError, canonical_json
+from taprobe_core.store.manifest import DISCARD
+
+if TYPE_CHECKING:
+    import torch
+
+TABLE_SUFFIX = ".parquet"
+TENSORS_SUFFIX = ".safetensors"
+JSON_SUFFIX = ".json"
+
+_LENGTH = struct.Struct("<Q")
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def write_table(path: Path, frame: pl.DataFrame) -> None:
+    """Write a table as Parquet (zstd).
+
+    Args:
+        path: file to make; its name ends in `.parquet`.
+        frame: any table.
+
+    Raises:
+        ArtifactError: another suffix.
+    """
+    _check_suffix(path, TABLE_SUFFIX)
+    frame.write_parquet(path, compression="zstd")
+
+
+def read_table(path: Path) -> pl.DataFrame:
+    """Read a table written by `write_table`.
+
+    Raises:
+        CorruptArtifactError: the file is not Parquet.
+    """
+    try:
+        return pl.read_parquet(path, glob=False, hive_partitioning=False)
+    except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+        raise CorruptArtifactError(
+            f"file is not Parquet ({_first_line(error)})", str(path), DISCARD
+        ) from None
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write named tensors as safetensors.
+
+    Tensors may be views, share memory or live on a device; each is written out whole.
+
+    Args:
+        path: file to make; its name ends in `.safetensors`.
+        tensors: dense tensors of any shape and type.
+        metadata: text kept in the file's header, for example dimension names.
+
+    Raises:
+        ArtifactError: another suffix.
+    """
+    from safetensors.torch import save_file  # torch takes seconds to import
+
+    _check_suffix(path, TENSORS_SUFFIX)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(_separate(tensors), path, metadata=dict(metadata) if metadata else None)
+    # save_file leaves the file readable by its owner only, and its metadata in random order.
+    path.chmod(mode)
+    if metadata:
+        _sort_metadata(path)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read tensors written by `write_tensors`, onto the CPU.
+
+    Raises:
+        CorruptArtifactError: the file is not safetensors.
+    """
+    from safetensors.torch import load_file  # torch takes seconds to import
+
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise CorruptArtifactError(
+            f"file is not safetensors ({_first_line(error)})", str(path), DISCARD
+        ) from None
+    return tensors
+
+
+def tensor_header(path: Path) -> dict[str, Any]:
+    """Read the header of a safetensors file without its data and without torch.
+
+    Returns:
+        Mapping of tensor name to `dtype`, `shape` and `data_offsets`, and `__metadata__`.
+
+    Raises:
+        CorruptArtifactError: the header is cut, not JSON, or does not cover the file exactly.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_LENGTH.size)
+        length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else size
+        raw = file.read(length) if length <= min(size, _MAX_HEADER_BYTES) else b""
+    try:
+        header: dict[str, Any] = json.loads(raw)
+        ends = [info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"]
+        is_covered = max(ends, default=0) == size - _LENGTH.size - length
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        is_covered = False
+    if not is_covered:
+        raise CorruptArtifactError("file is not safetensors (bad header)", str(path), DISCARD)
+    return header
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Write a JSON value with sorted keys; tuples become lists.
+
+    Args:
+        path: file to make; its name ends in `.json`.
+        obj: mappings with text keys, lists, text, finite numbers, booleans, None.
+
+    Raises:
+        NonFiniteError: a number is NaN or infinite; names its path in `obj`.
+        ArtifactError: JSON cannot hold a value, or another suffix.
+    """
+    _check_suffix(path, JSON_SUFFIX)
+    try:
+        text = canonical_json(obj, indent=1)
+    except NotJsonError as error:
+        if error.is_number:
+            raise NonFiniteError(
+                f"{error.found} cannot be stored",
+                f"{path.name}, {error.at}",
+                "store None where a value is undefined, and say why beside it",
+            ) from None
+        raise ArtifactError(
+            f"JSON cannot hold {error.found}", f"{path.name}, {error.at}", "convert it first"
+        ) from None
+    path.write_text(text + "\n", encoding="ascii")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON value written by `write_json`.
+
+    Raises:
+        CorruptArtifactError: not JSON, or a number that JSON does not know.
+    """
+    try:
+        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CorruptArtifactError(
+            f"file is not JSON ({_first_line(error)})", str(path), DISCARD
+        ) from None
+
+
+def _check_suffix(path: Path, suffix: str) -> None:
+    # The store tells what a file holds by its suffix; a wrong one would leave it unchecked.
+    if path.suffix != suffix:
+        raise ArtifactError(
+            f"file name {path.name!r} does not end in {suffix!r}", str(path.parent), f"add {suffix!r}"
+        )
+
+
+def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    separate: dict[str, torch.Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        dense = tensor.detach().cpu().contiguous()
+        storage = dense.untyped_storage().data_ptr()
+        separate[name] = dense.clone() if storage in taken else dense
+        taken.add(storage)
+    return separate
+
+
+def _sort_metadata(path: Path) -> None:
+    with path.open("r+b") as file:
+        length = _LENGTH.unpack(file.read(_LENGTH.size))[0]
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # Only the order changes, so the length cannot; if it did, the data would be overwritten.
+        if len(ordered) <= length:
+            file.seek(_LENGTH.size)
+            file.write(ordered.ljust(length))
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,150 @@
+"""Name artifacts: stage, partition and a fingerprint of everything that decides the content.
+
+Turns a stage's code version, its slice of the study and the identities of its inputs into one short
+hash; same inputs, same name, so nothing is computed twice and nothing stale is reused. Where an
+artifact lives belongs in `backend`. Invariant: a checked key is a path inside the store on every
+file system, and a partition never looks like a version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from taprobe_core.errors import ConfigError
+from taprobe_core.store.canonical import NotJsonError, canonical_json
+
+FINGERPRINT_LENGTH = 20
+"""Hex characters, 80 bits: a collision is unlikely below some 10^11 artifacts."""
+
+MAX_DEPTH = 8
+
+_FINGERPRINT = re.compile(r"[0-9a-f]{16,32}")
+_PART = re.compile(r"[a-z0-9][a-z0-9@L._-]{0,99}")
+_RESERVED = frozenset(
+    ["con", "prn", "aux", "nul", "current"]
+    + [f"{device}{n}" for device in ("com", "lpt") for n in range(1, 10)]
+)
+
+
+class ArtifactKey(NamedTuple):
+    """The name of one artifact; `str()` gives its path inside the store.
+
+    `partition` holds slugs, sites and trials; it is empty for a stage without partitions.
+    """
+
+    stage: str
+    partition: tuple[str, ...]
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return "/".join((self.stage, *self.partition, self.fingerprint))
+
+
+def fingerprint(
+    stage: str, code_version: str, config: Mapping[str, Any], upstream: Sequence[str]
+) -> str:
+    """Hash everything that decides an artifact's content.
+
+    The first 20 hex characters of the sha256 of the canonical JSON of the four arguments. A tuple
+    equals a list and the order of keys is irrelevant; any other change, also 1 against 1.0 and the
+    order of `upstream`, gives another fingerprint.
+
+    Args:
+        stage: stage name.
+        code_version: version of the stage's code; a new one makes every artifact new.
+        config: the slice of the study that the stage depends on, JSON values only.
+        upstream: identities of the inputs: fingerprints, revisions, digests.
+
+    Returns:
+        20 characters of 0-9 a-f.
+
+    Raises:
+        ConfigError: JSON cannot hold a value (NaN, infinity, an object); names its path.
+
+    Example:
+        >>> fingerprint("labels", "1", {"k": (1, 2)}, []) == fingerprint(
+        ...     "labels", "1", {"k": [1, 2]}, []
+        ... )
+        True
+    """
+    parts = {
+        "code_version": code_version,
+        "config": config,
+        "stage": stage,
+        "upstream": list(upstream),
+    }
+    try:
+        text = canonical_json(parts)
+    except NotJsonError as error:
+        raise ConfigError(
+            f"{error.found} cannot be part of a fingerprint",
+            f"stage {stage!r}, {error.at}",
+            "use finite numbers, text, lists and mappings with text keys "
+            "(for a pydantic model: model_dump(mode='json'))",
+        ) from None
+    return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_LENGTH]
+
+
+def is_fingerprint(text: str) -> bool:
+    """Tell whether `text` has the form of a fingerprint: 16 to 32 characters of 0-9 a-f."""
+    return _FINGERPRINT.fullmatch(text) is not None
+
+
+def is_part(text: str) -> bool:
+    """Tell whether `text` may name a stage or stand in a partition."""
+    return (
+        _PART.fullmatch(text) is not None
+        and not text.endswith(".")
+        and text.split(".")[0] not in _RESERVED
+        and not is_fingerprint(text)
+    )
+
+
+def check_partition(stage: str, partition: Sequence[str]) -> None:
+    """Refuse a stage or a partition that could leave the store or be taken for a version.
+
+    Raises:
+        ConfigError: not 1-100 characters of `a-z 0-9 @ L . _ -` starting with a letter or digit; a
+            device name; the form of a fingerprint; more than 8 parts. Lists every fault.
+    """
+    faults = [repr(part) for part in (stage, *partition) if not is_part(part)]
+    if len(partition) > MAX_DEPTH:
+        faults.append(f"{len(partition)} parts")
+    if faults:
+        raise ConfigError(
+            f"{', '.join(faults)} cannot be part of an artifact's name",
+            f"stage {stage!r}, partition {tuple(partition)!r}",
+            "use 1-100 characters of a-z, 0-9, '@', 'L', '.', '_' and '-', starting with a letter "
+            "or digit, no device name such as 'con', nothing like a fingerprint, at most "
+            f"{MAX_DEPTH} parts",
+        )
+
+
+def check_key(key: ArtifactKey) -> ArtifactKey:
+    """Return `key` if it names a place inside the store.
+
+    Raises:
+        ConfigError: as `check_partition`, or the fingerprint is not 16-32 characters of 0-9 a-f.
+    """
+    check_partition(key.stage, key.partition)
+    if not is_fingerprint(key.fingerprint):
+        raise ConfigError(
+            f"{key.fingerprint!r} is not a fingerprint",
+            f"artifact {str(key)!r}",
+            "make it with taprobe_core.store.fingerprint",
+        )
+    return key
+
+
+def parse_key(text: str) -> ArtifactKey:
+    """Parse `stage/part/.../fingerprint`, the form that `str(key)` gives.
+
+    Raises:
+        ConfigError: `text` has another form.
+    """
+    stage, *partition = text.split("/")
+    version = partition.pop() if partition else ""
+    return check_key(ArtifactKey(stage, tuple(partition), version))

@@ -1,0 +1,201 @@
+"""The manifest: what an artifact holds, what it was made from, by whom and when.
+
+Turns a `Manifest` into the bytes of `manifest.json` and back. Comparing a manifest with the files
+beside it belongs in `integrity`. Invariant: the bytes are the one canonical spelling of the content
+and carry their own sha256, so a change of any byte is seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from platform import python_version
+from typing import Annotated, Any, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+
+from taprobe_core.errors import CorruptArtifactError, StaleArtifactError
+from taprobe_core.store.canonical import NotJsonError, canonical_json
+from taprobe_core.store.fingerprint import ArtifactKey
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+DISCARD = "run `taprobe verify --discard`, then run the stage again"
+
+_Count = Annotated[int, Field(ge=0)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ManifestPart(BaseModel):
+    """Base of every part: frozen, unknown keys refused, no coercion, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TensorInfo(ManifestPart):
+    """Type (as safetensors names it, for example F16) and shape of one tensor."""
+
+    dtype: str
+    shape: tuple[_Count, ...]
+
+
+class TensorsContent(ManifestPart):
+    """A safetensors file: its tensors and its own metadata."""
+
+    kind: Literal["tensors"] = "tensors"
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+class TableContent(ManifestPart):
+    """A Parquet file: its rows and the type of each column, as polars names it."""
+
+    kind: Literal["table"] = "table"
+    n_rows: _Count
+    columns: dict[str, str]
+
+
+class PlainContent(ManifestPart):
+    """A JSON file, or bytes that the store does not look into."""
+
+    kind: Literal["json", "bytes"]
+
+
+class FileRecord(ManifestPart):
+    """One file: its size, the sha256 of its bytes, what it holds."""
+
+    size_bytes: _Count
+    sha256: _Sha256
+    content: Annotated[
+        TensorsContent | TableContent | PlainContent, Field(discriminator="kind")
+    ]
+
+
+class Writer(ManifestPart):
+    """The process that wrote the artifact; `run_id` is TAPROBE_RUN_ID, where set."""
+
+    host: str
+    pid: _Count
+    run_id: str | None
+
+
+class Manifest(ManifestPart):
+    """Everything known about one artifact.
+
+    `sequence` counts the versions of a partition from 1 in the order of their commits and, unlike
+    `created_at` (UTC), never goes back. `config` is the slice of the study, `provenance` is free.
+    `files` is keyed by path relative to the artifact, with `/`; the manifest itself is not in it.
+    """
+
+    format: Literal["taprobe-artifact"] = "taprobe-artifact"
+    schema_version: Literal[1] = 1
+    stage: str
+    partition: tuple[str, ...]
+    fingerprint: str
+    sequence: Annotated[int, Field(ge=1)]
+    created_at: AwareDatetime
+    code_version: str
+    config: dict[str, Any]
+    upstream: tuple[tuple[str, tuple[str, ...], str], ...]
+    provenance: dict[str, Any]
+    versions: dict[str, str]
+    writer: Writer
+    files: dict[str, FileRecord]
+
+    @property
+    def key(self) -> ArtifactKey:
+        """The artifact's own key."""
+        return ArtifactKey(self.stage, self.partition, self.fingerprint)
+
+    @property
+    def upstream_keys(self) -> tuple[ArtifactKey, ...]:
+        """Keys of the artifacts that this one was made from."""
+        return tuple(ArtifactKey(*parts) for parts in self.upstream)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files, without the manifest."""
+        return sum(record.size_bytes for record in self.files.values())
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a result; absent ones are left out."""
+    found = {"python": python_version()}
+    for name in ("taprobe", "torch", "transformers", "tokenizers", "polars", "safetensors", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def render_manifest(manifest: Manifest) -> bytes:
+    """Spell a manifest: sorted keys, one value per line, with `sha256` over all the rest.
+
+    `sha256` is the hash of the canonical JSON (no spaces) of every other field.
+
+    Raises:
+        NotJsonError: `config` or `provenance` holds what JSON cannot.
+    """
+    body = manifest.model_dump(mode="json")
+    body["config"], body["provenance"] = manifest.config, manifest.provenance
+    digest = hashlib.sha256(canonical_json(body).encode()).hexdigest()
+    return (canonical_json({**body, "sha256": digest}, indent=1) + "\n").encode()
+
+
+def parse_manifest(raw: bytes, where: str) -> Manifest:
+    """Read a manifest and check that no byte of it was changed.
+
+    Args:
+        raw: bytes of `manifest.json`.
+        where: its place, for the message.
+
+    Raises:
+        StaleArtifactError: of another schema version; names both.
+        CorruptArtifactError: not JSON, a missing or unknown field, or not the bytes that this
+            content is spelled with.
+    """
+    content = _content(raw, where)
+    found = content.pop("sha256", None)
+    try:
+        manifest = Manifest.model_validate_json(canonical_json(content))
+        expected = render_manifest(manifest)
+    except (ValidationError, NotJsonError) as error:
+        raise CorruptArtifactError(
+            f"manifest breaks its format ({_faults(error)})", where, DISCARD
+        ) from None
+    if raw != expected:
+        own = json.loads(expected)["sha256"]
+        raise CorruptArtifactError(
+            f"manifest was changed (expected sha256 {found}, found {own})", where, DISCARD
+        )
+    return manifest
+
+
+def _content(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise CorruptArtifactError(
+            f"manifest is not JSON (starts with {raw[:40]!r})", where, DISCARD
+        ) from None
+    if not isinstance(content, dict):
+        raise CorruptArtifactError("manifest is not a JSON object", where, DISCARD)
+    found = content.get("schema_version")
+    if type(found) is int and found != SCHEMA_VERSION:
+        raise StaleArtifactError(
+            f"manifest has schema version {found}, this program reads {SCHEMA_VERSION}",
+            where,
+            "use the version of taprobe that wrote it, or " + DISCARD,
+        )
+    return content
+
+
+def _faults(error: ValidationError | NotJsonError) -> str:
+    if isinstance(error, NotJsonError):
+        return str(error)
+    shown = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
+    return "; ".join(shown)

@@ -1,0 +1,217 @@
+"""Read the YAML text of a study into plain values that know their lines.
+
+Only what a study needs is accepted: mappings with text keys, lists, text, numbers, true, false and
+null, by the rules of YAML 1.2 (so `no` is text and `1e-3` a number). Whatever YAML would let pass
+in silence is a fault here: a key given twice, NaN, infinity, tags. What the values mean belongs in
+`config`; the invariant here is that a hostile file costs no more than its own size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from taprobe_core.study.environment import ExpansionError, expand
+from taprobe_core.study.faults import Fault, KeyPath, fault_error, key_name, shown
+
+MAX_CHARACTERS = 1_000_000
+_MAX_NODES = 10_000
+_MAX_DEPTH = 20
+_MAX_DIGITS = 100
+_TAG = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that resolves plain scalars by YAML 1.2's core schema."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - the base class's own declaration
+
+
+for _kind, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+):
+    _Loader.add_implicit_resolver(f"{_TAG}{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+@dataclass
+class Document:
+    """Plain values of a study file, with what was wrong so far.
+
+    Attributes:
+        values: mappings, lists and scalars; None where a fault stands.
+        lines: line of each value, counted from 1, by its path.
+        faults: duplicate keys, NaN, unset variables and the like.
+    """
+
+    values: Any = None
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+
+    def line(self, path: KeyPath) -> int | None:
+        """Line of a value, or of the nearest part around it that stands in the file."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path)
+
+
+def read_document(text: str, where: str, environ: Mapping[str, str]) -> Document:
+    """Read a study's text.
+
+    Args:
+        text: YAML.
+        where: the file, for messages.
+        environ: environment variables for `${VAR}` in text values.
+
+    Returns:
+        Values with their lines; faults that leave the rest readable are collected in it.
+
+    Raises:
+        ConfigError: not YAML, empty, not a mapping, too large, too deep, or aliases that expand
+            beyond 10,000 values.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise fault_error(
+            [_whole(f"{len(text):,} characters", "a study has at most 1,000,000")], where
+        )
+    root = _compose(text, where)
+    if root is None:
+        raise fault_error([_whole("an empty study", "start from studies/demo.yaml")], where)
+    if not isinstance(root, yaml.MappingNode):
+        fix = "begin with `name: ...`, as studies/demo.yaml does"
+        raise fault_error([_whole("a study that is not a mapping of keys to values", fix)], where)
+    builder = _Builder(where, environ)
+    builder.document.values = builder.build(root, ())
+    builder.report_unset()
+    return builder.document
+
+
+def _whole(what: str, fix: str) -> Fault:
+    return Fault((), None, what, fix)
+
+
+def _compose(text: str, where: str) -> yaml.Node | None:
+    loader = None
+    try:
+        loader = _Loader(text)
+        node: yaml.Node | None = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        line = mark.line + 1 if mark else None
+        fix = "correct the YAML there; indent with blanks, and quote text that holds ': ' or '#'"
+        raise fault_error([Fault((), line, f"not YAML: {what}", fix)], where) from None
+    except yaml.YAMLError as error:
+        what = f"not YAML: {str(error).splitlines()[0]}"
+        raise fault_error([_whole(what, "remove characters that are not text")], where) from None
+    except RecursionError:
+        raise fault_error([_whole("brackets nested too deep", "write it flatter")], where) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    return node
+
+
+class _Builder:
+    """Walks the YAML nodes once, aliases included, so that their number can be limited."""
+
+    def __init__(self, where: str, environ: Mapping[str, str]) -> None:
+        self.document = Document()
+        self.where = where
+        self.environ = environ
+        self.n_nodes = 0
+        self.unset: dict[str, list[KeyPath]] = defaultdict(list)
+
+    def build(self, node: yaml.Node, path: KeyPath) -> Any:
+        self.n_nodes += 1
+        self.document.lines.setdefault(path, node.start_mark.line + 1)
+        if len(path) > _MAX_DEPTH or self.n_nodes > _MAX_NODES:
+            line = self.document.line(path)
+            what = f"more than {_MAX_DEPTH} levels or {_MAX_NODES:,} values, aliases expanded"
+            fault = Fault(path[:3], line, what, "write the values out, without nested aliases")
+            raise fault_error([fault], self.where)
+        if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
+            return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, path)
+        return self._fault(path, f"tag {shown(node.tag)}", "remove the tag")
+
+    def report_unset(self) -> None:
+        for name, paths in self.unset.items():
+            others = ", ".join(key_name(path) for path in paths[1:])
+            what = f"environment variable {name} is not set" + (
+                f" (also {others})" if others else ""
+            )
+            self._fault(paths[0], what, f"export {name}=..., or write ${{{name}:-default}}")
+
+    def _fault(self, path: KeyPath, what: str, fix: str) -> None:
+        self.document.faults.append(Fault(path, self.document.line(path), what, fix))
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag != f"{_TAG}str":
+                what = f"a key that is not text: {shown(str(key_node.value))}"
+                self.document.faults.append(Fault(path, line, what, "put the key in quotes"))
+                continue
+            key = str(key_node.value)
+            here = (*path, key)
+            if key in values:
+                what = f"key {shown(key)} given again, first on line {self.document.lines[here]}"
+                self.document.faults.append(Fault(here, line, what, "keep one of the two"))
+                continue
+            self.document.lines[here] = line
+            values[key] = self.build(value_node, here)
+        return values
+
+    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
+        text = str(node.value)
+        kind = node.tag.removeprefix(_TAG)
+        if kind == "str":
+            return self._text(text, path)
+        if kind == "null":
+            return None
+        if kind == "bool" and text.lower() in {"true", "false"}:
+            return text.lower() == "true"
+        if kind in {"int", "float"}:
+            return self._number(text, kind, path)
+        return self._fault(path, f"tag {shown(node.tag)}", "remove the tag")
+
+    def _number(self, text: str, kind: str, path: KeyPath) -> int | float | None:
+        try:
+            value = int(text) if kind == "int" else float(text.lower().replace(".inf", "inf"))
+        except ValueError:
+            value = math.nan
+        if len(text) > _MAX_DIGITS or not math.isfinite(value):
+            return self._fault(path, f"found {shown(text)}", "give a finite number")
+        return value
+
+    def _text(self, text: str, path: KeyPath) -> str | None:
+        try:
+            value, unset = expand(text, self.environ)
+        except ExpansionError as error:
+            fix = "write ${VAR} or ${VAR:-default}; for a literal ${ write $${"
+            return self._fault(path, f"{error} in {shown(text)}", fix)
+        for name in unset:
+            if path not in self.unset[name]:
+                self.unset[name].append(path)
+        if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value):
+            return self._fault(
+                path, f"{shown(value)} holds a character that no text has", "remove it"
+            )
+        return None if unset else value

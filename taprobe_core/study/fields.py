@@ -1,0 +1,60 @@
+"""Types that the parts of a study share: names, seeds, counts, and the fault with its remedy.
+
+What belongs here constrains one value. What relates two values belongs to the part that holds both.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from taprobe_core.errors import ConfigError
+from taprobe_core.keys import check_slug
+
+
+class StudyPart(BaseModel):
+    """Base of every part: frozen, unknown keys refused, no coercion, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def study_fault(what: str, fix: str) -> PydanticCustomError:
+    """Return a fault that keeps its remedy; `study.wording` reads both from the context.
+
+    Args:
+        what: what was found, in one sentence without a full stop.
+        fix: the edit to make.
+    """
+    return PydanticCustomError("study", "{what}: {fix}", {"what": what, "fix": fix})
+
+
+def _slug(value: str) -> str:
+    try:
+        return check_slug(value, "")
+    except ConfigError as error:
+        raise study_fault(error.what, error.fix or "") from None
+
+
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return `values`, of which none may repeat; raises a `study_fault` naming those that do."""
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise study_fault(f"{repeated} given more than once", "give each value once")
+    return values
+
+
+FOLDER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"
+HUB_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$"
+COMMIT_SHA = r"^[0-9a-f]{40}$"
+
+Slug = Annotated[str, AfterValidator(_slug)]
+FolderName = Annotated[str, Field(pattern=FOLDER_NAME)]
+HubId = Annotated[str, Field(pattern=HUB_ID)]
+CommitSha = Annotated[str, Field(pattern=COMMIT_SHA)]
+LocalPath = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Index = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

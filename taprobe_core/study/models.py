@@ -1,0 +1,105 @@
+"""The part of a study that names models: rollouts folder, checkpoint, tokenizer, layers.
+
+Finding and loading what it names belongs in `taprobe_core.checkpoints`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from taprobe_core.study.fields import (
+    CommitSha,
+    Count,
+    FolderName,
+    Index,
+    LocalPath,
+    Seed,
+    StudyPart,
+    study_fault,
+)
+
+Layers = Literal["all", "quartiles", "mid"] | tuple[Index, ...]
+
+
+class StandInCheckpoint(StudyPart):
+    """A tiny seeded checkpoint of random weights, built by code: a stand-in or a control."""
+
+    kind: Literal["stand_in"]
+    architecture: Literal["qwen2", "llama"]
+    n_layers: Annotated[int, Field(ge=1, le=128)] = 4
+    d_model: Annotated[int, Field(ge=8, le=16384)] = 64
+    n_heads: Count = 4
+    n_kv_heads: Count = 2
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.d_model % (2 * self.n_heads):
+            raise study_fault(
+                f"d_model {self.d_model} does not give {self.n_heads} heads of an even width",
+                f"make d_model a multiple of {2 * self.n_heads}, or change n_heads",
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise study_fault(
+                f"{self.n_heads} heads cannot share {self.n_kv_heads} key-value heads evenly",
+                "make n_heads a multiple of n_kv_heads",
+            )
+        return self
+
+
+class PretrainedCheckpoint(StudyPart):
+    """A `from_pretrained` folder, or a hub model `org/name` at a commit sha (null: resolve one)."""
+
+    kind: Literal["pretrained"]
+    path: LocalPath
+    revision: CommitSha | None = None
+
+
+Checkpoint = Annotated[StandInCheckpoint | PretrainedCheckpoint, Field(discriminator="kind")]
+
+
+class Model(StudyPart):
+    """One model: where its rollouts, its weights and its tokenizer are, and which layers to read.
+
+    `n_layers` is the depth of the checkpoint; it is stated so that partitions need no download,
+    and checked against the checkpoint before the first forward pass. `tokenizer` is a folder or a
+    hub id, `org/name` or `org/name@sha`; null takes the checkpoint's own.
+    """
+
+    rollouts_dir: FolderName
+    checkpoint: Checkpoint
+    n_layers: Annotated[int, Field(ge=1, le=999)]
+    tokenizer: LocalPath | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    layers: Layers = "all"
+
+    @model_validator(mode="after")
+    def _layers_exist(self) -> Self:
+        if isinstance(self.layers, tuple):
+            beyond = [layer for layer in self.layers if layer >= self.n_layers]
+            if beyond or not self.layers or len(set(self.layers)) < len(self.layers):
+                raise study_fault(
+                    f"layers {list(self.layers)} of a model with {self.n_layers} layers",
+                    f"give block indices from 0 to {self.n_layers - 1}, each once",
+                )
+        checkpoint = self.checkpoint
+        if isinstance(checkpoint, StandInCheckpoint) and checkpoint.n_layers != self.n_layers:
+            raise study_fault(
+                f"n_layers is {self.n_layers}, its stand-in checkpoint has {checkpoint.n_layers}",
+                "make the two numbers equal",
+            )
+        return self
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        """Requested block indices, ascending. Quartiles are n/4, n/2 and 3n/4; mid is n/2."""
+        depth = self.n_layers
+        if self.layers == "all":
+            return tuple(range(depth))
+        if self.layers == "mid":
+            return (depth // 2,)
+        if self.layers == "quartiles":
+            return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+        return tuple(sorted(self.layers))

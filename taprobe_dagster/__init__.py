@@ -1,0 +1,1 @@
+"""The Dagster rim: assets, partitions, checks, automation. No arithmetic, no file formats."""

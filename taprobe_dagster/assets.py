@@ -1,0 +1,138 @@
+"""The assets: one definition per grid, all made by one factory, all thin.
+
+What belongs here: names, dependencies, descriptions, groups, pools. What an asset computes is in
+`taprobe_core.pipeline`; how its cells are named is in `partitions`; what its events say is in
+`events`. Stages that share a grid share an op, so a run that covers them loads the study once.
+
+Concept: https://docs.dagster.io/guides/build/assets
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import dagster as dg
+
+from taprobe_core.errors import TaprobeError
+from taprobe_core.pipeline import CHECKS, CODE_VERSIONS, PARENTS, Cell, Plan, describe, run_stage
+from taprobe_core.study import Study
+from taprobe_dagster.events import input_tags, materialization
+from taprobe_dagster.partitions import cell_of, grid_of, mapping_between
+from taprobe_dagster.resources import Workbench
+
+OPS: dict[str, tuple[str, ...]] = {
+    "read_rollouts": ("rollouts", "labels", "spans"),
+    "extract_activations": ("activations",),
+    "fit_probes": ("probe_fits", "deferral_plans"),
+    "evaluate_probes": ("evaluation",),
+    "publish_study": ("leaderboard", "study_report"),
+}
+"""Op name -> the stages it materializes; stages of one op share a grid."""
+
+DESCRIPTIONS = {
+    "rollouts": "Problems and sentences of one model and setting, as published, checked.",
+    "labels": "Anchors and importance per sentence, with counts, standard error and status.",
+    "spans": "The token range of every sentence; the ranges cover the thinking text exactly.",
+    "activations": "Mean activation per sentence at one layer; one shard per problem.",
+    "probe_fits": "Every recipe fitted on every fold; scores of validation and test sentences.",
+    "deferral_plans": "Which sentences the probe decides and which go to expensive labelling.",
+    "evaluation": "Metrics over problems, and paired deltas against position and text.",
+    "leaderboard": "Every recipe of the study, ranked, beside chance and its baselines.",
+    "study_report": "One self-contained page: results, pictures, skipped problems, provenance.",
+}
+
+KINDS = {"activations": {"torch", "safetensors"}, "probe_fits": {"scikitlearn", "safetensors"}}
+
+GPU_TAGS = {
+    "dagster-k8s/config": {
+        "container_config": {"resources": {"limits": {"nvidia.com/gpu": "1"}}},
+    }
+}
+"""Extraction asks a cluster for one accelerator; a single machine ignores the tag."""
+
+
+def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
+    """The assets of one op.
+
+    Each cell is reported by its own event as soon as it is committed, so the op's outputs are
+    optional (`skippable`) and never emitted; see `events` for why.
+    """
+    stages = OPS[op]
+    is_gpu = op == "extract_activations"
+    grid = grid_of(study, stages[0])
+
+    @dg.multi_asset(
+        name=op,
+        specs=[_spec(study, stage) for stage in stages],
+        check_specs=[
+            dg.AssetCheckSpec(name, asset=stage, blocking=True, description=check.__doc__)
+            for stage in stages
+            for name, check in CHECKS.get(stage, {}).items()
+        ],
+        partitions_def=grid,
+        backfill_policy=dg.BackfillPolicy.single_run(),
+        can_subset=True,
+        pool="gpu" if is_gpu else None,
+        op_tags=GPU_TAGS if is_gpu else None,
+        retry_policy=dg.RetryPolicy(max_retries=1, delay=5),
+    )
+    def run(context: dg.AssetExecutionContext, workbench: Workbench) -> Iterator[object]:
+        selected = [stage for stage in stages if dg.AssetKey(stage) in context.selected_asset_keys]
+        for stage in selected:
+            cells = [cell_of(stage, key) for key in context.partition_keys] if grid else [()]
+            yield from _as_failures(_run(context, workbench.plan, stage, cells))
+
+    return run
+
+
+def _spec(study: Study, stage: str) -> dg.AssetSpec:
+    parents = PARENTS[stage] or ("dataset",)
+    return dg.AssetSpec(
+        stage,
+        deps=[
+            dg.AssetDep(
+                parent,
+                partition_mapping=(
+                    mapping_between(study, parent, stage) if parent in PARENTS else None
+                ),
+            )
+            for parent in parents
+        ],
+        description=DESCRIPTIONS[stage],
+        group_name=stage,
+        code_version=CODE_VERSIONS[stage],
+        kinds=KINDS.get(stage, {"polars", "parquet"}),
+        owners=["team:taprobe"],
+        skippable=True,
+    )
+
+
+def _run(
+    context: dg.AssetExecutionContext, plan: Plan, stage: str, cells: Sequence[Cell]
+) -> Iterator[object]:
+    inputs = input_tags(context.instance, stage)
+    n_reused = 0
+    for cell, outcome in run_stage(plan, stage, cells):
+        n_reused += outcome.is_reused
+        yield materialization(stage, cell, outcome, describe(plan, stage, cell), inputs)
+    context.log.info(f"{stage}: {len(cells)} cells, {n_reused} reused from the store")
+    for name, check in CHECKS.get(stage, {}).items():
+        faults = [f"{'|'.join(cell)}: {fault}" for cell in cells for fault in check(plan, cell)]
+        yield dg.AssetCheckResult(
+            asset_key=stage,
+            check_name=name,
+            passed=not faults,
+            metadata={"n_cells": len(cells), "faults": "\n".join(faults[:20]) or "none"},
+        )
+
+
+def _as_failures(events: Iterator[object]) -> Iterator[object]:
+    """Turn an error that a user can act on into a failure that is shown whole and not retried."""
+    try:
+        yield from events
+    except TaprobeError as error:
+        raise dg.Failure(
+            description=error.what,
+            metadata={"where": error.where or "", "fix": error.fix or ""},
+            allow_retries=False,
+        ) from error

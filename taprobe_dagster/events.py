@@ -1,0 +1,104 @@
+"""From an outcome of the core to a Dagster event, one per cell.
+
+A backfill of many cells is one run, so events are emitted cell by cell as work completes, each with
+its own data version: the store's fingerprint. Dagster's own output events would give all cells of
+a run one version; and a crash would lose those of the cells that were done. What the events say
+beside the fingerprint (inputs' versions and positions) is what Dagster's staleness reads.
+
+Concept: https://docs.dagster.io/guides/build/assets/asset-versioning-and-caching
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import dagster as dg
+from dagster._core.definitions.data_version import (
+    CODE_VERSION_TAG,
+    DATA_VERSION_IS_USER_PROVIDED_TAG,
+    DATA_VERSION_TAG,
+    INPUT_DATA_VERSION_TAG_PREFIX,
+    INPUT_EVENT_POINTER_TAG_PREFIX,
+)
+
+from taprobe_core.pipeline import CODE_VERSIONS, PARENTS, Cell, Description, Outcome
+from taprobe_dagster.partitions import partition_key
+
+
+def materialization(
+    stage: str,
+    cell: Cell,
+    outcome: Outcome,
+    description: Description,
+    inputs: Mapping[str, str],
+) -> dg.AssetMaterialization:
+    """The event of one committed cell.
+
+    Args:
+        stage: asset name.
+        cell: its partition keys.
+        outcome: what the core left behind.
+        description: metrics and picture of the artifact.
+        inputs: provenance tags of the inputs, from `input_tags`.
+    """
+    return dg.AssetMaterialization(
+        asset_key=stage,
+        partition=partition_key(stage, cell),
+        metadata=cell_metadata(outcome, description),
+        tags={
+            DATA_VERSION_TAG: outcome.key.fingerprint,
+            CODE_VERSION_TAG: CODE_VERSIONS[stage],
+            DATA_VERSION_IS_USER_PROVIDED_TAG: "true",
+            **inputs,
+        },
+    )
+
+
+def input_tags(instance: dg.DagsterInstance, stage: str) -> dict[str, str]:
+    """Provenance tags that say up to which event each input of a stage has been read.
+
+    Called when a stage starts: its inputs are committed by then, so an input event after this
+    point with another data version makes the cell stale, and no other does.
+    """
+    tags: dict[str, str] = {}
+    for parent in PARENTS[stage] or ("dataset",):
+        record = instance.get_latest_data_version_record(dg.AssetKey(parent), parent == "dataset")
+        version = _data_version(record)
+        tags[f"{INPUT_DATA_VERSION_TAG_PREFIX}/{parent}"] = version
+        tags[f"{INPUT_EVENT_POINTER_TAG_PREFIX}/{parent}"] = str(record.storage_id if record else 0)
+    return tags
+
+
+def _data_version(record: dg.EventLogRecord | None) -> str:
+    if record is None:
+        return "INITIAL"
+    event = record.asset_materialization or record.event_log_entry.asset_observation
+    return (event.tags or {}).get(DATA_VERSION_TAG, "INITIAL") if event else "INITIAL"
+
+
+def cell_metadata(outcome: Outcome, description: Description) -> dict[str, dg.MetadataValue]:
+    """Everything the UI shows for one cell: metrics that plot, provenance, path, picture."""
+    artifact = outcome.artifact
+    metadata: dict[str, dg.MetadataValue] = {
+        name: dg.MetadataValue.float(value) for name, value in description.metrics.items()
+    }
+    metadata |= {
+        name: dg.MetadataValue.text(str(value))
+        for name, value in artifact.manifest.provenance.items()
+        if value is not None
+    }
+    metadata["fingerprint"] = dg.MetadataValue.text(outcome.key.fingerprint)
+    metadata["path"] = dg.MetadataValue.path(str(artifact.path))
+    metadata["upstream"] = dg.MetadataValue.json(
+        [
+            f"{key.stage}/{'/'.join(key.partition)}/{key.fingerprint}"
+            for key in artifact.manifest.upstream
+        ][:20]
+    )
+    metadata["is_reused"] = dg.MetadataValue.bool(outcome.is_reused)
+    metadata["duration_s"] = dg.MetadataValue.float(outcome.duration_s)
+    if description.n_rows is not None:
+        metadata["dagster/row_count"] = dg.MetadataValue.int(description.n_rows)
+    if description.picture is not None:
+        metadata["picture"] = dg.MetadataValue.md(f"![{outcome.key.stage}]({description.picture})")
+    return metadata

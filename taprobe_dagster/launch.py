@@ -1,0 +1,136 @@
+"""Launch cells: which ones a study lacks, in as few runs as the grid allows.
+
+A cell is wanted when the store has no artifact of its present fingerprint, or when Dagster's event
+log does not say so (a fresh `DAGSTER_HOME` over an old store: artifacts are then adopted, not
+computed again). The store decides what is computed; the event log only what is shown.
+
+Concept: https://docs.dagster.io/guides/build/partitions-and-backfills/backfilling-data
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import dagster as dg
+from dagster._core.definitions.data_version import DATA_VERSION_TAG
+from dagster._core.events import DagsterEventType
+from dagster._core.storage.tags import (
+    ASSET_PARTITION_RANGE_END_TAG,
+    ASSET_PARTITION_RANGE_START_TAG,
+)
+
+from taprobe_core.pipeline import Cell, CellFilter, Plan, cells_of, key_of
+from taprobe_dagster.assets import OPS
+from taprobe_dagster.partitions import boxes, partition_key
+
+PID_TAG = "taprobe/pid"
+"""Process that executes a run in place; a run whose process is gone is failed at the next start."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One run to start: an op's stages over one rectangle of their grid."""
+
+    op: str
+    stages: tuple[str, ...]
+    first: Cell
+    last: Cell
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Run tags that name the rectangle."""
+        start = partition_key(self.stages[0], self.first)
+        end = partition_key(self.stages[0], self.last)
+        if start is None or end is None:
+            return {}
+        return {ASSET_PARTITION_RANGE_START_TAG: start, ASSET_PARTITION_RANGE_END_TAG: end}
+
+
+def wanted_cells(
+    instance: dg.DagsterInstance, plan: Plan, stage: str, cells: Sequence[Cell]
+) -> list[Cell]:
+    """Cells that are absent from the store, or that the event log does not show as present."""
+    logged = _logged_versions(instance, stage)
+    wanted = []
+    for cell in cells:
+        key = key_of(plan, stage, cell)
+        if logged.get(partition_key(stage, cell)) != key.fingerprint or not plan.store.find(key):
+            wanted.append(cell)
+    return wanted
+
+
+def _logged_versions(instance: dg.DagsterInstance, stage: str) -> Mapping[str | None, str]:
+    asset = dg.AssetKey(stage)
+    tags = instance.event_log_storage.get_latest_tags_by_partition(
+        asset, DagsterEventType.ASSET_MATERIALIZATION, tag_keys=[DATA_VERSION_TAG]
+    )
+    versions: dict[str | None, str] = {key: each[DATA_VERSION_TAG] for key, each in tags.items()}
+    if not versions and (event := instance.get_latest_materialization_event(asset)) is not None:
+        materialization = event.asset_materialization
+        if materialization and materialization.tags:
+            versions[None] = materialization.tags[DATA_VERSION_TAG]
+    return versions
+
+
+def launches_of(
+    instance: dg.DagsterInstance,
+    plan: Plan,
+    op: str,
+    stages: Sequence[str],
+    chosen: CellFilter | None = None,
+) -> Iterator[Launch]:
+    """The runs that one op needs to give its stages every cell they lack."""
+    cells: dict[Cell, None] = {}
+    for stage in stages:
+        found = wanted_cells(instance, plan, stage, cells_of(plan.study, stage, chosen))
+        cells |= dict.fromkeys(found)
+    for first, last in boxes(plan.study, stages[0], list(cells)):
+        yield Launch(op, tuple(stages), first, last)
+
+
+def execute(defs: dg.Definitions, instance: dg.DagsterInstance, launch: Launch) -> bool:
+    """Execute one launch in this process and say whether it succeeded.
+
+    Extraction must not outlive its run: in one process there is no orphan to go on writing.
+    """
+    job = defs.resolve_implicit_global_asset_job_def()
+    result = job.execute_in_process(
+        asset_selection=[dg.AssetKey(stage) for stage in launch.stages],
+        instance=instance,
+        tags={**launch.tags, PID_TAG: f"{os.uname().nodename}:{os.getpid()}"},
+        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+        raise_on_error=True,
+    )
+    return result.success
+
+
+def fail_abandoned_runs(instance: dg.DagsterInstance) -> int:
+    """Fail runs that this host's dead processes left as started; returns how many."""
+    abandoned = [
+        run
+        for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
+        if _is_abandoned(run.tags.get(PID_TAG, ""))
+    ]
+    for run in abandoned:
+        instance.report_run_failed(run, "its process is gone; finished cells stay in the store")
+    return len(abandoned)
+
+
+def _is_abandoned(owner: str) -> bool:
+    host, _, pid = owner.rpartition(":")
+    if host != os.uname().nodename or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def stages_in(op: str, select: frozenset[str] | None) -> tuple[str, ...]:
+    """The stages of an op that a selection keeps."""
+    return tuple(stage for stage in OPS[op] if select is None or stage in select)

@@ -1,0 +1,107 @@
+"""Partition grids and the mappings between them, derived from the study.
+
+What belongs here: everything that knows Dagster's partition classes. `MultiPartitionMapping` is
+marked beta upstream, so no other module imports it.
+
+Concept: https://docs.dagster.io/guides/build/partitions-and-backfills/partitioning-assets
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+
+import dagster as dg
+
+from taprobe_core.pipeline.cells import DIMENSIONS, Cell, dimension_keys
+from taprobe_core.study import Study
+
+
+def grid_of(study: Study, stage: str) -> dg.MultiPartitionsDefinition | None:
+    """The two-dimensional grid of a stage; None for a stage with one artifact per study."""
+    dimensions = DIMENSIONS[stage]
+    if not dimensions:
+        return None
+    return dg.MultiPartitionsDefinition(
+        {name: dg.StaticPartitionsDefinition(dimension_keys(study, name)) for name in dimensions}
+    )
+
+
+def partition_key(stage: str, cell: Cell) -> dg.MultiPartitionKey | None:
+    """The Dagster key of a cell; None for the empty cell."""
+    return dg.MultiPartitionKey(dict(zip(DIMENSIONS[stage], cell, strict=True))) if cell else None
+
+
+def cell_of(stage: str, key: str) -> Cell:
+    """The cell of a Dagster key; Dagster orders the dimensions of a key by name."""
+    names = sorted(DIMENSIONS[stage])
+    parts = dict(zip(names, key.split("|"), strict=True))
+    return tuple(parts[name] for name in DIMENSIONS[stage])
+
+
+def mapping_between(study: Study, parent: str, child: str) -> dg.PartitionMapping | None:
+    """How a child's cells map to a parent's; None leaves Dagster's identity default."""
+    upstream, downstream = DIMENSIONS[parent], DIMENSIONS[child]
+    if upstream == downstream:
+        return None
+    if not downstream:
+        return dg.AllPartitionMapping()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        return dg.MultiPartitionMapping(
+            {
+                up: dg.DimensionPartitionMapping(down, _dimension_mapping(study, up, down))
+                for up, down in zip(upstream, downstream, strict=True)
+            }
+        )
+
+
+def _dimension_mapping(study: Study, up: str, down: str) -> dg.PartitionMapping:
+    if up == down:
+        return dg.IdentityPartitionMapping()
+    if (up, down) == ("model", "site"):
+        return dg.StaticPartitionMapping(_sites_by_model(study))
+    if (up, down) == ("setting", "trial"):
+        return dg.StaticPartitionMapping(_trials_by_setting(study))
+    return dg.StaticPartitionMapping({str(trial): trial.setting for trial in study.trials})
+
+
+def _sites_by_model(study: Study) -> Mapping[str, list[str]]:
+    return {
+        model: [str(site) for site in study.sites if site.model == model] for model in study.models
+    }
+
+
+def _trials_by_setting(study: Study) -> Mapping[str, list[str]]:
+    return {
+        setting: [str(trial) for trial in study.trials if trial.setting == setting]
+        for setting in study.settings
+    }
+
+
+def boxes(study: Study, stage: str, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Cell]]:
+    """Cover cells by few rectangles of the grid: first and last cell of each, exact, no overlap.
+
+    One run materializes one rectangle, because Dagster names the partitions of a run by a range.
+    """
+    if not DIMENSIONS[stage]:
+        yield from (((), ()) for _ in cells)
+        return
+    rows_, columns_ = (dimension_keys(study, name) for name in DIMENSIONS[stage])
+    wanted = set(cells)
+    columns_by_row = [
+        tuple(i for i, column in enumerate(columns_) if (row, column) in wanted) for row in rows_
+    ]
+    row = 0
+    for columns, same in groupby(columns_by_row):
+        height = len(list(same))
+        for first, last in _stretches(columns):
+            yield (rows_[row], columns_[first]), (rows_[row + height - 1], columns_[last])
+        row += height
+
+
+def _stretches(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    for _, stretch in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]):
+        members = [index for _, index in stretch]
+        yield members[0], members[-1]
