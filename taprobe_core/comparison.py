@@ -61,8 +61,8 @@ def compare(differences: NDArray[np.float64], n_bootstrap: int, seed: int) -> Co
     """
     n = differences.size
     if n == 0:
-        note = "no problem where both are defined"
-        return Comparison(0, 0, None, None, None, None, note)
+        nothing = "no problem where both are defined"
+        return Comparison(0, 0, None, None, None, None, nothing)
     low, high, note = _interval(differences, n_bootstrap, seed)
     better = int((differences > 0).sum())
     p = sign_flip_p(differences, seed)

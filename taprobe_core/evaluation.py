@@ -3,8 +3,8 @@
 Metrics are computed inside a problem, averaged over seeds (and, on validation, over the folds that
 share the problem) inside it, and then over problems. A value that is not defined, such as a rank
 correlation with a constant, is null, left out of the mean and counted. What does not belong here:
-the metrics of one problem (`metrics`), the statistics of a difference (`comparison`), choosing a
-layer (`selection`).
+the metrics of one problem (`metrics`), means (`aggregation`), the statistics of a difference
+(`comparison`), choosing a layer (`selection`).
 
 Invariant: a recipe is measured on every sentence of a problem or not at all.
 """
@@ -14,17 +14,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import polars as pl
 
+from taprobe_core.aggregation import metric_names, problem_values, summarise
 from taprobe_core.comparison import Comparison, compare
 from taprobe_core.errors import DataError, LabelError, NotEnoughDataError
-from taprobe_core.metrics import pr_auc, problem_metrics
+from taprobe_core.metrics import problem_metrics
 from taprobe_core.study.config import Evaluation, Target
-from taprobe_core.tables import DELTAS, PROTOCOLS, SPLITS
+from taprobe_core.tables import DELTAS
 
 _UNIT = ["recipe", "protocol", "split", "fold", "seed", "problem_id"]
-_ROW = ["recipe", "protocol", "split"]
 
 
 @dataclass(frozen=True)
@@ -53,37 +52,6 @@ def primary_metric(target: Target) -> str:
     return "pr_auc" if target == "anchor_binary" else "spearman"
 
 
-def metric_names(recall_at: Sequence[int]) -> list[str]:
-    """Return the metric columns, in table order."""
-    return ["pr_auc", "spearman", *(f"recall_at_{k}" for k in recall_at)]
-
-
-def chance_pr_auc(n_sentences: int, n_anchors: int) -> float:
-    """Return the expected PR-AUC of a random ranking without ties.
-
-    Not the prevalence: with few positives the step sum is biased upwards. The mean over all
-    rankings of n sentences with k anchors is exactly (H + (n - H)(k - 1)/(n - 1)) / n, where H is
-    the n-th harmonic number: rank i holds an anchor with probability k/n, and an earlier rank
-    then holds another with probability (k - 1)/(n - 1).
-
-    Args:
-        n_sentences: n, at least 1.
-        n_anchors: k, from 1 to n.
-
-    Returns:
-        Expected average precision.
-
-    Example:
-        >>> chance_pr_auc(2, 1)
-        0.75
-    """
-    if n_sentences == 1:
-        return 1.0
-    harmonic = float((1.0 / np.arange(1, n_sentences + 1)).sum())
-    others = (n_anchors - 1) / (n_sentences - 1)
-    return (harmonic + (n_sentences - harmonic) * others) / n_sentences
-
-
 def evaluate(
     scores_by_seed: Mapping[int, pl.DataFrame],
     labels: pl.DataFrame,
@@ -110,30 +78,19 @@ def evaluate(
     missing = sorted(set(evaluation.baselines) - set(scored["recipe"]))
     if missing:
         raise DataError(
-            f"no scores of the baselines {missing}", "scores", "fit them, or edit evaluation.baselines"
+            f"no scores of the baselines {missing}",
+            "scores",
+            "fit them, or edit evaluation.baselines",
         )
     per_problem = _per_problem(scored, evaluation.recall_at, target)
     primary = primary_metric(target)
+    # Scores of signed importance do not rank anchors: a large negative importance makes one too.
+    pool = scored.clear() if target == "importance_signed" else scored
     return EvaluationTables(
-        metrics=_summarise(per_problem, scored, metric_names(evaluation.recall_at), primary),
+        metrics=summarise(per_problem, pool, metric_names(evaluation.recall_at), primary),
         problem_metrics=per_problem,
         deltas=_deltas(per_problem, evaluation, primary),
     )
-
-
-def problem_values(per_problem: pl.DataFrame, metric: str) -> pl.DataFrame:
-    """Average a metric over seeds and folds inside each problem, on test.
-
-    Args:
-        per_problem: `EvaluationTables.problem_metrics`.
-        metric: one of its metric columns.
-
-    Returns:
-        recipe, protocol, problem_id, value (null where no seed defines it), sorted.
-    """
-    key = ["recipe", "protocol", "problem_id"]
-    test = per_problem.filter(pl.col("split") == "test")
-    return test.group_by(key).agg(pl.col(metric).mean().alias("value")).sort(key)
 
 
 def compare_values(
@@ -151,9 +108,7 @@ def compare_values(
     """
     paired = values.join(baseline_values, on="problem_id", suffix="_baseline").drop_nulls()
     differences = paired.select(pl.col("value") - pl.col("value_baseline")).to_series()
-    return compare(
-        differences.to_numpy(), evaluation.n_bootstrap, evaluation.bootstrap_seed
-    )
+    return compare(differences.to_numpy(), evaluation.n_bootstrap, evaluation.bootstrap_seed)
 
 
 def _join(scores_by_seed: Mapping[int, pl.DataFrame], labels: pl.DataFrame) -> pl.DataFrame:
@@ -163,20 +118,27 @@ def _join(scores_by_seed: Mapping[int, pl.DataFrame], labels: pl.DataFrame) -> p
         frame.with_columns(pl.lit(seed, pl.Int64).alias("seed"))
         for seed, frame in scores_by_seed.items()
     )
-    key, wanted = ["problem_id", "sentence_idx"], ["importance_abs", "importance_signed", "is_anchor"]
+    key, wanted = (
+        ["problem_id", "sentence_idx"],
+        ["importance_abs", "importance_signed", "is_anchor"],
+    )
     scored = scores.join(labels.select(*key, *wanted), on=key, how="left", maintain_order="left")
     partial = (
         scored.group_by(_UNIT)
         .agg(pl.len().alias("n_scored"), pl.col("is_anchor").count().alias("n_matched"))
-        .join(labels.group_by("problem_id").agg(pl.len().alias("n_labels")), on="problem_id", how="left")
+        .join(
+            labels.group_by("problem_id").agg(pl.len().alias("n_labels")),
+            on="problem_id",
+            how="left",
+        )
         .filter(~pl.all_horizontal(pl.col("n_scored", "n_matched").eq_missing(pl.col("n_labels"))))
         .sort(_UNIT)
     )
     if partial.height:
         first = partial.row(0, named=True)
         raise LabelError(
-            f"{first['n_scored']} scores match {first['n_matched']} of {first['n_labels'] or 0} labels"
-            f" of problem {first['problem_id']} ({partial.height} such cases)",
+            f"{first['n_scored']} scores match {first['n_matched']} of {first['n_labels'] or 0} "
+            f"labels of problem {first['problem_id']} ({partial.height} such cases)",
             "recipe {recipe!r}, {protocol}, fold {fold}, {split}, seed {seed}".format(**first),
             "fit the probes again on these labels",
         )
@@ -186,17 +148,14 @@ def _join(scores_by_seed: Mapping[int, pl.DataFrame], labels: pl.DataFrame) -> p
 def _per_problem(scored: pl.DataFrame, recall_at: Sequence[int], target: Target) -> pl.DataFrame:
     units = scored.select(_UNIT).unique().sort(_UNIT).with_row_index("unit")
     # One call for all units: each stands in for a problem.
-    frame = (
-        scored.join(units, on=_UNIT)
-        .select(
-            pl.col("unit").cast(pl.Int64).alias("problem_id"),
-            "importance_abs",
-            "importance_signed",
-            "is_anchor",
-            "score",
-        )
+    frame = scored.join(units, on=_UNIT).select(
+        pl.col("unit").cast(pl.Int64).alias("problem_id"),
+        "importance_abs",
+        "importance_signed",
+        "is_anchor",
+        "score",
     )
-    measured = problem_metrics(frame, recall_at=tuple(recall_at))
+    measured = problem_metrics(frame, recall_at, target)
     names = metric_names(recall_at)
     return (
         units.with_columns(pl.col("unit").cast(pl.Int64))
@@ -210,34 +169,16 @@ def _per_problem(scored: pl.DataFrame, recall_at: Sequence[int], target: Target)
     )
 
 
-def _summarise(
-    per_problem: pl.DataFrame, scored: pl.DataFrame, names: Sequence[str], primary: str
-) -> pl.DataFrame:
-    counts = pl.col("n_sentences", "n_anchors").first()
-    per_unit = per_problem.group_by(*_ROW, "problem_id").agg(
-        pl.col(*names).mean(), counts, pl.col("seed").n_unique().alias("n_seeds")
-    )
-    means = per_unit.group_by(_ROW).agg(
-        pl.len().cast(pl.Int64).alias("n_problems"),
-        pl.col("n_seeds").max().cast(pl.Int64),
-        pl.col(*names).mean(),
-        pl.col(*names).null_count().cast(pl.Int64).name.prefix("n_undefined_"),
-        _chance().alias("chance_pr_auc"),
-    )
-    # Folds inside a problem first, as above, so that each seed's mean estimates the same thing.
-    by_seed = per_problem.group_by(*_ROW, "seed", "problem_id").agg(pl.col(*names).mean())
-    spread = (
-        by_seed.group_by(*_ROW, "seed").agg(pl.col(*names).mean())
-        .group_by(_ROW).agg(pl.col(*names).std(ddof=1).name.suffix("_std"))
-    )
-    columns = [f"{part}" for name in names for part in (name, f"{name}_std", f"n_undefined_{name}")]
-    return (
-        means.join(spread, on=_ROW)
-        .join(_pooled(scored), on=_ROW)
-        .with_columns(pl.lit(primary).alias("primary_metric"))
-        .select(
-            *_ROW, "primary_metric", "n_problems", "n_seeds", *columns,
-            "pooled_pr_auc", "chance_pr_auc",
-        )
-        .sort(_ROW)
-    )
+def _deltas(per_problem: pl.DataFrame, evaluation: Evaluation, primary: str) -> pl.DataFrame:
+    values = problem_values(per_problem, primary)
+    rows = []
+    for (recipe, protocol), own in values.group_by("recipe", "protocol", maintain_order=True):
+        for baseline in evaluation.baselines:
+            if baseline == recipe:
+                continue
+            other = values.filter(recipe=baseline, protocol=protocol)
+            comparison = compare_values(own, other, evaluation)
+            key = {"recipe": recipe, "baseline": baseline, "protocol": protocol, "metric": primary}
+            rows.append({**key, **comparison._asdict()})
+    schema = {name: column.dtype.type for name, column in DELTAS.columns.items()}
+    return pl.DataFrame(rows, schema)

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 
 import dagster as dg
 from dagster._core.definitions.data_version import DATA_VERSION_TAG
-from dagster._core.events import DagsterEventType
+from dagster._core.events import DagsterEventType, StepMaterializationData
 from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
 )
 
+from taprobe_core.errors import TaprobeError
 from taprobe_core.pipeline import Cell, CellFilter, Plan, cells_of, key_of
 from taprobe_dagster.assets import OPS
 from taprobe_dagster.partitions import boxes, partition_key
@@ -82,6 +83,8 @@ def launches_of(
     chosen: CellFilter | None = None,
 ) -> Iterator[Launch]:
     """The runs that one op needs to give its stages every cell they lack."""
+    if not stages:
+        return
     cells: dict[Cell, None] = {}
     for stage in stages:
         found = wanted_cells(instance, plan, stage, cells_of(plan.study, stage, chosen))
@@ -90,20 +93,36 @@ def launches_of(
         yield Launch(op, tuple(stages), first, last)
 
 
-def execute(defs: dg.Definitions, instance: dg.DagsterInstance, launch: Launch) -> bool:
-    """Execute one launch in this process and say whether it succeeded.
+def execute(defs: dg.Definitions, instance: dg.DagsterInstance, launch: Launch) -> int:
+    """Execute one launch in this process; returns how many artifacts were computed, not reused.
 
     Extraction must not outlive its run: in one process there is no orphan to go on writing.
+
+    Raises:
+        TaprobeError: what a stage raised.
     """
     job = defs.resolve_implicit_global_asset_job_def()
-    result = job.execute_in_process(
-        asset_selection=[dg.AssetKey(stage) for stage in launch.stages],
-        instance=instance,
-        tags={**launch.tags, PID_TAG: f"{os.uname().nodename}:{os.getpid()}"},
-        run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-        raise_on_error=True,
+    try:
+        result = job.execute_in_process(
+            asset_selection=[dg.AssetKey(stage) for stage in launch.stages],
+            instance=instance,
+            tags={**launch.tags, PID_TAG: f"{os.uname().nodename}:{os.getpid()}"},
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+        )
+    except dg.Failure as failure:
+        if isinstance(failure.__cause__, TaprobeError):
+            raise failure.__cause__ from None
+        raise
+    return sum(
+        not event.materialization.metadata["is_reused"].value for event in _materializations(result)
     )
-    return result.success
+
+
+def _materializations(
+    result: dg.ExecuteInProcessResult,
+) -> Iterator[StepMaterializationData]:
+    for event in result.filter_events(lambda event: event.is_step_materialization):
+        yield event.step_materialization_data
 
 
 def fail_abandoned_runs(instance: dg.DagsterInstance) -> int:

@@ -27,6 +27,13 @@ class Workbench(dg.ConfigurableResource[Plan]):
     study_path: str = ""
     data_root: str = ""
 
+    @classmethod
+    def of(cls, plan: Plan) -> Workbench:
+        """A workbench on an open plan, for runs inside this process."""
+        workbench = cls(data_root=str(plan.data_root))
+        workbench.__dict__["plan"] = plan
+        return workbench
+
     @cached_property
     def plan(self) -> Plan:
         """The plan of this study in this store."""

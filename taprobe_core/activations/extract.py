@@ -22,7 +22,7 @@ from torch import nn
 from taprobe_core.activations.forward import input_faults, pooled_layers
 from taprobe_core.activations.pooling import Storage, max_abs, to_storage
 from taprobe_core.activations.progress import Progress
-from taprobe_core.errors import ModelError, ModelMismatchError, NonFiniteError, SpanError
+from taprobe_core.errors import ModelError, ModelMismatchError, SpanError
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +144,8 @@ def _run(
 def _shards(model: nn.Module, task: _Task, storage: Storage) -> dict[int, ActivationShard]:
     try:
         pooled = pooled_layers(model, task.token_ids, task.spans, task.layers)
-        means = {layer: mean.cpu() for layer, mean in pooled.items()}
+        # A copy, also on the CPU: tensors made in inference mode refuse later changes in place.
+        means = {layer: mean.to("cpu", copy=True) for layer, mean in pooled.items()}
     except SpanError as fault:
         raise SpanError(
             fault.what, f"problem {task.problem_id}, {fault.where}", fault.fix

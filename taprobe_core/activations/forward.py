@@ -9,7 +9,7 @@ outlives a call; blocks after the deepest requested one do not run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,7 +22,7 @@ from taprobe_core.errors import ModelError, ModelMismatchError
 Spans = torch.Tensor | Sequence[tuple[int, int]]
 
 
-class _DeepestLayerReached(BaseException):  # noqa: N818
+class _DeepestLayerReached(BaseException):
     """A signal, not a fault: no `except Exception` inside a model may take it."""
 
 
@@ -51,14 +51,14 @@ def pooled_layers(
     faults = input_faults(base_model, {"text": token_ids}, layers)
     if faults:
         raise ModelMismatchError(faults[0], type(base_model).__name__, _MISMATCH_FIX)
-    index = span_index(spans, len(token_ids))
     device = next(base_model.parameters()).device
+    index = span_index(spans, len(token_ids)).to(device)
     input_ids = torch.tensor([list(token_ids)], device=device)
     pooled: dict[int, torch.Tensor] = {}
     with ExitStack() as hooks, torch.inference_mode():
         blocks = find_blocks(base_model)
         for layer in set(layers):
-            keep = _keeper(pooled, layer, index, is_deepest=layer == max(layers))
+            keep = _keeper(pooled, layer, index, len(token_ids), is_deepest=layer == max(layers))
             hooks.callback(blocks[layer].register_forward_hook(keep).remove)
         try:
             base_model(input_ids=input_ids, use_cache=False)
@@ -95,7 +95,7 @@ _MISMATCH_FIX = "correct n_layers, layers or tokenizer of this model in the stud
 
 
 def input_faults(
-    base_model: nn.Module, token_ids: dict[str, Sequence[int]], layers: Sequence[int]
+    base_model: nn.Module, token_ids: Mapping[str, Sequence[int]], layers: Sequence[int]
 ) -> list[str]:
     """Return why the model cannot take these texts or layers; an empty list when it can.
 
@@ -129,11 +129,22 @@ def input_faults(
 
 
 def _keeper(
-    pooled: dict[int, torch.Tensor], layer: int, index: SpanIndex, *, is_deepest: bool
+    pooled: dict[int, torch.Tensor],
+    layer: int,
+    index: SpanIndex,
+    n_tokens: int,
+    *,
+    is_deepest: bool,
 ) -> Callable[[nn.Module, Any, Any], None]:
     def keep(block: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        pooled[layer] = bag_means(hidden.squeeze(0), index)
+        if hidden.shape[:2] != (1, n_tokens):
+            raise ModelError(
+                f"block {layer} gives states of shape {list(hidden.shape)} for {n_tokens} tokens",
+                type(block).__name__,
+                "use a model whose blocks return [batch, token, d_model]",
+            )
+        pooled[layer] = bag_means(hidden[0], index)
         if is_deepest:
             raise _DeepestLayerReached
 

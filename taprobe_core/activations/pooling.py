@@ -135,6 +135,6 @@ def _non_finite(means: torch.Tensor, where: str | None) -> NonFiniteError:
     return NonFiniteError(
         f"{int(bad.any(dim=1).sum())} of {len(means)} sentence means are not finite, first "
         f"{float(means[sentence, dimension])} at sentence {sentence}, dimension {dimension}",
-        where or f"sentence {sentence}",
+        f"{where}, sentence {sentence}" if where else f"sentence {sentence}",
         "set the model's dtype to bfloat16 or float32; float16 overflows above 65504",
     )

@@ -1,15 +1,10 @@
-"""The demo's reasoner: a stochastic policy over sentences, small enough to be solved exactly.
+"""The demo's reasoner on one problem: drawn from, replayed and solved exactly.
 
-From a `State`, `Policy.branches` lists every next sentence with its probability and the state
-after it. Drawing, resampling at any sentence and the exact chance of a right answer all come from
-this one list, so the true importance of a sentence is known and not estimated. The policy:
-
-    setup, facts?, opening, doubt?, PLAN, product (may slip), sum, x?, bridge?, y, second part, z,
-    check?, then one of: approval / Wait and redo / false alarm, answer
-
-What does not belong here: words (`wording`), files (`writer`), true effects (`truth`). Invariant: a
-state is a function of the text so far, so resampling from a stored state equals resampling from
-the text, and no branch depends on anything that the text does not show.
+`Policy.branches` lists every next sentence with its probability and the state after it. Drawing,
+resampling at any sentence and the chance of a right answer all come from this one list, so what a
+sentence is worth is known and not estimated. What does not belong here: what may be said (`rules`)
+and how (`wording`), files (`writer`). Invariant: resampling from a replayed prefix has exactly the
+distribution of whole traces that begin with this prefix.
 """
 
 from __future__ import annotations
@@ -17,81 +12,27 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
+from taprobe_core.demo.rules import State, moves
 from taprobe_core.demo.task import Problem
 from taprobe_core.demo.trace import Continuation, Sentence, Trace
 from taprobe_core.demo.wording import KINDS, dependencies
 from taprobe_core.errors import DataError
 
-PLAN_ODDS = {"Compute": 0.80, "Find": 0.55, "Evaluate": 0.35}
-"""Chance of the right plan, by the verb of the statement."""
-
-FACTS, DOUBT, CONSOLIDATION, BRIDGE, CHECK = 0.6, 0.35, 0.7, 0.25, 0.75
-"""Chances that the optional sentences are spoken."""
-
-NOTICE_ORDER, NOTICE_SLIP, FALSE_ALARM, MOVE = 0.35, 0.6, 0.10, 0.5
-"""Chances, at a check, to see the wrong order or a slip, to doubt a right order, to give it up."""
-
-LARGE_PRODUCT, SLIP_LARGE, SLIP_SMALL = 15, 0.10, 0.03
-"""Products from `LARGE_PRODUCT` on go wrong more often."""
-
-SLIP_OFFSETS = (-2, 2, 10)
-"""What a slip adds to a product, equally likely."""
-
-
-class Product(NamedTuple):
-    """A product as it was written down."""
-
-    left: int
-    right: int
-    shown: int
-
-
-class State(NamedTuple):
-    """Everything the next sentences depend on, the problem aside.
-
-    Attributes:
-        stage: kind of the last sentence; "start" before the first.
-        in_order: whether the plan in force is to go from left to right.
-        redone: whether the one redo has been used.
-        value: latest result of the running computation.
-        y: y, while z's first step stands.
-        slip: first wrong product of the attempt in force.
-    """
-
-    stage: str = "start"
-    in_order: bool = False
-    redone: bool = False
-    value: int = 0
-    y: int = 0
-    slip: Product | None = None
-
 
 class Branch(NamedTuple):
-    """One possible next sentence."""
+    """One possible next sentence; its kind is `after.stage`."""
 
     probability: float
-    kind: str
     text: str
     after: State
 
 
-class _Move(NamedTuple):
-    """A branch before its words are chosen."""
-
-    probability: float
-    after: State
-    numbers: dict[str, int | str]
-
-
-def _say(probability: float, after: State, **numbers: int | str) -> _Move:
-    return _Move(probability, after, numbers)
-
-
 class Policy:
-    """The policy on one problem; computed branches and success rates are kept.
+    """The policy on one problem; what it computes, it keeps.
 
     Args:
         problem: the problem.
@@ -120,12 +61,10 @@ class Policy:
         """Draw sentences from `state` to the answer, each with the separator before it."""
         while state.stage != "answer":
             branches, cumulative = self._weighted(state)
-            # The last sum may round below 1, and the draw may land above it.
-            drawn = min(bisect_right(cumulative, rng.random()), len(branches) - 1)
-            branch = branches[drawn]
-            blank_line = rng.random() < KINDS[branch.kind].paragraph
-            yield branch, "\n\n" if blank_line else " "
+            # The last sum may round to less than 1, and the draw may land above it.
+            branch = branches[min(bisect_right(cumulative, rng.random()), len(branches) - 1)]
             state = branch.after
+            yield branch, "\n\n" if rng.random() < KINDS[state.stage].paragraph else " "
 
     def replay(self, sentences: Sequence[str]) -> list[State]:
         """Return the states before each of `sentences` and, last, the state after them.
@@ -140,36 +79,79 @@ class Policy:
                 raise DataError(
                     f"sentence {index} ({text!r}) is none of the policy's",
                     f"problem {self.problem.id}",
-                    "build the demo world again",
+                    "give a prefix that the policy wrote, or resample with the model that wrote it",
                 )
             states.append(after)
         return states
 
     def _weighted(self, state: State) -> tuple[tuple[Branch, ...], list[float]]:
         if state not in self._branches:
-            branches = tuple(
-                Branch(
-                    move.probability / len(KINDS[move.after.stage].forms),
-                    move.after.stage,
-                    form.format(**move.numbers),
-                    move.after,
-                )
-                for move in self._moves(state)
-                for form in KINDS[move.after.stage].forms
-            )
+            branches: list[Branch] = []
+            for move in [] if state.stage == "answer" else moves(self.problem, state):
+                forms = KINDS[move.after.stage].forms
+                share = move.probability / len(forms)
+                branches += [Branch(share, f.format(**move.numbers), move.after) for f in forms]
             cumulative = list(accumulate(branch.probability for branch in branches))
-            self._branches[state] = (branches, cumulative)
+            self._branches[state] = (tuple(branches), cumulative)
         return self._branches[state]
 
-    def _moves(self, state: State) -> list[_Move]:
-        if state.stage in ("start", "setup", "facts", "opening", "doubt"):
-            return self._before_plan(state)
-        if state.stage in ("check", "approval", "alarm", "stay"):
-            return self._after_check(state)
-        if state.stage in ("plan_products", "plan_in_order", "move", "wait_order", "wait_slip"):
-            return self._first_step(state)
-        if state.stage in ("x_product", "x_sum", "x_from_product", "x_from_sum"):
-            return self._to_x(state)
-        if state.stage in ("consolidation", "bridge"):
-            return self._to_y(state)
-        return self._to_z(state)
+
+class PolicySampler:
+    """The policy as a `trace.Sampler`: base traces and exact resampling after any prefix."""
+
+    def trace(self, problem: Problem, rng: random.Random) -> Trace:
+        """Draw one whole solution."""
+        drawn = list(policy(problem).walk(State(), rng))
+        kinds = [branch.after.stage for branch, _ in drawn]
+        sentences = tuple(
+            Sentence(
+                text=branch.text,
+                separator=separator if index else "",
+                function_tag=KINDS[kinds[index]].tag,
+                depends_on=uses,
+                summary=KINDS[kinds[index]].summary,
+            )
+            for index, ((branch, separator), uses) in enumerate(
+                zip(drawn, dependencies(kinds), strict=True)
+            )
+        )
+        value = drawn[-1][0].after.value
+        return Trace(sentences, ending(value), str(value), value == problem.answer)
+
+    def continuations(
+        self, problem: Problem, prefix: Sequence[str], n: int, rng: random.Random
+    ) -> list[Continuation]:
+        """Draw `n` independent rests after `prefix`, which must be the policy's own.
+
+        A rest begins with a blank, as after a prompt that ends in a sentence, unless `prefix` is
+        empty.
+
+        Raises:
+            DataError: the policy could not have said `prefix`.
+        """
+        solver = policy(problem)
+        state = solver.replay(prefix)[-1]
+        return [_continuation(solver, state, " " if prefix else "", rng) for _ in range(n)]
+
+
+def _continuation(solver: Policy, state: State, lead: str, rng: random.Random) -> Continuation:
+    parts: list[str] = []
+    for branch, separator in solver.walk(state, rng):
+        parts += (separator, branch.text)
+        state = branch.after
+    parts[0] = lead
+    parts.append(ending(state.value))
+    return Continuation(
+        "".join(parts), parts[1], str(state.value), state.value == solver.problem.answer
+    )
+
+
+def ending(value: int) -> str:
+    """Return what follows the thinking: the closing tag and the boxed answer."""
+    return f"\n</think>\n\nThe value of z is \\boxed{{{value}}}."
+
+
+@lru_cache(maxsize=32)
+def policy(problem: Problem) -> Policy:
+    """Return the policy on `problem`, one of the latest 32 kept: a problem is used many times."""
+    return Policy(problem)

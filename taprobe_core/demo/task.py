@@ -38,8 +38,7 @@ class Problem(NamedTuple):
     def givens(self) -> str:
         """The three equations, as the statement and the trace write them."""
         return (
-            f"x = {self.a} + {self.b} * {self.c}, y = x - {self.d} "
-            f"and z = y + {self.e} * {self.f}"
+            f"x = {self.a} + {self.b} * {self.c}, y = x - {self.d} and z = y + {self.e} * {self.f}"
         )
 
     @property

@@ -1,10 +1,10 @@
 """A kind of sentence -> its surface forms, tag, summary and what it depends on.
 
-Each kind has two or three forms, so that a resampled sentence may say the same in other words and
-the similarity filter has work to do. When a kind is spoken belongs in `policy`. Invariants: forms
-of one kind carry the same numbers; no two kinds that may stand at the same place share a form, so
-the text tells what the policy did; every sentence has 10 characters or more and exactly one
-closing mark, at its end.
+Each kind has two or three forms, some alike and some not, so that a resampled sentence may say the
+same in other words and the similarity filter has work to do. When a kind is spoken belongs in
+`rules`. Invariants: forms of one kind carry the same numbers; no two kinds that may stand at the
+same place share a form, so the text tells what was decided; every sentence has 10 characters or
+more and exactly one closing mark, at its end.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ KINDS: dict[str, Kind] = {
         0.0,
         (
             "We need z, where {givens}.",
-            "The task gives {givens}, and it asks for z.",
-            "Let me write down what is known: {givens}.",
+            "We want z, and here {givens}.",
+            "So I need z, where {givens}.",
         ),
     ),
     "facts": Kind(
@@ -78,14 +78,20 @@ KINDS: dict[str, Kind] = {
         "plan: products first",
         ("setup",),
         0.7,
-        ("I will do the products first and then the sums.", "The plan is to multiply before adding."),
+        (
+            "I will do the products first and then the sums.",
+            "The plan is to multiply before adding.",
+        ),
     ),
     "plan_in_order": Kind(
         "plan_generation",
         "plan: left to right",
         ("setup",),
         0.7,
-        ("I will work from left to right.", "The plan is to take everything in the order it is written."),
+        (
+            "I will work from left to right.",
+            "The plan is to take everything in the order it is written.",
+        ),
     ),
     "x_product": _computation(
         "product in x",
@@ -106,16 +112,16 @@ KINDS: dict[str, Kind] = {
         "setup x_product",
         0.2,
         "Then {left} + {right} = {result}.",
-        "With {left} added, {left} + {right} is {result}.",
+        "And then {left} + {right} = {result}.",
     ),
     "x_from_sum": _computation(
         "value of x",
         "setup x_sum",
         0.2,
         "Then {left} * {right} = {result}.",
-        "Times {right}, this is {left} * {right} = {result}.",
+        "And then {left} * {right} = {result}.",
     ),
-    "consolidation": Kind(
+    "conclusion": Kind(
         "result_consolidation",
         "state x",
         ("x",),
@@ -130,35 +136,35 @@ KINDS: dict[str, Kind] = {
         "setup x",
         0.5,
         "Next, y = {left} - {right} = {result}.",
-        "Taking {right} from {left}, y is {result}.",
+        "Next, I get y = {left} - {right} = {result}.",
     ),
     "z_product": _computation(
         "product in z",
         "setup plan",
         0.3,
         "For z, {left} * {right} = {result}.",
-        "The second product, {left} * {right}, is {result}.",
+        "And for z, {left} * {right} = {result}.",
     ),
     "z_sum": _computation(
         "sum in z",
         "setup plan y",
         0.3,
         "For z, {left} + {right} = {result}.",
-        "The next sum, {left} + {right}, is {result}.",
+        "And for z, {left} + {right} = {result}.",
     ),
     "z_from_product": _computation(
         "value of z",
         "y z_product",
         0.2,
         "This gives z = {left} + {right} = {result}.",
-        "Hence {left} + {right} makes z equal to {result}.",
+        "This then gives z = {left} + {right} = {result}.",
     ),
     "z_from_sum": _computation(
         "value of z",
         "setup z_sum",
         0.2,
         "This gives z = {left} * {right} = {result}.",
-        "Hence {left} * {right} makes z equal to {result}.",
+        "This then gives z = {left} * {right} = {result}.",
     ),
     "check": Kind(
         "self_checking",

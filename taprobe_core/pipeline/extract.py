@@ -19,8 +19,9 @@ import polars as pl
 import torch
 import transformers
 
-from taprobe_core.activations import ActivationShard, Progress, TextJob, extract
+from taprobe_core.activations import ActivationShard, extract
 from taprobe_core.checkpoints import LoadedModel, load_base_model, pick_device, resolve_checkpoint
+from taprobe_core.checkpoints.loading import ATTENTION
 from taprobe_core.keys import Site
 from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
@@ -58,18 +59,16 @@ def _ensure_model(plan: Plan, model: str, cells: list[Cell]) -> Iterator[Outcome
     by_setting: dict[str, list[Site]] = defaultdict(list)
     for site, setting in cells:
         by_setting[setting].append(site)
-    jobs = {
-        setting: _missing_jobs(plan, model, setting, sites) for setting, sites in by_setting.items()
-    }
     loaded: LoadedModel | None = None
     for setting, sites in by_setting.items():
         start = time.monotonic()
-        if jobs[setting]:
+        missing = _missing_layers(plan, model, setting, sites)
+        if missing:
             loaded = loaded or _load(plan, model)
-            _extract_setting(plan, model, setting, jobs[setting], loaded)
+            _extract_setting(plan, model, setting, missing, loaded)
         for site in sites:
             outcome = _commit_index(plan, site, setting)
-            is_reused = outcome.is_reused and not jobs[setting]
+            is_reused = outcome.is_reused and not missing
             yield Outcome(outcome.artifact, is_reused, time.monotonic() - start)
 
 
@@ -80,32 +79,18 @@ def _shard_keys(plan: Plan, site: Site, setting: str, texts: pl.DataFrame) -> li
     ]
 
 
-def _missing_jobs(plan: Plan, model: str, setting: str, sites: Sequence[Site]) -> list[TextJob]:
-    if all(plan.store.find(plan.activations(site, setting)) for site in sites):
-        return []
-    artifact = plan.store.open(plan.spans(model, setting))
-    texts, spans = artifact.read_table("texts.parquet"), artifact.read_table("spans.parquet")
+def _missing_layers(
+    plan: Plan, model: str, setting: str, sites: Sequence[Site]
+) -> dict[int, list[int]]:
+    """Problem id -> layers that no shard holds yet; problems without any are left out."""
+    texts = plan.store.open(plan.spans(model, setting)).read_table("texts.parquet")
     missing: dict[int, list[int]] = defaultdict(list)
     for site in sites:
-        for problem_id, key in zip(
-            texts["problem_id"], _shard_keys(plan, site, setting, texts), strict=True
-        ):
+        keys = _shard_keys(plan, site, setting, texts)
+        for problem_id, key in zip(texts["problem_id"], keys, strict=True):
             if plan.store.find(key) is None:
                 missing[problem_id].append(site.layer)
-    return [
-        TextJob(
-            problem_id=problem_id,
-            token_ids=texts.row(by_predicate=pl.col("problem_id") == problem_id, named=True)[
-                "token_ids"
-            ],
-            spans=spans.filter(problem_id=problem_id)
-            .sort("sentence_idx")
-            .select("start_token", "end_token")
-            .to_numpy(),
-            layers=tuple(layers),
-        )
-        for problem_id, layers in missing.items()
-    ]
+    return dict(missing)
 
 
 def _load(plan: Plan, model: str) -> LoadedModel:
@@ -115,22 +100,17 @@ def _load(plan: Plan, model: str) -> LoadedModel:
 
 
 def _extract_setting(
-    plan: Plan, model: str, setting: str, jobs: list[TextJob], loaded: LoadedModel
+    plan: Plan, model: str, setting: str, missing: dict[int, list[int]], loaded: LoadedModel
 ) -> None:
-    texts = plan.store.open(plan.spans(model, setting)).read_table("texts.parquet")
-    hashes = dict(texts.select("problem_id", "input_sha256").iter_rows())
+    artifact = plan.store.open(plan.spans(model, setting))
+    texts, spans = artifact.read_table("texts.parquet"), artifact.read_table("spans.parquet")
     provenance = _provenance(plan, model, setting, loaded)
-    progress = Progress(total_tokens=sum(len(job.token_ids) for job in jobs))
     storage = plan.study.activations.storage
-    for job, shards in extract(loaded.module, jobs, storage):
+    for problem_id, shards, progress in extract(loaded.module, texts, spans, missing, storage):
         for layer, shard in shards.items():
-            site = Site(model, layer)
-            key = plan.activation_shard(site, setting, job.problem_id, hashes[job.problem_id])
+            key = plan.activation_shard(Site(model, layer), setting, problem_id, shard.input_sha256)
             _commit_shard(plan, key, shard, provenance)
-        progress.advance(len(job.token_ids))
-        _log.info(
-            "activations %s %s problem_%d: %s", model, setting, job.problem_id, progress.render()
-        )
+        _log.info("activations %s %s: %s", model, setting, progress.render())
 
 
 def _commit_shard(
@@ -143,9 +123,9 @@ def _commit_shard(
             {"dimensions": "sentence d_model", "layer": str(shard.layer)},
         )
 
-    if shard.is_widened:
+    if shard.dtype != plan.study.activations.storage:
         _log.warning(
-            "%s: largest activation %.3g does not fit float16, stored as float32",
+            "%s: an activation of %.3g does not fit float16, stored as float32",
             "/".join(key.partition),
             shard.max_abs,
         )
@@ -170,7 +150,7 @@ def _provenance(plan: Plan, model: str, setting: str, loaded: LoadedModel) -> di
         "text_view": plan.study.spans.text_view,
         "device": str(loaded.device),
         "dtype_computed": str(loaded.dtype).removeprefix("torch."),
-        "attention": "sdpa",
+        "attention": ATTENTION,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

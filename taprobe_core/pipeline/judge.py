@@ -114,7 +114,8 @@ def ensure_leaderboard(plan: Plan) -> Outcome:
 
     def build() -> Any:
         board = build_leaderboard(
-            [(site, setting, read_evaluation(plan, site, setting)) for site, setting in cells]
+            [(site, setting, read_evaluation(plan, site, setting)) for site, setting in cells],
+            recipes=plan.study.probes.recipes,
         )
         return lambda folder: write_table(folder / "leaderboard.parquet", board)
 

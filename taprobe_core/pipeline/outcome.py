@@ -52,7 +52,7 @@ def commit_once(
         upstream: keys the result was computed from.
     """
     start = time.monotonic()
-    found = store.find(key)
+    found = store.adopt(key)
     if found is not None:
         return Outcome(found, True, time.monotonic() - start)
     artifact = store.commit(key, build(), provenance=provenance, upstream=upstream)

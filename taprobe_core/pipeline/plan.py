@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from taprobe_core.checkpoints import checkpoint_identity, tokenizer_sha256
-from taprobe_core.demo import DEMO_CODE_VERSION, build_demo_world
+from taprobe_core.demo import DemoWorld
 from taprobe_core.errors import ConfigError
 from taprobe_core.keys import Site, Trial
+from taprobe_core.pipeline.world import ensure_demo_world
 from taprobe_core.rollouts import RolloutSource, content_digest, open_source
 from taprobe_core.store import ArtifactKey, Store, fingerprint
 from taprobe_core.study import DemoSource, Model, ProbeRecipe, Study
@@ -62,31 +63,17 @@ class Plan:
         return self.data_root / "checkpoints"
 
     @cached_property
-    def demo_folder(self) -> Path | None:
-        """Folder of the demo world, built on first use; None when the study has another source."""
+    def demo(self) -> DemoWorld | None:
+        """The demo world, built on first use; None when the study has another source."""
         source = self.study.rollouts.source
         if not isinstance(source, DemoSource):
             return None
-        config = {
-            "source": source.model_dump(mode="json"),
-            "models": sorted({model.rollouts_dir for model in self.study.models.values()}),
-            "settings": list(self.study.settings),
-            "sampling": self.study.rollouts.sampling,
-        }
-        folder = self.data_root / "demo" / fingerprint("demo", DEMO_CODE_VERSION, config, [])
-        build_demo_world(
-            folder,
-            source,
-            model_dirs=config["models"],
-            sampling=self.study.rollouts.sampling,
-            settings=self.study.settings,
-        )
-        return folder
+        return ensure_demo_world(self.study, source, self.data_root / "demo")
 
     @cached_property
     def source(self) -> RolloutSource:
         """The opened rollout source; a hub revision is resolved here, once."""
-        return open_source(self.study.rollouts, self.demo_folder)
+        return open_source(self.study.rollouts, self.demo.rollouts_folder if self.demo else None)
 
     @cache
     def model(self, key: str) -> Model:
@@ -102,8 +89,8 @@ class Plan:
                 f"use one of {list(self.study.models)}",
             )
         model = self.study.models[key]
-        if self.demo_folder is not None and model.tokenizer is None:
-            return model.model_copy(update={"tokenizer": str(self.demo_folder / "tokenizer")})
+        if self.demo is not None and model.tokenizer is None:
+            return model.model_copy(update={"tokenizer": str(self.demo.tokenizer_folder)})
         return model
 
     @cache
@@ -111,8 +98,8 @@ class Plan:
         """Identity of the model's checkpoint and tokenizer, without loading weights."""
         spec = self.model(model)
         return {
-            **checkpoint_identity(spec, self.checkpoints_root),
-            "tokenizer_sha256": tokenizer_sha256(spec, self.checkpoints_root),
+            **checkpoint_identity(spec),
+            "tokenizer_sha256": tokenizer_sha256(spec),
         }
 
     @cache

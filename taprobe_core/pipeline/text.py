@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from taprobe_core.checkpoints import load_tokenizer, resolve_checkpoint
+from taprobe_core.checkpoints import load_tokenizer
 from taprobe_core.labels import make_labels
 from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
@@ -83,14 +83,13 @@ def ensure_spans(plan: Plan, model: str, setting: str) -> Outcome:
     def build() -> Writer:
         source = plan.store.open(rollouts)
         spec = plan.model(model)
-        files = resolve_checkpoint(spec, plan.checkpoints_root)
-        tokenizer, _ = load_tokenizer(spec, files)
+        tokenizer, _ = load_tokenizer(spec)
         tables = make_spans(
             source.read_table("problems.parquet"),
             source.read_table("sentences.parquet"),
             tokenizer,
-            plan.study.spans.text_view,
-            plan.study.rollouts.on_bad_problem,
+            text_view=plan.study.spans.text_view,
+            on_bad_problem=plan.study.rollouts.on_bad_problem,
         )
 
         def write(folder: Path) -> None:

@@ -18,17 +18,18 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from httpx2 import HTTPError
 from huggingface_hub import HfApi, RepoFolder, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
     HFValidationError,
+    HTTPError,  # the base of its HTTP library's errors, named here so that it may change library
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     RevisionResolutionError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import silent_tqdm
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils.tqdm import silent_tqdm
 
 from taprobe_core.errors import ConfigError, DataError, SourceUnavailableError
 from taprobe_core.rollouts.sources import (
@@ -50,9 +51,18 @@ class HubRollouts:
     Args:
         repo: repository id, `owner/name`.
         revision: commit sha; None: the main branch's, resolved on first use and kept.
+
+    Raises:
+        ConfigError: `repo` is not a repository id.
     """
 
     def __init__(self, repo: str, revision: str | None = None) -> None:
+        try:
+            validate_repo_id(repo)
+        except HFValidationError as error:
+            raise ConfigError(
+                f"{repo!r} is not a repository id", "rollouts.source.repo", "write owner/name"
+            ) from error
         self.repo = repo
         self._pinned = revision
         self._listed: dict[PurePosixPath, list[int]] = {}
@@ -66,7 +76,7 @@ class HubRollouts:
         """
         if self._pinned is not None:
             return self._pinned
-        with self._translated("resolve the main branch", self._download_command("main", "*.json")):
+        with self._translated("resolve the main branch", self._download_command("main", "*")):
             return str(HfApi().resolve_revision(self.repo, repo_type="dataset").resolved)
 
     def identity(self) -> dict[str, str]:
@@ -90,7 +100,7 @@ class HubRollouts:
         where = f"{self.repo}@{self.revision}:{path.parent}"
         if self._known_absent(path):
             raise absent_file(problem_id, name, where)
-        command = self._download_command(self.revision, str(path))
+        command = self._download_command(self.revision, path.parent)
         try:
             with self._translated(f"fetch {path}", command):
                 local = hf_hub_download(
@@ -112,7 +122,9 @@ class HubRollouts:
 
     def _folders(self, path: PurePosixPath) -> list[str] | None:
         try:
-            with self._translated(f"list {path}", self._download_command(self.revision, "*.json")):
+            with self._translated(
+                f"list {path}", self._download_command(self.revision, path / "*")
+            ):
                 entries = HfApi().list_repo_tree(
                     self.repo,
                     path_in_repo=str(path) if path.parts else None,
@@ -129,12 +141,11 @@ class HubRollouts:
         storage = repo_folder_name(repo_id=self.repo, repo_type="dataset")
         snapshot = Path(constants.HF_HUB_CACHE) / storage / "snapshots" / self.revision
         if not (snapshot / path).is_dir():
-            patterns = [f"{path}/problem_*/{name}" for name in FILE_NAMES]
+            command = self._download_command(self.revision, path / "*")
             raise SourceUnavailableError(
                 "offline, and the hub cache does not hold this folder",
                 f"{self.repo}@{self.revision}:{path}",
-                f"unset HF_HUB_OFFLINE, or where there is a network run "
-                f"`{self._download_command(self.revision, *patterns)}`",
+                _way_out(command),
             )
         ids = FolderRollouts(snapshot).list_problems(*parts)
         _LOG.warning(
@@ -151,8 +162,8 @@ class HubRollouts:
         # The client remembers a 404 at a commit by a sentinel that is neither a path nor None.
         return cached is not None and not isinstance(cached, str)
 
-    def _download_command(self, revision: str, *patterns: str) -> str:
-        includes = " ".join(f'--include "{pattern}"' for pattern in patterns)
+    def _download_command(self, revision: str, folder: PurePosixPath | str) -> str:
+        includes = " ".join(f'--include "{folder}/{name}"' for name in FILE_NAMES)
         return f"hf download {self.repo} --repo-type dataset --revision {revision} {includes}"
 
     @contextmanager
@@ -161,10 +172,6 @@ class HubRollouts:
             yield
         except RemoteEntryNotFoundError:
             raise
-        except HFValidationError as error:
-            raise ConfigError(
-                f"{self.repo!r} is not a repository id", "rollouts.source.repo", "write owner/name"
-            ) from error
         except RepositoryNotFoundError as error:
             raise DataError(
                 "no such dataset repository, or no access to it",

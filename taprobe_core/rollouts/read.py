@@ -13,7 +13,6 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pandera.polars as pa
@@ -26,7 +25,6 @@ from taprobe_core.rollouts.sources import FILE_NAMES, RolloutSource
 from taprobe_core.study.config import Model, Rollouts
 
 _THREADS = 8
-_ABSENT = "absent"
 
 T = TypeVar("T")
 
@@ -68,7 +66,7 @@ def content_digest(source: RolloutSource, model: Model, rollouts: Rollouts, sett
     sha256 of the bytes) of the chosen problems, so that a mirror may move.
 
     Raises:
-        DataError: the problems cannot be listed, or a file cannot be read.
+        DataError: the problems cannot be listed.
     """
     place = (model.rollouts_dir, rollouts.sampling, setting)
     chosen = _chosen(source, rollouts, place)
@@ -153,20 +151,15 @@ def _file_digest(
     except SourceUnavailableError:
         raise
     except DataError:
-        return _ABSENT
-    return _sha256(_bytes(path))
-
-
-def _bytes(path: Path) -> bytes:
+        return "absent"
+    if not path.is_file():
+        return "no file"
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"the file cannot be read ({error.strerror})",
-            str(path),
-            "make it a file that this user can read, or leave its problem out with "
-            "rollouts.problem_ids",
-        ) from error
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        # Reading gives the reason; here it only must not pass for the readable file.
+        return "unreadable"
 
 
 def _in_threads(work: Callable[[int], T], items: Sequence[int]) -> list[T]:

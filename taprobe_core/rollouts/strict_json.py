@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -115,9 +116,8 @@ def _syntax_error(error: json.JSONDecodeError, text: str, path: Path) -> DataErr
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _RefusedError(f"the key {repeated!r} twice in one object")
+        key = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise _RefusedError(f"the key {key!r} twice in one object")
     return row
 
 

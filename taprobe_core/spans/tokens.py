@@ -117,9 +117,11 @@ def token_ranges(
         empty = int(np.argmax(where[:, 0] >= where[:, 1]))
         what = f"sentence {empty} has no characters" if len(offsets) else "the text has no tokens"
         raise SpanError(what, f"sentence {empty}", "leave the problem out of rollouts.problem_ids")
-    # The running maximum turns "first token with bound >= x" into a binary search, exactly, even
-    # when a normaliser's offsets step back.
-    starts, ends = np.maximum.accumulate(np.asarray(offsets, dtype=np.int64), axis=0).T
+    # Running bounds make both columns sorted, as the binary search needs. They change nothing
+    # unless a normaliser's offsets step back, and then widen a range, never narrow it.
+    bounds = np.asarray(offsets, dtype=np.int64)
+    starts = np.minimum.accumulate(bounds[::-1, 0])[::-1]
+    ends = np.maximum.accumulate(bounds[:, 1])
     ends = np.maximum(ends, np.append(starts[1:], where[:, 1].max()))
     first = np.searchsorted(ends, where[:, 0], side="right")
     stop = np.maximum(np.searchsorted(starts, where[:, 1], side="left"), first + 1)

@@ -113,7 +113,7 @@ def walk_sentences(
     if cursor < len(solid):
         raise SpanError(
             f"{len(solid) - cursor} characters are left over after the last of {len(sentences)} "
-            f"sentences: {_excerpt(text[solid_at[cursor] : end])}",
+            f"sentences: {_excerpt(text[solid_at[cursor] : end].rstrip())}",
             f"character {solid_at[cursor]}",
             _FIX,
         )

@@ -9,6 +9,7 @@ Source of the tensor format: the safetensors README (8-byte length, JSON header,
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -144,7 +145,7 @@ def write_json(path: Path, obj: Any) -> None:
     try:
         text = canonical_json(obj, indent=1)
     except NotJsonError as error:
-        if error.is_number:
+        if error.is_nonfinite:
             raise NonFiniteError(
                 f"{error.found} cannot be stored",
                 f"{path.name}, {error.at}",
@@ -163,7 +164,9 @@ def read_json(path: Path) -> Any:
         CorruptArtifactError: not JSON, or a number that JSON does not know.
     """
     try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        return json.loads(
+            path.read_bytes(), parse_constant=_finite_float, parse_float=_finite_float
+        )
     except (ValueError, RecursionError) as error:
         raise CorruptArtifactError(
             f"file is not JSON ({_first_line(error)})", str(path), DISCARD
@@ -174,7 +177,9 @@ def _check_suffix(path: Path, suffix: str) -> None:
     # The store tells what a file holds by its suffix; a wrong one would leave it unchecked.
     if path.suffix != suffix:
         raise ArtifactError(
-            f"file name {path.name!r} does not end in {suffix!r}", str(path.parent), f"add {suffix!r}"
+            f"file name {path.name!r} does not end in {suffix!r}",
+            str(path.parent),
+            f"add {suffix!r}",
         )
 
 
@@ -201,8 +206,11 @@ def _sort_metadata(path: Path) -> None:
             file.write(ordered.ljust(length))
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
+def _finite_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def _first_line(error: Exception) -> str:

@@ -1,31 +1,47 @@
 """The manifest: what an artifact holds, what it was made from, by whom and when.
 
 Turns a `Manifest` into the bytes of `manifest.json` and back. Comparing a manifest with the files
-beside it belongs in `integrity`. Invariant: the bytes are the one canonical spelling of the content
-and carry their own sha256, so a change of any byte is seen.
+beside it belongs in `integrity`. Invariant: the bytes carry their own sha256, so a change of any
+byte is seen.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from taprobe_core.errors import CorruptArtifactError, StaleArtifactError
-from taprobe_core.store.canonical import NotJsonError, canonical_json
-from taprobe_core.store.fingerprint import ArtifactKey
+from taprobe_core.errors import ArtifactError, ConfigError, CorruptArtifactError, StaleArtifactError
+from taprobe_core.store.canonical import canonical_json
+from taprobe_core.store.fingerprint import ArtifactKey, parse_key
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 DISCARD = "run `taprobe verify --discard`, then run the stage again"
 
+
+def _check_key_text(text: str) -> str:
+    try:
+        return str(parse_key(text))
+    except ConfigError as error:
+        raise ValueError(error.what) from None
+
+
+_ZEROS = "0" * 64
+# Text values hold no raw newline and nested fields stand further right, so only the manifest's own
+# field can look like this.
+_OWN_SHA256 = re.compile(rb'^ "sha256": "([0-9a-f]{64})"', re.MULTILINE)
+
 _Count = Annotated[int, Field(ge=0)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+_Key = Annotated[str, AfterValidator(_check_key_text)]
 
 
 class ManifestPart(BaseModel):
@@ -68,9 +84,7 @@ class FileRecord(ManifestPart):
 
     size_bytes: _Count
     sha256: _Sha256
-    content: Annotated[
-        TensorsContent | TableContent | PlainContent, Field(discriminator="kind")
-    ]
+    content: Annotated[TensorsContent | TableContent | PlainContent, Field(discriminator="kind")]
 
 
 class Writer(ManifestPart):
@@ -87,6 +101,7 @@ class Manifest(ManifestPart):
     `sequence` counts the versions of a partition from 1 in the order of their commits and, unlike
     `created_at` (UTC), never goes back. `config` is the slice of the study, `provenance` is free.
     `files` is keyed by path relative to the artifact, with `/`; the manifest itself is not in it.
+    `sha256` covers the manifest's own bytes, see `render_manifest`; zeros until then.
     """
 
     format: Literal["taprobe-artifact"] = "taprobe-artifact"
@@ -98,11 +113,12 @@ class Manifest(ManifestPart):
     created_at: AwareDatetime
     code_version: str
     config: dict[str, Any]
-    upstream: tuple[tuple[str, tuple[str, ...], str], ...]
+    upstream: tuple[_Key, ...]
     provenance: dict[str, Any]
     versions: dict[str, str]
     writer: Writer
     files: dict[str, FileRecord]
+    sha256: _Sha256 = _ZEROS
 
     @property
     def key(self) -> ArtifactKey:
@@ -112,7 +128,7 @@ class Manifest(ManifestPart):
     @property
     def upstream_keys(self) -> tuple[ArtifactKey, ...]:
         """Keys of the artifacts that this one was made from."""
-        return tuple(ArtifactKey(*parts) for parts in self.upstream)
+        return tuple(map(parse_key, self.upstream))
 
     @property
     def size_bytes(self) -> int:
@@ -124,7 +140,15 @@ class Manifest(ManifestPart):
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide a result; absent ones are left out."""
     found = {"python": python_version()}
-    for name in ("taprobe", "torch", "transformers", "tokenizers", "polars", "safetensors", "numpy"):
+    for name in (
+        "taprobe",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "polars",
+        "safetensors",
+        "numpy",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -133,17 +157,13 @@ def library_versions() -> dict[str, str]:
 
 
 def render_manifest(manifest: Manifest) -> bytes:
-    """Spell a manifest: sorted keys, one value per line, with `sha256` over all the rest.
+    """Spell a manifest: sorted keys, one value per line, one space of indent per level.
 
-    `sha256` is the hash of the canonical JSON (no spaces) of every other field.
-
-    Raises:
-        NotJsonError: `config` or `provenance` holds what JSON cannot.
+    `sha256` is the hash of these bytes with 64 zeros in its own place.
     """
-    body = manifest.model_dump(mode="json")
-    body["config"], body["provenance"] = manifest.config, manifest.provenance
-    digest = hashlib.sha256(canonical_json(body).encode()).hexdigest()
-    return (canonical_json({**body, "sha256": digest}, indent=1) + "\n").encode()
+    body = manifest.model_dump(mode="json") | {"sha256": _ZEROS}
+    blank = (canonical_json(body, indent=1) + "\n").encode()
+    return _OWN_SHA256.sub(_own_field(hashlib.sha256(blank).hexdigest()), blank)
 
 
 def parse_manifest(raw: bytes, where: str) -> Manifest:
@@ -155,47 +175,41 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
 
     Raises:
         StaleArtifactError: of another schema version; names both.
-        CorruptArtifactError: not JSON, a missing or unknown field, or not the bytes that this
-            content is spelled with.
+        CorruptArtifactError: not JSON, a missing or unknown field, or bytes that differ from those
+            that were written.
     """
-    content = _content(raw, where)
-    found = content.pop("sha256", None)
+    named = [match.decode() for match in _OWN_SHA256.findall(raw)]
+    found = hashlib.sha256(_OWN_SHA256.sub(_own_field(_ZEROS), raw)).hexdigest()
     try:
-        manifest = Manifest.model_validate_json(canonical_json(content))
-        expected = render_manifest(manifest)
-    except (ValidationError, NotJsonError) as error:
+        manifest = Manifest.model_validate_json(raw)
+    except ValidationError as error:
+        raise _refusal(raw, where, error) from None
+    if named != [found]:
         raise CorruptArtifactError(
-            f"manifest breaks its format ({_faults(error)})", where, DISCARD
-        ) from None
-    if raw != expected:
-        own = json.loads(expected)["sha256"]
-        raise CorruptArtifactError(
-            f"manifest was changed (expected sha256 {found}, found {own})", where, DISCARD
+            f"manifest was changed (expected sha256 {' '.join(named) or None}, found {found})",
+            where,
+            DISCARD,
         )
     return manifest
 
 
-def _content(raw: bytes, where: str) -> dict[str, Any]:
+def _own_field(digest: str) -> bytes:
+    return f' "sha256": "{digest}"'.encode()
+
+
+def _refusal(raw: bytes, where: str, error: ValidationError) -> ArtifactError:
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError):
-        raise CorruptArtifactError(
+        return CorruptArtifactError(
             f"manifest is not JSON (starts with {raw[:40]!r})", where, DISCARD
-        ) from None
-    if not isinstance(content, dict):
-        raise CorruptArtifactError("manifest is not a JSON object", where, DISCARD)
-    found = content.get("schema_version")
+        )
+    found = content.get("schema_version") if isinstance(content, dict) else None
     if type(found) is int and found != SCHEMA_VERSION:
-        raise StaleArtifactError(
+        return StaleArtifactError(
             f"manifest has schema version {found}, this program reads {SCHEMA_VERSION}",
             where,
             "use the version of taprobe that wrote it, or " + DISCARD,
         )
-    return content
-
-
-def _faults(error: ValidationError | NotJsonError) -> str:
-    if isinstance(error, NotJsonError):
-        return str(error)
     shown = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
-    return "; ".join(shown)
+    return CorruptArtifactError(f"manifest breaks its format ({'; '.join(shown)})", where, DISCARD)

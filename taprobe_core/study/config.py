@@ -254,8 +254,9 @@ class Study(StudyPart):
         missing = sorted(set(self.evaluation.baselines) - set(known))
         if missing:
             raise study_fault(
-                f"evaluation.baselines names {missing}, which probes.recipes lacks",
+                f"{missing}, which probes.recipes lacks",
                 f"name recipes of this study ({', '.join(known)}), or add the missing ones",
+                ("evaluation", "baselines"),
             )
         return self
 
@@ -265,8 +266,9 @@ class Study(StudyPart):
             has_own = isinstance(model.checkpoint, PretrainedCheckpoint) or model.tokenizer
             if not has_own and not isinstance(self.rollouts.source, DemoSource):
                 raise study_fault(
-                    f"models.{key} has a stand-in checkpoint and no tokenizer",
+                    "a stand-in checkpoint without a tokenizer",
                     f"set models.{key}.tokenizer to a tokenizer folder or a hub id",
+                    ("models", key, "tokenizer"),
                 )
         return self
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from taprobe_core.errors import ConfigError
 from taprobe_core.study.environment import ExpansionError, expand
 from taprobe_core.study.faults import Fault, KeyPath, fault_error, key_name, shown
 
@@ -27,10 +28,28 @@ _MAX_DIGITS = 100
 _TAG = "tag:yaml.org,2002:"
 
 
+class _TooLargeError(Exception):
+    """More values or levels than a study has; the argument is the line reached."""
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that resolves plain scalars by YAML 1.2's core schema."""
+    """SafeLoader with YAML 1.2's core schema that gives up on a file beyond any study."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - the base class's own declaration
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.n_composed = 0
+        self.depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.n_composed += 1
+        self.depth += 1
+        if self.depth > _MAX_DEPTH or self.n_composed > _MAX_NODES:
+            raise _TooLargeError(self.line + 1)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 for _kind, _pattern, _first in (
@@ -54,11 +73,13 @@ class Document:
         values: mappings, lists and scalars; None where a fault stands.
         lines: line of each value, counted from 1, by its path.
         faults: duplicate keys, NaN, unset variables and the like.
+        told: paths that these faults speak of, where a further fault would say nothing new.
     """
 
     values: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
+    told: set[KeyPath] = field(default_factory=set)
 
     def line(self, path: KeyPath) -> int | None:
         """Line of a value, or of the nearest part around it that stands in the file."""
@@ -102,6 +123,11 @@ def _whole(what: str, fix: str) -> Fault:
     return Fault((), None, what, fix)
 
 
+def _too_large(path: KeyPath, line: int | None, where: str) -> ConfigError:
+    what = f"more than {_MAX_DEPTH} levels or {_MAX_NODES:,} values, aliases expanded"
+    return fault_error([Fault(path, line, what, "write a flatter or smaller study")], where)
+
+
 def _compose(text: str, where: str) -> yaml.Node | None:
     loader = None
     try:
@@ -111,13 +137,13 @@ def _compose(text: str, where: str) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         what = " ".join(part for part in (error.context, error.problem) if part)
         line = mark.line + 1 if mark else None
-        fix = "correct the YAML there; indent with blanks, and quote text that holds ': ' or '#'"
+        fix = "correct it; indent with blanks, quote text with ': ' or '#', and ${VAR} in brackets"
         raise fault_error([Fault((), line, f"not YAML: {what}", fix)], where) from None
     except yaml.YAMLError as error:
         what = f"not YAML: {str(error).splitlines()[0]}"
         raise fault_error([_whole(what, "remove characters that are not text")], where) from None
-    except RecursionError:
-        raise fault_error([_whole("brackets nested too deep", "write it flatter")], where) from None
+    except _TooLargeError as error:
+        raise _too_large((), error.args[0], where) from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -139,19 +165,19 @@ class _Builder:
         self.document.lines.setdefault(path, node.start_mark.line + 1)
         if len(path) > _MAX_DEPTH or self.n_nodes > _MAX_NODES:
             line = self.document.line(path)
-            what = f"more than {_MAX_DEPTH} levels or {_MAX_NODES:,} values, aliases expanded"
-            fault = Fault(path[:3], line, what, "write the values out, without nested aliases")
-            raise fault_error([fault], self.where)
+            raise _too_large(path[:3], line, self.where)
         if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
             return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, path)
-        return self._fault(path, f"tag {shown(node.tag)}", "remove the tag")
+        self._fault(path, f"tag {shown(node.tag)}", "remove the tag")
+        return None
 
     def report_unset(self) -> None:
         for name, paths in self.unset.items():
+            self.document.told.update(paths)
             others = ", ".join(key_name(path) for path in paths[1:])
             what = f"environment variable {name} is not set" + (
                 f" (also {others})" if others else ""
@@ -159,6 +185,7 @@ class _Builder:
             self._fault(paths[0], what, f"export {name}=..., or write ${{{name}:-default}}")
 
     def _fault(self, path: KeyPath, what: str, fix: str) -> None:
+        self.document.told.add(path)
         self.document.faults.append(Fault(path, self.document.line(path), what, fix))
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
@@ -166,7 +193,8 @@ class _Builder:
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if key_node.tag != f"{_TAG}str":
-                what = f"a key that is not text: {shown(str(key_node.value))}"
+                found = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a collection"
+                what = f"a key that is not text: {found}"
                 self.document.faults.append(Fault(path, line, what, "put the key in quotes"))
                 continue
             key = str(key_node.value)
@@ -190,7 +218,8 @@ class _Builder:
             return text.lower() == "true"
         if kind in {"int", "float"}:
             return self._number(text, kind, path)
-        return self._fault(path, f"tag {shown(node.tag)}", "remove the tag")
+        self._fault(path, f"tag {shown(node.tag)}", "remove the tag")
+        return None
 
     def _number(self, text: str, kind: str, path: KeyPath) -> int | float | None:
         try:
@@ -198,7 +227,8 @@ class _Builder:
         except ValueError:
             value = math.nan
         if len(text) > _MAX_DIGITS or not math.isfinite(value):
-            return self._fault(path, f"found {shown(text)}", "give a finite number")
+            self._fault(path, f"found {shown(text)}", "give a finite number")
+            return None
         return value
 
     def _text(self, text: str, path: KeyPath) -> str | None:
@@ -206,12 +236,12 @@ class _Builder:
             value, unset = expand(text, self.environ)
         except ExpansionError as error:
             fix = "write ${VAR} or ${VAR:-default}; for a literal ${ write $${"
-            return self._fault(path, f"{error} in {shown(text)}", fix)
+            self._fault(path, f"{error} in {shown(text)}", fix)
+            return None
         for name in unset:
             if path not in self.unset[name]:
                 self.unset[name].append(path)
         if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value):
-            return self._fault(
-                path, f"{shown(value)} holds a character that no text has", "remove it"
-            )
+            self._fault(path, f"{shown(value)} holds a character that no text has", "remove it")
+            return None
         return None if unset else value

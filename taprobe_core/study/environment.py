@@ -11,11 +11,12 @@ import re
 from collections.abc import Mapping
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MAX_DEPTH = 10
 _MARK = re.compile(r"\$\$\{|\$\{|\}")
 
 
 class ExpansionError(ValueError):
-    """A text holds a `${...}` that has no end or no variable's name."""
+    """A text holds a `${...}` that has no end, no variable's name, or too many others in it."""
 
 
 def expand(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
@@ -30,7 +31,8 @@ def expand(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
         order met; an unset one is replaced by nothing.
 
     Raises:
-        ExpansionError: `${` without `}`, or something else than a name between them.
+        ExpansionError: `${` without `}`, something else than a name between them, or more than ten
+            levels.
 
     Example:
         >>> expand("${ROOT:-/data}/rollouts", {})
@@ -66,6 +68,8 @@ def _closing(text: str, at: int) -> int:
             depth += 1
         elif mark.group() == "}":
             depth -= 1
+        if depth > _MAX_DEPTH:
+            raise ExpansionError(f"variables nested deeper than {_MAX_DEPTH}")
         if depth == 0:
             return mark.start()
     raise ExpansionError("`${` without a closing `}`")

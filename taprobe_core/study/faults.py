@@ -1,7 +1,8 @@
 """Collect the faults of a study file and say all of them in one error.
 
-A fault knows where it stands (key and line), what was found there and what to write instead. Finding
-faults belongs in `document` (the YAML), `environment` (the variables) and `wording` (the values).
+A fault knows where it stands (key and line), what was found there and what to write instead.
+Finding them belongs in `document` (the YAML), `environment` (the variables) and `wording` (the
+values).
 """
 
 from __future__ import annotations

@@ -1,0 +1,24 @@
+"""Checkpoints: from what a study names to a model in memory, safely and offline where possible.
+
+    origin ─► folder ─► resolve ─► loading      where ─► inspected ─► files ─► module
+                 tokenizer ─┘  └─ stand_in
+
+torch and transformers are imported by the functions that need them: naming a checkpoint, for a
+fingerprint or a check of a study, must not cost seconds.
+"""
+
+from taprobe_core.checkpoints.folder import CheckpointFiles
+from taprobe_core.checkpoints.loading import LoadedModel, load_base_model, pick_device
+from taprobe_core.checkpoints.resolve import checkpoint_identity, resolve_checkpoint
+from taprobe_core.checkpoints.tokenizer import load_tokenizer, tokenizer_sha256
+
+__all__ = [
+    "CheckpointFiles",
+    "LoadedModel",
+    "checkpoint_identity",
+    "load_base_model",
+    "load_tokenizer",
+    "pick_device",
+    "resolve_checkpoint",
+    "tokenizer_sha256",
+]

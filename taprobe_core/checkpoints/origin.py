@@ -1,0 +1,176 @@
+"""Where a checkpoint or a tokenizer comes from: a local folder, or a hub repository at a commit.
+
+The hub client's own cache and variables hold (`HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`), what is
+cached needs no network, and only files that a model without code needs are fetched. Whether the
+files may be loaded belongs in `folder`. Invariant: whatever the client raises leaves here as one of
+our errors.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    CachedRepoTreeNotFoundError,
+    HFValidationError,
+    HTTPError,  # the base of its HTTP library's errors, named here so that it may change library
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+
+from taprobe_core.errors import ConfigError, DiskFullError, ModelMissingError
+from taprobe_core.study import resolve_folder
+
+CONFIG_FILES = ("config.json",)
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<sha>[0-9a-f]{40}))?")
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """Files in a folder of this machine."""
+
+    path: Path
+
+    def fetch(self, patterns: Sequence[str]) -> Path:
+        """Return the folder; `patterns` matter to a hub only."""
+        del patterns
+        return self.path
+
+    def listing(self) -> frozenset[str]:
+        """Names of files that are not in the folder but at its origin: none."""
+        return frozenset()
+
+    @property
+    def remedy(self) -> str:
+        """What repairs missing or damaged files."""
+        return f"copy the files into {self.path} again, or name a hub model org/name instead"
+
+
+@dataclass(frozen=True)
+class HubRepository:
+    """Files of a hub model repository at one commit."""
+
+    repo: str
+    revision: str
+
+    def fetch(self, patterns: Sequence[str]) -> Path:
+        """Return the cache's snapshot folder, after fetching what it lacks.
+
+        Args:
+            patterns: names of the files that are needed.
+
+        Raises:
+            ModelMissingError: not in the cache, and offline, cut off, unknown or not accessible.
+            DiskFullError: no space left for the cache.
+        """
+        with _translated(self.repo, self.revision):
+            return Path(
+                snapshot_download(self.repo, revision=self.revision, allow_patterns=list(patterns))
+            )
+
+    def listing(self) -> frozenset[str]:
+        """Names of the files that the repository is known to hold, fetched or not."""
+        try:
+            return frozenset(
+                file.path for file in get_cached_repo_tree(self.repo, revision=self.revision)
+            )
+        except CachedRepoTreeNotFoundError:
+            return frozenset()
+
+    @property
+    def remedy(self) -> str:
+        """The command that fetches the files."""
+        return _remedy(self.repo, self.revision)
+
+
+Origin = LocalFolder | HubRepository
+
+
+def locate(name: str, revision: str | None, where: str) -> Origin:
+    """Find out what a study's `path` or `tokenizer` means.
+
+    Args:
+        name: an existing folder, or `org/name`, or `org/name@sha`.
+        revision: commit sha of a hub repository; None resolves the main branch, once per process.
+        where: the key of the study, for messages.
+
+    Raises:
+        ConfigError: a revision for a local folder, or two of them.
+        ModelMissingError: neither a folder nor a hub id, or its revision cannot be resolved.
+    """
+    folder = resolve_folder(name)
+    if folder.is_dir():
+        if revision is not None:
+            raise ConfigError(
+                f"a revision for the local folder {folder}", where, "set its revision to null"
+            )
+        return LocalFolder(folder)
+    match = _HUB_ID.fullmatch(name)
+    if match is None:
+        raise ModelMissingError(
+            f"no such folder: {folder}",
+            where,
+            "name an existing folder, or a hub repository as org/name",
+        )
+    if revision and match["sha"]:
+        raise ConfigError(
+            f"two revisions for {match['repo']}", where, "keep `revision` and write org/name alone"
+        )
+    repo = match["repo"]
+    return HubRepository(repo, revision or match["sha"] or _main_revision(repo))
+
+
+@cache
+def _main_revision(repo: str) -> str:
+    with _translated(repo, "main"):
+        return str(HfApi().resolve_revision(repo).resolved)
+
+
+@contextmanager
+def _translated(repo: str, revision: str) -> Iterator[None]:
+    try:
+        yield
+    except RepositoryNotFoundError as error:
+        raise ModelMissingError(
+            "no such model repository, or no access to it",
+            repo,
+            "correct the name; for a private or gated one accept its terms and run `hf auth login`",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelMissingError(
+            "the repository has no such revision",
+            f"{repo}@{revision}",
+            "set revision to a commit sha of this repository, or to null",
+        ) from error
+    except (RevisionResolutionError, HFValidationError, HTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            cache_folder = constants.HF_HUB_CACHE
+            raise DiskFullError(
+                "no space left for the checkpoint",
+                cache_folder,
+                "free space there, or set HF_HOME to a larger disk",
+            ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ModelMissingError(
+            f"not in the hub cache and cannot be fetched ({reason})",
+            f"{repo}@{revision}",
+            _remedy(repo, revision),
+        ) from error
+
+
+def _remedy(repo: str, revision: str) -> str:
+    command = f"hf download {repo} --revision {revision}"
+    if constants.is_offline_mode():
+        return f"unset HF_HUB_OFFLINE, or where there is a network run `{command}`"
+    return f"check the connection and HF_ENDPOINT, or run `{command}`"

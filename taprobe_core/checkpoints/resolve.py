@@ -1,0 +1,109 @@
+"""From a study's model to a folder that may be loaded, and to the identity of its weights.
+
+A pretrained checkpoint is a local folder or a hub snapshot; a stand-in is built once. The identity
+says which weights, not where they are: a moved folder keeps it, a changed byte does not. Loading
+belongs in `loading`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from taprobe_core.checkpoints.folder import (
+    CheckpointFiles,
+    CheckpointFolder,
+    folder_digest,
+    inspect_folder,
+    stated_number,
+)
+from taprobe_core.checkpoints.origin import (
+    CONFIG_FILES,
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    HubRepository,
+    Origin,
+    locate,
+)
+from taprobe_core.checkpoints.stand_in import build_stand_in, embedding_rows, stand_in_identity
+from taprobe_core.checkpoints.tokenizer import vocabulary_size
+from taprobe_core.errors import ModelMismatchError
+from taprobe_core.study import Model, PretrainedCheckpoint, StandInCheckpoint
+
+
+def resolve_checkpoint(model: Model, build_root: Path) -> CheckpointFiles:
+    """Fetch, find or build a model's checkpoint and inspect it.
+
+    Args:
+        model: the model of the study.
+        build_root: folder of the stand-ins.
+
+    Raises:
+        ModelMissingError: not on this machine and not to be had.
+        ModelMismatchError: not as deep as the study says.
+        UnsafeModelError: loading it would run code.
+        ModelError: its files are damaged.
+        DiskFullError: no space left to build or fetch it.
+    """
+    checkpoint = model.checkpoint
+    if isinstance(checkpoint, StandInCheckpoint):
+        rows = embedding_rows(vocabulary_size(model))
+        path = build_stand_in(checkpoint, rows, build_root)
+        folder = inspect_folder(path, f"remove {path}; it is built again")
+        identity = stand_in_identity(checkpoint, rows)
+    else:
+        origin = _origin(model, checkpoint)
+        path = origin.fetch((*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES))
+        folder = inspect_folder(path, origin.remedy, origin.listing())
+        identity = (
+            _hub_identity(origin) if isinstance(origin, HubRepository) else _folder_identity(folder)
+        )
+    _check_depth(folder, model.n_layers)
+    return CheckpointFiles(folder.path, identity)
+
+
+def checkpoint_identity(model: Model, build_root: Path | None = None) -> dict[str, str]:
+    """Return what `resolve_checkpoint` would, without fetching or building weights.
+
+    A local folder is read through once per process to hash it; a null hub revision is resolved
+    once per process.
+
+    Args:
+        model: the model of the study.
+        build_root: taken so that all questions about a model are asked alike; not needed.
+
+    Raises:
+        ModelMissingError: no such folder, or a revision that cannot be resolved.
+        UnsafeModelError: loading the folder would run code.
+        ModelError: the folder's files are damaged.
+    """
+    del build_root
+    checkpoint = model.checkpoint
+    if isinstance(checkpoint, StandInCheckpoint):
+        return stand_in_identity(checkpoint, embedding_rows(vocabulary_size(model)))
+    origin = _origin(model, checkpoint)
+    if isinstance(origin, HubRepository):
+        return _hub_identity(origin)
+    return _folder_identity(inspect_folder(origin.path, origin.remedy))
+
+
+def _origin(model: Model, checkpoint: PretrainedCheckpoint) -> Origin:
+    where = f"model {model.rollouts_dir}, checkpoint"
+    return locate(checkpoint.path, checkpoint.revision, where)
+
+
+def _hub_identity(origin: HubRepository) -> dict[str, str]:
+    return {"kind": "hub", "repo": origin.repo, "revision": origin.revision}
+
+
+def _folder_identity(folder: CheckpointFolder) -> dict[str, str]:
+    return {"kind": "folder", "sha256": folder_digest(folder)}
+
+
+def _check_depth(folder: CheckpointFolder, n_layers: int) -> None:
+    found = stated_number(folder.config, "num_hidden_layers", "n_layer", "num_layers")
+    if found != n_layers:
+        raise ModelMismatchError(
+            f"a model of {found} layers, where the study says n_layers: {n_layers}",
+            f"{folder.path / 'config.json'}, num_hidden_layers",
+            f"set n_layers: {found}" if found else "name a checkpoint that states its depth",
+        )

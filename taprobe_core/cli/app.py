@@ -1,0 +1,218 @@
+"""The typer application, its verbs over the store, and what every verb shares.
+
+What does not belong here: any computation. A verb reads its arguments, calls the library, prints.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import polars as pl
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from taprobe_core.errors import TaprobeError
+from taprobe_core.leaderboard import render_text
+from taprobe_core.pipeline import DIMENSIONS, Plan, open_plan
+from taprobe_core.pipeline.cells import key_of
+from taprobe_core.pipeline.forecast import Assumptions, forecast, plan_summary
+from taprobe_core.pipeline.publish import ensure_study_report
+from taprobe_core.store import ArtifactKey
+
+EXIT_FIXABLE = 2
+EXIT_UNSOUND = 3
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="taprobe",
+    help="Predict which sentences of a reasoning trace matter, from a model's activations.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog="Exit codes: 0 done, 1 defect, 2 fixable by you, 3 unsound artifact, 130 interrupted.",
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+StudyArgument = Annotated[
+    Path | None,
+    typer.Argument(help="Study file; default: $TAPROBE_STUDY, else the embedded demo."),
+]
+StudyOption = Annotated[
+    Path | None,
+    typer.Option("--study", help="Study file; default: $TAPROBE_STUDY, else the embedded demo."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+
+
+def guarded(command: Callable[[], Any]) -> int:
+    """Run a command and return its exit code; a user's error is printed without a traceback."""
+    try:
+        command()
+    except TaprobeError as error:
+        err.print(f"[bold red]error:[/] {escape(str(error))}")
+        return EXIT_FIXABLE
+    except KeyboardInterrupt:
+        err.print("interrupted; everything finished is kept, run the same command to go on")
+        return EXIT_INTERRUPTED
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def show_progress() -> None:
+    """Show the library's progress on stderr, one line an event."""
+    handler = RichHandler(console=err, show_path=False, show_level=False, markup=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("taprobe_core")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def print_frame(frame: pl.DataFrame, title: str, as_json: bool = False) -> None:
+    """Print a table for a reader, or as JSON rows for a script."""
+    if as_json:
+        out.print_json(json.dumps(frame.to_dicts(), default=str))
+        return
+    table = Table(title=title, title_justify="left")
+    for name, dtype in frame.schema.items():
+        table.add_column(name, justify="right" if dtype.is_numeric() else "left")
+    for row in frame.iter_rows():
+        table.add_row(*(_cell(value) for value in row))
+    out.print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return escape(str(value))
+
+
+@app.command()
+def check(study: StudyArgument = None, as_json: JsonOption = False) -> None:
+    """Validate a study and print what a run would do: cells, models, sizes, cost."""
+    plan = open_plan(study)
+    summary = plan_summary(plan)
+    sizes = forecast(plan, Assumptions())
+    if as_json:
+        out.print_json(json.dumps({**summary, "forecast": sizes.to_dicts()}, default=str))
+        return
+    out.print(f"study [bold]{escape(plan.study.name)}[/] is valid; data folder {plan.data_root}")
+    print_frame(pl.DataFrame(summary["stages"]), "cells (present = at today's fingerprint)")
+    print_frame(pl.DataFrame(summary["models"]), "models")
+    print_frame(sizes, "forecast of extraction")
+
+
+@app.command()
+def storage(
+    study: StudyArgument = None,
+    sentences_per_problem: Annotated[
+        int, typer.Option(help="Assumed where rollouts are not read yet.")
+    ] = Assumptions.sentences_per_problem,
+    tokens_per_sentence: Annotated[
+        int, typer.Option(help="Assumed where spans are not made yet.")
+    ] = Assumptions.tokens_per_sentence,
+    as_json: JsonOption = False,
+) -> None:
+    """Forecast disk use of pooled activations, and of ragged tokens if they were kept."""
+    assumptions = Assumptions(sentences_per_problem, tokens_per_sentence)
+    print_frame(forecast(open_plan(study), assumptions), "storage forecast", as_json)
+
+
+@app.command()
+def verify(
+    study: StudyArgument = None,
+    discard: Annotated[
+        bool, typer.Option(help="Remove unsound artifacts, so that a run makes them again.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Hash every artifact in the store against its manifest; name each that is unsound."""
+    store = open_plan(study).store
+    verdicts = list(store.verify())
+    unsound = [verdict for verdict in verdicts if not verdict.is_sound]
+    if as_json:
+        rows = [{"artifact": _name(v.key), "error": str(v.error)} for v in unsound]
+        out.print_json(json.dumps({"n_artifacts": len(verdicts), "unsound": rows}))
+    else:
+        for verdict in unsound:
+            out.print(f"[red]unsound[/] {_name(verdict.key)}\n  {escape(str(verdict.error))}")
+        out.print(f"{len(verdicts)} artifacts, {len(verdicts) - len(unsound)} sound")
+    if discard:
+        for verdict in unsound:
+            store.discard(verdict.key)
+    if unsound:
+        raise typer.Exit(EXIT_UNSOUND)
+
+
+@app.command()
+def lineage(
+    stage: Annotated[str, typer.Argument(help=f"One of {', '.join(DIMENSIONS)}.")],
+    cell: Annotated[list[str] | None, typer.Argument(help="Partition keys of the cell.")] = None,
+    study: StudyOption = None,
+) -> None:
+    """Show what an artifact was made from, up to dataset revision and checkpoint."""
+    plan = open_plan(study)
+    key = key_of(plan, _stage(stage), _cell_of(stage, cell or []))
+    for line in plan.store.lineage(key).render():
+        out.print(escape(line))
+
+
+@app.command()
+def du(study: StudyArgument = None, as_json: JsonOption = False) -> None:
+    """Show what the store holds and how large it is, by stage."""
+    print_frame(open_plan(study).store.usage(), "disk use by stage", as_json)
+
+
+@app.command()
+def prune(
+    study: StudyArgument = None,
+    keep: Annotated[int, typer.Option(min=1, help="Versions to keep of every cell.")] = 3,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
+) -> None:
+    """Remove old versions; what a kept artifact was made from stays."""
+    removed = open_plan(study).store.prune(keep=keep, dry_run=dry_run)
+    for key in removed:
+        out.print(_name(key))
+    out.print(f"{len(removed)} artifacts {'would be ' if dry_run else ''}removed")
+
+
+@app.command()
+def report(study: StudyArgument = None) -> None:
+    """Build the study's report if it is not there, and print its path."""
+    outcome = ensure_study_report(open_plan(study))
+    out.print(str(outcome.artifact.path / "report.html"))
+
+
+def _stage(stage: str) -> str:
+    if stage not in DIMENSIONS:
+        raise typer.BadParameter(f"no stage {stage!r}; use one of {', '.join(DIMENSIONS)}")
+    return stage
+
+
+def _cell_of(stage: str, cell: list[str]) -> tuple[str, ...]:
+    wanted = DIMENSIONS[stage]
+    if len(cell) != len(wanted):
+        raise typer.BadParameter(f"{stage} takes {len(wanted)} keys ({', '.join(wanted)})")
+    return tuple(cell)
+
+
+def _name(key: ArtifactKey) -> str:
+    return "/".join((key.stage, *key.partition, key.fingerprint))
+
+
+def print_leaderboard(plan: Plan) -> None:
+    """Print the best rows of the study's leaderboard."""
+    frame = plan.store.open(plan.leaderboard()).read_table("leaderboard.parquet")
+    out.print(render_text(frame))

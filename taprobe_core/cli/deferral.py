@@ -1,0 +1,38 @@
+"""`taprobe plan`: one site and trial's deferral plan, as thresholds and as a list to relabel."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import polars as pl
+import typer
+
+from taprobe_core.cli.app import JsonOption, StudyOption, app, print_frame
+from taprobe_core.deferral import relabel_runs
+from taprobe_core.keys import parse_site, parse_trial
+from taprobe_core.pipeline import open_plan
+
+
+@app.command(name="plan")
+def plan_(
+    site: Annotated[str, typer.Argument(help="model@Lnn")],
+    trial: Annotated[str, typer.Argument(help="setting@snn")],
+    recipe: Annotated[str, typer.Option(help="Whose plan to list sentence by sentence.")] = "",
+    protocol: Annotated[str, typer.Option(help="holdout or lopo.")] = "holdout",
+    study: StudyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show deferral plans; with --recipe, the runs of sentences to relabel."""
+    plan = open_plan(study)
+    artifact = plan.store.open(plan.deferral_plans(parse_site(site), parse_trial(trial)))
+    if not recipe:
+        plans = artifact.read_table("plans.parquet").filter(protocol=protocol)
+        print_frame(plans, f"deferral plans of {site} {trial} ({protocol})", as_json)
+        return
+    decisions = artifact.read_table("decisions.parquet").filter(
+        pl.col("recipe") == recipe, pl.col("protocol") == protocol
+    )
+    if decisions.is_empty():
+        known = artifact.read_table("plans.parquet")["recipe"].unique().sort().to_list()
+        raise typer.BadParameter(f"no recipe {recipe!r} under {protocol}; use one of {known}")
+    print_frame(relabel_runs(decisions), f"sentences to relabel: {recipe} ({protocol})", as_json)

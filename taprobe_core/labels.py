@@ -1,0 +1,190 @@
+"""From published measures to labels: a signed and an absolute importance, anchors, and their doubt.
+
+Each label keeps the counts behind it, a standard error and a status, because a zero has four
+causes and only one of them says that the sentence does not matter. How counts are found belongs in
+`noise`; which sentence goes to which split in `splits`.
+
+Invariant: a missing measure is an error, never a zero; anchors are chosen within a problem.
+
+Source: the labels of Thought Anchors (arXiv:2506.19143); the rank rule is our own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from taprobe_core import tables
+from taprobe_core.errors import LabelError
+from taprobe_core.noise import (
+    Counts,
+    FloatArray,
+    importance_se,
+    reconstruct_counts,
+    resampling_se,
+    successors,
+)
+from taprobe_core.study.config import Labels
+
+_COUNTERFACTUAL = "counterfactual_importance_accuracy"
+_RESAMPLING = "resampling_importance_accuracy"
+_KEY = ("problem_id", "sentence_idx")
+
+
+def make_labels(sentences: pl.DataFrame, labels: Labels, n_max: int = 100) -> pl.DataFrame:
+    """Make the labels of one model and setting.
+
+    The importance is the field as published: positive means that replacing the sentence helps for
+    the counterfactual one, that keeping it helps for the resampling one. Anchors and n_sentences
+    are over the kept sentences. Counts are those of the resampled rollouts whatever the field; the
+    standard error is the field's own, null for forced importance, whose rollouts are others.
+
+    Args:
+        sentences: `tables.SENTENCES`, in any order.
+        labels: the study's `labels`.
+        n_max: most rollouts a sentence can have, to bound the reconstruction of counts.
+
+    Returns:
+        `tables.LABELS`, sorted by problem_id and sentence_idx.
+
+    Raises:
+        LabelError: a kept sentence has no value in the field; names the first of them.
+    """
+    measured = _with_noise(sentences.sort(_KEY), labels, n_max)
+    is_dropped = pl.col("is_last") & (pl.len().over("problem_id") > 1) & labels.drop_last_sentence
+    kept = measured.filter(~is_dropped)
+    _check_complete(kept, labels.field)
+    importance_abs = kept["importance_signed"].abs()
+    rows = kept.with_columns(
+        pl.len().over("problem_id").cast(pl.Int64).alias("n_sentences"),
+        importance_abs.alias("importance_abs"),
+        pl.Series(
+            "is_anchor",
+            _anchors_by_problem(kept["problem_id"].to_numpy(), importance_abs.to_numpy(), labels),
+            dtype=pl.Boolean,
+        ),
+        _status(labels.field).alias("label_status"),
+    )
+    return tables.check_table(rows.select(tables.LABELS.columns.keys()), tables.LABELS, "labels")
+
+
+def anchors(
+    importance_abs: npt.ArrayLike, percentile: float, tie_rule: str
+) -> npt.NDArray[np.bool_]:
+    """Mark the anchors of one problem.
+
+    `legacy` marks every sentence at or above numpy's percentile (linear interpolation): ties at
+    the threshold all enter, and a threshold of 0 marks everything. `rank` marks the k most
+    important, the earlier of two equal ones first, and never a zero, with
+
+        k = n - ceil((n - 1) * percentile / 100),
+
+    the number of order statistics at or above that percentile: what `legacy` marks where no two
+    values are equal.
+
+    Args:
+        importance_abs: [sentence] of one problem in sentence order, finite, >= 0.
+        percentile: in (0, 100).
+        tie_rule: `rank` or `legacy`.
+
+    Returns:
+        bool [sentence].
+    """
+    values = np.asarray(importance_abs, dtype=np.float64)
+    if not len(values):
+        return np.zeros(0, dtype=np.bool_)
+    if tie_rule == "legacy":
+        return np.asarray(values >= np.percentile(values, percentile), dtype=np.bool_)
+    # Rounding keeps 375 * 8.8 / 100 = 33.00000000000001 from costing an anchor.
+    below = math.ceil(round((len(values) - 1) * percentile / 100, 9))
+    first = np.argsort(-values, kind="stable")[: len(values) - below]
+    is_anchor = np.zeros(len(values), dtype=np.bool_)
+    is_anchor[first] = True
+    return is_anchor & (values > 0)
+
+
+def _with_noise(frame: pl.DataFrame, labels: Labels, n_max: int) -> pl.DataFrame:
+    column = {name: frame[name].cast(pl.Float64).fill_null(np.nan).to_numpy() for name in _SHARES}
+    accuracy = column["accuracy"]
+    index = successors(frame["problem_id"].to_numpy(), accuracy)
+    next_accuracy = np.where(index >= 0, accuracy[index], np.nan) if len(index) else accuracy
+    counts = reconstruct_counts(
+        accuracy,
+        column["different_trajectories_fraction"],
+        column["overdeterminedness"],
+        column[_COUNTERFACTUAL],
+        next_accuracy,
+        n_max,
+    )
+    error = _field_se(labels.field, counts, index)
+    return frame.with_columns(
+        pl.col(labels.field).alias("importance_signed"),
+        (pl.col("sentence_idx") == pl.col("sentence_idx").max().over("problem_id")).alias(
+            "is_last"
+        ),
+        pl.Series("has_successor", index >= 0, dtype=pl.Boolean),
+        pl.Series("importance_se", error, dtype=pl.Float64).fill_nan(None),
+        *(
+            pl.Series(name, values, dtype=pl.Float64).fill_nan(None).cast(pl.Int64)
+            for name, values in counts._asdict().items()
+        ),
+    )
+
+
+_SHARES = ("accuracy", "different_trajectories_fraction", "overdeterminedness", _COUNTERFACTUAL)
+
+
+def _field_se(field: str, counts: Counts, index: npt.NDArray[np.int64]) -> FloatArray:
+    if field == _COUNTERFACTUAL:
+        return importance_se(counts, counts.take(index))
+    if field == _RESAMPLING:
+        # The published rule takes the very next sentence, not the next one with rollouts.
+        is_next = index == np.arange(1, len(index) + 1)
+        return resampling_se(counts, counts.take(np.where(is_next, index, -1)))
+    return np.full(len(index), np.nan)
+
+
+def _status(field: str) -> pl.Expr:
+    is_missing = pl.col("n_rollouts").is_null() | ~pl.col("has_successor")
+    is_undivided = (pl.col("n_dissimilar") == 0) & (field == _COUNTERFACTUAL)
+    return (
+        pl.when(pl.col("is_last"))
+        .then(pl.lit("last_sentence"))
+        .when(is_missing)
+        .then(pl.lit("missing_rollouts"))
+        .when(is_undivided)
+        .then(pl.lit("no_dissimilar"))
+        .when(pl.col("importance_signed") == 0)
+        .then(pl.lit("equal_rates"))
+        .otherwise(pl.lit("measured"))
+        .cast(pl.Enum(tables.LABEL_STATUS))
+    )
+
+
+def _check_complete(kept: pl.DataFrame, field: str) -> None:
+    missing = kept.filter(pl.col("importance_signed").is_null())
+    if missing.height == 0:
+        return
+    rows = missing.select(_KEY).head(5).iter_rows()
+    first = ", ".join(f"problem {problem} sentence {index}" for problem, index in rows)
+    problems = missing["problem_id"].unique().sort().to_list()
+    raise LabelError(
+        f"{missing.height} of {kept.height} sentences have no {field} "
+        "(absent is not 0: a zero would call them unimportant)",
+        first + (", ..." if missing.height > 5 else ""),
+        f"choose another labels.field, or leave problems {problems} out with rollouts.problem_ids",
+    )
+
+
+def _anchors_by_problem(
+    problem_id: npt.NDArray[np.int64], importance_abs: FloatArray, labels: Labels
+) -> npt.NDArray[np.bool_]:
+    starts = np.flatnonzero(np.diff(problem_id)) + 1
+    parts = [
+        anchors(values, labels.percentile, labels.tie_rule)
+        for values in np.split(importance_abs, starts)
+    ]
+    return np.concatenate(parts)

@@ -1,0 +1,44 @@
+"""The stages bound to a study and a store: plan keys, run cells, check and describe artifacts."""
+
+from taprobe_core.pipeline.cells import (
+    DIMENSIONS,
+    PARENTS,
+    STAGES,
+    Cell,
+    CellFilter,
+    cells_of,
+    dimension_keys,
+    key_of,
+    missing_cells,
+)
+from taprobe_core.pipeline.checks import CHECKS
+from taprobe_core.pipeline.describe import Description, describe
+from taprobe_core.pipeline.fit import read_activations, read_probe_data, read_scores
+from taprobe_core.pipeline.opening import data_root, open_plan
+from taprobe_core.pipeline.outcome import Outcome
+from taprobe_core.pipeline.plan import CODE_VERSIONS, Plan
+from taprobe_core.pipeline.run import run_stage
+
+__all__ = [
+    "CHECKS",
+    "CODE_VERSIONS",
+    "DIMENSIONS",
+    "PARENTS",
+    "STAGES",
+    "Cell",
+    "CellFilter",
+    "Description",
+    "Outcome",
+    "Plan",
+    "cells_of",
+    "data_root",
+    "describe",
+    "dimension_keys",
+    "key_of",
+    "missing_cells",
+    "open_plan",
+    "read_activations",
+    "read_probe_data",
+    "read_scores",
+    "run_stage",
+]

@@ -1,0 +1,209 @@
+"""What to show of an artifact: numbers that plot over cells, and one picture.
+
+Read from the store, not from the computation, so an artifact that was reused is shown like one that
+was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+
+from taprobe_core import plots
+from taprobe_core.keys import parse_site, parse_trial
+from taprobe_core.pipeline.cells import Cell
+from taprobe_core.pipeline.fit import read_activations, read_scores
+from taprobe_core.pipeline.judge import read_evaluation
+from taprobe_core.pipeline.plan import Plan
+
+
+@dataclass(frozen=True)
+class Description:
+    """What to show of one artifact.
+
+    Attributes:
+        metrics: numbers, named as in the tables they come from.
+        n_rows: rows of its main table; None where there is none.
+        picture: a PNG as a data URI; None where there is none.
+    """
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    n_rows: int | None = None
+    picture: str | None = None
+
+
+def describe(plan: Plan, stage: str, cell: Cell) -> Description:
+    """Describe a cell's artifact.
+
+    Args:
+        plan: the plan.
+        stage: a stage of `cells.STAGES`.
+        cell: a cell whose artifact is in the store.
+
+    Raises:
+        MissingArtifactError: it is not there.
+        CorruptArtifactError: its bytes differ from its manifest.
+    """
+    return _DESCRIBE[stage](plan, cell)
+
+
+def _rollouts(plan: Plan, cell: Cell) -> Description:
+    artifact = plan.store.open(plan.rollouts(*cell))
+    sentences = artifact.read_table("sentences.parquet")
+    return Description(
+        {
+            "n_problems": artifact.read_table("problems.parquet").height,
+            "n_sentences": sentences.height,
+            "n_skipped": artifact.read_table("skipped.parquet").height,
+        },
+        sentences.height,
+    )
+
+
+def _labels(plan: Plan, cell: Cell) -> Description:
+    labels = plan.store.open(plan.labels(*cell)).read_table("labels.parquet")
+    metrics = {
+        "n_sentences": labels.height,
+        "n_anchors": int(labels["is_anchor"].sum()),
+        "mean_importance_abs": _mean(labels["importance_abs"]),
+        "median_importance_se": _median(labels["importance_se"]),
+        **{
+            f"n_{status}": count
+            for status, count in labels["label_status"].cast(pl.String).value_counts().iter_rows()
+        },
+    }
+    picture = plots.importance_by_position(labels, title=" · ".join(cell))
+    return Description(_present(metrics), labels.height, plots.to_data_uri(picture))
+
+
+def _spans(plan: Plan, cell: Cell) -> Description:
+    artifact = plan.store.open(plan.spans(*cell))
+    spans, texts = artifact.read_table("spans.parquet"), artifact.read_table("texts.parquet")
+    metrics = {
+        "n_problems": texts.height,
+        "n_spans": spans.height,
+        "n_tokens": int(texts["n_tokens"].sum()),
+        "median_span_tokens": _median(spans["n_tokens"]),
+        "n_skipped": artifact.read_table("skipped.parquet").height,
+    }
+    picture = plots.span_lengths(spans["n_tokens"].to_numpy(), title=" · ".join(cell))
+    return Description(_present(metrics), spans.height, plots.to_data_uri(picture))
+
+
+def _activations(plan: Plan, cell: Cell) -> Description:
+    site, setting = parse_site(cell[0]), cell[1]
+    index = plan.store.open(plan.activations(site, setting)).read_table("shards.parquet")
+    rows = read_activations(plan, site, setting)
+    first = next(iter(rows))
+    norms = {problem_id: np.linalg.norm(each, axis=1) for problem_id, each in rows.items()}
+    metrics = {
+        "n_shards": index.height,
+        "n_sentences": sum(len(each) for each in rows.values()),
+        "d_model": rows[first].shape[1],
+        "max_abs": _max(index["max_abs"]),
+        "mean_norm": float(np.concatenate(list(norms.values())).mean()),
+        "n_widened": int((index["dtype"] != plan.study.activations.storage).sum()),
+    }
+    picture = plots.activation_norms(
+        norms[first].astype(np.float64), title=f"{' · '.join(cell)} · problem {first}"
+    )
+    return Description(
+        _present(metrics), int(metrics["n_sentences"] or 0), plots.to_data_uri(picture)
+    )
+
+
+def _probe_fits(plan: Plan, cell: Cell) -> Description:
+    scores = read_scores(plan, parse_site(cell[0]), parse_trial(cell[1]))
+    metrics = {
+        "n_recipes": scores["recipe"].n_unique(),
+        "n_folds": scores.select(pl.struct("protocol", "fold").n_unique()).item(),
+        "n_scores": scores.height,
+    }
+    return Description(metrics, scores.height)
+
+
+def _deferral_plans(plan: Plan, cell: Cell) -> Description:
+    key = plan.deferral_plans(parse_site(cell[0]), parse_trial(cell[1]))
+    plans = plan.store.open(key).read_table("plans.parquet")
+    metrics: dict[str, float | None] = {}
+    for row in plans.filter(protocol=plans["protocol"][0]).iter_rows(named=True):
+        name = f"{row['recipe']}/{row['objective']}_{row['objective_value']:g}"
+        metrics[f"deferral_rate/{name}"] = row["deferral_rate"]
+        metrics[f"accepted_error/{name}"] = row["accepted_error"]
+    return Description(_present(metrics), plans.height)
+
+
+def _evaluation(plan: Plan, cell: Cell) -> Description:
+    tables = read_evaluation(plan, parse_site(cell[0]), cell[1])
+    test = tables.metrics.filter(split="test")
+    metric = str(test["primary_metric"][0])
+    metrics: dict[str, float | None] = {
+        f"{metric}/{row['protocol']}/{row['recipe']}": row[metric]
+        for row in test.iter_rows(named=True)
+    }
+    for row in tables.deltas.iter_rows(named=True):
+        metrics[f"delta/{row['protocol']}/{row['recipe']}-{row['baseline']}"] = row["delta"]
+    rows = tables.deltas.with_columns(
+        label=pl.format(
+            "{} minus {} ({})", "recipe", "baseline", pl.col("protocol").cast(pl.String)
+        )
+    )
+    picture = plots.delta_intervals(rows, metric=metric, title=" · ".join(cell))
+    return Description(_present(metrics), tables.metrics.height, plots.to_data_uri(picture))
+
+
+def _leaderboard(plan: Plan, _: Cell) -> Description:
+    board = plan.store.open(plan.leaderboard()).read_table("leaderboard.parquet")
+    block = board.filter(setting=board["setting"][0], protocol=board["protocol"][0])
+    metrics = {
+        "n_configurations": block.height,
+        "best_value": _max(block["value"]),
+        "chance": _mean(block["chance"]),
+    }
+    layer = pl.col("layer").cast(pl.String).str.zfill(2)
+    site = pl.concat_str("model", pl.lit("@L") + layer, ignore_nulls=True)
+    picture = plots.leaderboard_bars(
+        block.head(10).with_columns(label=pl.format("{} · {}", "recipe", site)),
+        metric=str(block["metric"][0]),
+        chance=metrics["chance"],
+        title=f"{block['setting'][0]} · {block['protocol'][0]}",
+    )
+    return Description(_present(metrics), board.height, plots.to_data_uri(picture))
+
+
+def _study_report(plan: Plan, _: Cell) -> Description:
+    artifact = plan.store.open(plan.study_report())
+    return Description({"size_bytes": artifact.manifest.files["report.html"].size_bytes})
+
+
+_DESCRIBE: Mapping[str, Callable[[Plan, Cell], Description]] = {
+    "rollouts": _rollouts,
+    "labels": _labels,
+    "spans": _spans,
+    "activations": _activations,
+    "probe_fits": _probe_fits,
+    "deferral_plans": _deferral_plans,
+    "evaluation": _evaluation,
+    "leaderboard": _leaderboard,
+    "study_report": _study_report,
+}
+
+
+def _present(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Leave out what is not defined: a missing point is honest, a plotted zero is not."""
+    return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def _mean(values: pl.Series) -> float | None:
+    return values.cast(pl.Float64).mean()  # type: ignore[return-value]
+
+
+def _median(values: pl.Series) -> float | None:
+    return values.cast(pl.Float64).median()  # type: ignore[return-value]
+
+
+def _max(values: pl.Series) -> float | None:
+    return values.cast(pl.Float64).max()  # type: ignore[return-value]

@@ -1,0 +1,130 @@
+"""Probes on disk: `probes.safetensors` for arrays, `probes.json` for everything else.
+
+JSON: `format`, `target`, `seed`, `recipe`, `terms` (every term that any fold chose, once,
+alphabetical) and `probes`, one object per fold: `protocol`, `index`, `train`, `val`, `test`,
+`n_iter`, `is_converged`, `early_stopping`, `arrays`. A tensor's name is the fold and the array,
+`lopo_3.coef`; `lopo_3.terms` [term] int32 are that fold's terms as positions in `terms`.
+
+What does not belong here: atomic publishing and hashes (`store`). Invariant: the same fit gives
+the same bytes, and loaded probes hold bit-equal arrays. No pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from taprobe_core.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
+from taprobe_core.probes.fit import RecipeFit
+from taprobe_core.probes.fitted import FittedProbe, Training
+from taprobe_core.probes.inputs import Arrays
+from taprobe_core.splits import Fold
+from taprobe_core.study.config import ProbeRecipe, Target
+
+FORMAT = 1
+_ARRAYS, _REST = "probes.safetensors", "probes.json"
+_FIT_AGAIN = "fit these probes again"
+_TARGET: TypeAdapter[Target] = TypeAdapter(Target)
+
+
+def save_probes(folder: Path, fit: RecipeFit) -> None:
+    """Write the probes of one recipe into `folder`, which exists.
+
+    Args:
+        folder: receives `probes.safetensors` and `probes.json`.
+        fit: at least one fold; its scores are not written here.
+    """
+    first = fit.probes[0]
+    terms = sorted({term for probe in fit.probes for term in probe.terms or ()})
+    position = {term: index for index, term in enumerate(terms)}
+    tensors = {}
+    for probe in fit.probes:
+        arrays = dict(probe.arrays)
+        if probe.terms is not None:
+            arrays["terms"] = np.array([position[term] for term in probe.terms], dtype=np.int32)
+        for name, array in arrays.items():
+            tensors[f"{_prefix(probe.fold)}.{name}"] = np.ascontiguousarray(array)
+    document = {
+        "format": FORMAT,
+        "target": first.target,
+        "seed": first.seed,
+        "recipe": first.recipe.model_dump(mode="json"),
+        "terms": terms,
+        "probes": [_record(probe) for probe in fit.probes],
+    }
+    save_file(tensors, folder / _ARRAYS)
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1, sort_keys=True)
+    (folder / _REST).write_text(text + "\n", encoding="utf-8")
+
+
+def load_probes(folder: Path) -> list[FittedProbe]:
+    """Read what `save_probes` wrote, in fold order.
+
+    Raises:
+        MissingArtifactError: a file is absent.
+        StaleArtifactError: another version of this format.
+        CorruptArtifactError: a file cannot be read, or the two do not belong together.
+    """
+    missing = [name for name in (_ARRAYS, _REST) if not (folder / name).is_file()]
+    if missing:
+        raise MissingArtifactError(f"no {' and no '.join(missing)}", str(folder), _FIT_AGAIN)
+    try:
+        document = json.loads((folder / _REST).read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            raise StaleArtifactError(
+                f"format is {document['format']}, this version reads {FORMAT}",
+                str(folder / _REST),
+                _FIT_AGAIN,
+            )
+        tensors = load_file(folder / _ARRAYS)
+        recipe = ProbeRecipe.model_validate_json(json.dumps(document["recipe"]))
+        return [_probe(document, recipe, record, tensors) for record in document["probes"]]
+    except (ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        raise CorruptArtifactError(
+            f"probes cannot be read ({type(error).__name__}: {error})", str(folder), _FIT_AGAIN
+        ) from error
+
+
+def _record(probe: FittedProbe) -> dict[str, Any]:
+    fold, training = probe.fold, probe.training
+    return {
+        "protocol": fold.protocol,
+        "index": fold.index,
+        "train": list(fold.train),
+        "val": list(fold.val),
+        "test": list(fold.test),
+        "n_iter": training.n_iter,
+        "is_converged": training.is_converged,
+        "early_stopping": training.early_stopping,
+        "arrays": sorted(probe.arrays),
+    }
+
+
+def _probe(
+    document: dict[str, Any], recipe: ProbeRecipe, record: dict[str, Any], tensors: Arrays
+) -> FittedProbe:
+    sides = (tuple(record[side]) for side in ("train", "val", "test"))
+    fold = Fold(record["protocol"], record["index"], *sides)
+    prefix = _prefix(fold)
+    terms = None
+    if "text" in recipe.features:
+        terms = tuple(document["terms"][position] for position in tensors[f"{prefix}.terms"])
+    return FittedProbe(
+        recipe=recipe,
+        target=_TARGET.validate_python(document["target"]),
+        fold=fold,
+        seed=document["seed"],
+        arrays={name: tensors[f"{prefix}.{name}"] for name in record["arrays"]},
+        terms=terms,
+        training=Training(record["n_iter"], record["is_converged"], record["early_stopping"]),
+    )
+
+
+def _prefix(fold: Fold) -> str:
+    return f"{fold.protocol}_{fold.index}"

@@ -1,0 +1,305 @@
+"""A study's tables to one self-contained HTML page.
+
+The page holds its style and figures, loads nothing, runs nothing, and says so to the browser in a
+content security policy. What does not belong here: reading the store, computing results, and the
+words of the headline (`findings`).
+
+Invariant: no value can become markup. Every string is escaped, and characters that would reorder or
+hide text (controls, bidirectional overrides) are shown as symbols.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import jinja2
+import polars as pl
+from markupsafe import Markup
+
+from taprobe_core import plots
+from taprobe_core.findings import (
+    METRIC_LABELS,
+    VERDICT_LABELS,
+    findings,
+    headline_rows,
+    main_protocol,
+)
+from taprobe_core.leaderboard import baselines_of
+from taprobe_core.selection import ANY_ACTIVATION_PROBE
+
+TOP = 10
+"""Ranked rows shown per setting and protocol, beside the recipes without activations."""
+
+MAX_SENTENCES = 250
+"""Sentences shown of the example trace."""
+
+_N_SHADES = 8
+
+
+@dataclass(frozen=True)
+class Example:
+    """One trace to look at.
+
+    Attributes:
+        title: what it is: model, setting, problem.
+        recipe: whose scores stand beside the labels, with its layer.
+        problem: the problem's text.
+        sentences: sentence_idx, sentence, importance_signed, importance_abs, importance_se,
+            is_anchor, label_status, score (null where the sentence was not scored).
+    """
+
+    title: str
+    recipe: str
+    problem: str
+    sentences: pl.DataFrame
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything the page shows.
+
+    Attributes:
+        study: name.
+        description: one paragraph, may be empty.
+        target: what the probes were fitted to.
+        dataset: identity of the rollouts: kind, repository or folder, revision.
+        settings: settings.
+        models: one row per model; every column is shown as text.
+        untrained_models: models whose weights are random.
+        leaderboard: from `build_leaderboard`.
+        selected: from `select_on_validation`.
+        plans: `tables.PLANS` with setting, model, layer and seed.
+        skipped: `tables.SKIPPED` with setting and model.
+        example: one trace, or None.
+        figures: title -> PNG of further figures, such as label histograms.
+        versions: library -> version.
+        fingerprints: stage, partition, fingerprint.
+    """
+
+    study: str
+    description: str
+    target: str
+    dataset: Mapping[str, str]
+    settings: tuple[str, ...]
+    models: pl.DataFrame
+    untrained_models: tuple[str, ...]
+    leaderboard: pl.DataFrame
+    selected: pl.DataFrame
+    plans: pl.DataFrame
+    skipped: pl.DataFrame
+    example: Example | None = None
+    figures: Mapping[str, bytes] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    fingerprints: pl.DataFrame = field(default_factory=pl.DataFrame)
+
+
+def render_report(data: ReportData) -> str:
+    """Render the page.
+
+    Args:
+        data: the study's tables.
+
+    Returns:
+        HTML that needs no other file and no network. Equal data give equal text.
+    """
+    board = data.leaderboard
+    protocol = main_protocol(board)
+    name = str(board["metric"][0]) if board.height else "pr_auc"
+    metric = METRIC_LABELS.get(name, name)
+    main_board = board.filter(pl.col("protocol").cast(pl.String) == pl.lit(protocol))
+    page = (
+        _environment()
+        .from_string(_template())
+        .render(
+            data=data,
+            metric=metric,
+            findings=findings(data.selected),
+            headline_figure=_headline_figure(data.selected, metric),
+            boards=_boards(board, protocol),
+            baselines=baselines_of(board),
+            layer_figures=_layer_figures(main_board, metric),
+            comparisons=_comparisons(data.selected, protocol),
+            plan_blocks=_plan_blocks(data.plans, board, protocol),
+            sentences=_shaded(data.example.sentences) if data.example else [],
+            figures=[(name, plots.to_data_uri(png)) for name, png in data.figures.items()],
+            max_sentences=MAX_SENTENCES,
+        )
+    )
+    return page.strip() + "\n"
+
+
+def visible(text: str) -> str:
+    """Replace characters that act on a display instead of being shown.
+
+    Args:
+        text: any text.
+
+    Returns:
+        C0 controls as their pictures (U+2400 on; newline and tab stay), C1 controls, bidirectional
+        and other format characters, and lone surrogates as U+FFFD.
+    """
+    return text.translate(_SYMBOLS)
+
+
+_FORMAT_CODES = (
+    *(0xAD, 0x61C, 0x200B, 0x200E, 0x200F),
+    *(*range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFC)),
+)
+_SYMBOLS: Mapping[int, str] = {
+    **{code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)},
+    0x7F: "\u2421",
+    **dict.fromkeys((*range(0x80, 0xA0), *_FORMAT_CODES), "\ufffd"),
+    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),
+}
+
+
+def _template() -> str:
+    return resources.files("taprobe_core").joinpath("report.html.jinja").read_text("utf-8")
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        autoescape=True,
+        finalize=_shown,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        num=_num, signed=_signed, share=_share, p_value=_p_value, csp_hash=_csp_hash
+    )
+    environment.globals.update(verdict_labels=VERDICT_LABELS, any_probe=ANY_ACTIVATION_PROBE)
+    return environment
+
+
+def _shown(value: Any) -> Any:
+    if value is None:
+        return "–"
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _num(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"
+
+
+def _signed(value: float | None) -> str | None:
+    return None if value is None else f"{value:+.3f}".replace("-", "\u2212")
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.1%}"
+
+
+def _p_value(value: float | None) -> str | None:
+    if value is None:
+        return None
+    return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
+
+
+def _csp_hash(css: str) -> str:
+    digest = hashlib.sha256(str(css).encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+
+
+def _boards(leaderboard: pl.DataFrame, protocol: str | None) -> list[dict[str, Any]]:
+    boards = []
+    for (setting, name), block in leaderboard.group_by("setting", "protocol", maintain_order=True):
+        ranked = block.with_row_index("place")
+        shown = ranked.filter((pl.col("place") < TOP) | pl.col("layer").is_null())
+        boards.append(
+            {
+                "title": f"{setting} · {name}",
+                "is_main": name == protocol,
+                "rows": shown.to_dicts(),
+                "n_problems": block["n_problems"].max(),
+                "n_configurations": block["n_configurations"][0],
+                "n_hidden": block.height - shown.height,
+            }
+        )
+    return sorted(boards, key=lambda board: not board["is_main"])
+
+
+def _layer_figures(leaderboard: pl.DataFrame, metric: str) -> list[dict[str, str]]:
+    figures = []
+    rows = leaderboard.sort("setting", "model", maintain_order=True)
+    for (setting, model), block in rows.group_by("setting", "model", maintain_order=True):
+        layered = block.drop_nulls("layer")
+        if layered["layer"].n_unique() < 2:
+            continue
+        free = block.filter(pl.col("layer").is_null()).select("recipe", "value")
+        levels = {**dict(free.iter_rows()), "chance": block["chance"][0]}
+        title = f"{setting} · {model} · {block['protocol'][0]}"
+        png = plots.metric_by_layer(layered, metric=metric, levels=levels, title=title)
+        figures.append({"title": title, "uri": plots.to_data_uri(png)})
+    return figures
+
+
+def _headline_figure(selected: pl.DataFrame, metric: str) -> str | None:
+    label = pl.format("{} · {} − {}", "setting", "model", "baseline")
+    rows = headline_rows(selected).with_columns(label.alias("label"))
+    if not rows.drop_nulls("delta_low").height:
+        return None
+    title = "chosen activation probe minus baseline, 95 % interval"
+    return plots.to_data_uri(plots.delta_intervals(rows, metric=metric, title=title))
+
+
+def _comparisons(selected: pl.DataFrame, protocol: str | None) -> list[dict[str, Any]]:
+    """One block per setting and protocol; a row per model and recipe, with a cell per baseline."""
+    blocks = []
+    for (setting, name), block in selected.group_by("setting", "protocol", maintain_order=True):
+        rows = [
+            {
+                **group.row(0, named=True),
+                "against": {row["baseline"]: row for row in group.to_dicts()},
+            }
+            for _, group in block.group_by("model", "recipe", maintain_order=True)
+        ]
+        title = f"{setting} · {name}"
+        blocks.append({"title": title, "is_main": name == protocol, "rows": rows})
+    return sorted(blocks, key=lambda block: not block["is_main"])
+
+
+def _plan_blocks(
+    plans: pl.DataFrame, leaderboard: pl.DataFrame, protocol: str | None
+) -> list[dict[str, Any]]:
+    """Plans at one layer per setting and model: the best on validation, at the lowest seed."""
+    place = ["setting", "model", "protocol"]
+    best = (
+        leaderboard.filter(pl.col("protocol").cast(pl.String) == pl.lit(protocol))
+        .drop_nulls("layer")
+        .sort(
+            [*place, "val_value", "layer"], descending=[*[False] * 3, True, False], nulls_last=True
+        )
+        .group_by(place, maintain_order=True)
+        .agg(pl.col("layer").first())
+    )
+    chosen = plans.join(best, on=[*place, "layer"]).filter(pl.col("seed") == pl.col("seed").min())
+    blocks = []
+    for (setting, model, name, layer), block in chosen.sort(place, maintain_order=True).group_by(
+        *place, "layer", maintain_order=True
+    ):
+        title = f"{setting} · {model} at layer {layer} · {name}"
+        png = plots.deferral_bars(block, title=title)
+        blocks.append({"title": title, "rows": block.to_dicts(), "uri": plots.to_data_uri(png)})
+    return blocks
+
+
+def _shaded(sentences: pl.DataFrame) -> list[dict[str, Any]]:
+    """Rows of the example with shades 0-8: importance by root of its share, score by rank."""
+    largest = pl.col("importance_abs").max()
+    share = pl.when(largest > 0).then((pl.col("importance_abs") / largest).sqrt()).otherwise(0.0)
+    rank = pl.col("score").rank("average") / pl.col("score").count()
+    return (
+        sentences.sort("sentence_idx")
+        .with_columns(
+            (share * _N_SHADES).round().cast(pl.Int64).alias("importance_shade"),
+            (rank.pow(3) * _N_SHADES).round().cast(pl.Int64).fill_null(0).alias("score_shade"),
+        )
+        .head(MAX_SENTENCES)
+        .to_dicts()
+    )

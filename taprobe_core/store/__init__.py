@@ -1,0 +1,48 @@
+"""Immutable, fingerprinted, hash-checked artifacts: the only way that results reach the disk.
+
+fingerprint   ArtifactKey, and the hash of everything that decides an artifact
+manifest      what an artifact holds and was made from; strict, self-checking
+files         Parquet, safetensors, JSON
+integrity     sha256 of files, once per process
+artifacts     Store and Artifact: find, open, commit, adopt
+audit         verify, lineage, usage, prune, discard
+backend       what a store needs from the place that keeps it
+local         that place as folders; disk and lock are its tools
+"""
+
+from taprobe_core.store.artifact import Artifact
+from taprobe_core.store.artifacts import Store
+from taprobe_core.store.audit import Lineage, Verdict
+from taprobe_core.store.backend import Backend
+from taprobe_core.store.files import (
+    read_json,
+    read_table,
+    read_tensors,
+    write_json,
+    write_table,
+    write_tensors,
+)
+from taprobe_core.store.fingerprint import ArtifactKey, fingerprint, parse_key
+from taprobe_core.store.local import LocalBackend
+from taprobe_core.store.manifest import FileRecord, Manifest, library_versions
+
+__all__ = [
+    "Artifact",
+    "ArtifactKey",
+    "Backend",
+    "FileRecord",
+    "Lineage",
+    "LocalBackend",
+    "Manifest",
+    "Store",
+    "Verdict",
+    "fingerprint",
+    "library_versions",
+    "parse_key",
+    "read_json",
+    "read_table",
+    "read_tensors",
+    "write_json",
+    "write_table",
+    "write_tensors",
+]

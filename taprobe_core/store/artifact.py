@@ -1,0 +1,71 @@
+"""One committed artifact, for reading.
+
+Turns a file name into checked bytes. Finding and committing artifacts belongs in `artifacts`.
+Invariant: no file is parsed before its sha256 was compared with the manifest in this process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from taprobe_core.errors import MissingArtifactError
+from taprobe_core.store.disk import disk_errors
+from taprobe_core.store.files import read_json, read_table, read_tensors
+from taprobe_core.store.fingerprint import ArtifactKey
+from taprobe_core.store.integrity import check_file
+from taprobe_core.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One committed version. Each file is hash-checked before its first read in this process.
+
+    Attributes:
+        key: its name.
+        path: its folder; read-only by agreement.
+        manifest: what it holds and what it was made from.
+    """
+
+    key: ArtifactKey
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """Path of a file whose bytes are those of the manifest.
+
+        Args:
+            name: relative path inside the artifact, with `/`.
+
+        Raises:
+            MissingArtifactError: no such file; names those that exist.
+            CorruptArtifactError: other bytes than the manifest says.
+        """
+        record = self.manifest.files.get(name)
+        if record is None:
+            raise MissingArtifactError(
+                f"no file {name!r}, only {', '.join(self.manifest.files)}",
+                str(self.path),
+                "name one of these files",
+            )
+        with disk_errors(str(self.path)):
+            check_file(self.path / name, record)
+        return self.path / name
+
+    def read_table(self, name: str) -> pl.DataFrame:
+        """Read a Parquet file; errors as `file`."""
+        return read_table(self.file(name))
+
+    def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Read a safetensors file onto the CPU; errors as `file`."""
+        return read_tensors(self.file(name))
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file; errors as `file`."""
+        return read_json(self.file(name))

@@ -1,0 +1,278 @@
+"""Look after a store: verify it, follow lineage, count bytes, delete what is old.
+
+Turns the keys of a store into verdicts, trees and figures. Committing and reading belong in
+`artifacts`. Invariant: nothing that a current or a recent version was made from is ever pruned, and
+no order depends on a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from taprobe_core.errors import (
+    ArtifactError,
+    BusyArtifactError,
+    ConfigError,
+    CorruptArtifactError,
+    MissingArtifactError,
+    StaleArtifactError,
+)
+from taprobe_core.store.backend import POINTER
+from taprobe_core.store.disk import disk_errors
+from taprobe_core.store.fingerprint import ArtifactKey, check_key, check_partition
+from taprobe_core.store.integrity import check_file
+from taprobe_core.store.manifest import DISCARD
+
+if TYPE_CHECKING:
+    from taprobe_core.store.artifacts import Store
+    from taprobe_core.store.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found about one artifact, or about one broken pointer."""
+
+    key: ArtifactKey
+    is_sound: bool
+    error: ArtifactError | None = None
+
+    @property
+    def is_discardable(self) -> bool:
+        """Whether `discard` helps: its own bytes are wrong, not an upstream artifact's."""
+        return isinstance(self.error, CorruptArtifactError | StaleArtifactError)
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """An artifact and, as a tree, everything it was made from.
+
+    Attributes:
+        key: its name.
+        provenance: as committed; empty if missing.
+        created_at: when it was committed, UTC; None if missing.
+        upstream: one node for each artifact that it was made from.
+    """
+
+    key: ArtifactKey
+    provenance: Mapping[str, Any]
+    created_at: datetime | None
+    upstream: tuple[Lineage, ...]
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the artifact is not in the store any more."""
+        return self.created_at is None
+
+    def render(self) -> list[str]:
+        """Draw the tree, one line per node; a node drawn before is only named again."""
+        return list(_draw(self, "", set()))
+
+
+def verify(store: Store, stage: str | None = None) -> Iterator[Verdict]:
+    """Check every artifact: manifest, files, full hashes, and that each upstream artifact exists.
+
+    A version pruned meanwhile is passed over. A broken pointer gives a verdict of its own, whose
+    key has `CURRENT` for a fingerprint.
+
+    Args:
+        store: the store.
+        stage: only this stage; None for all.
+
+    Yields:
+        One verdict per artifact, in the order of `Store.keys`.
+    """
+    for (name, partition), keys in groupby(store.keys(stage), key=lambda key: key[:2]):
+        for key in keys:
+            error = _fault(store, key)
+            if error is None or store.backend.sizes(key) is not None:
+                yield Verdict(key, error is None, error)
+        try:
+            store.current(name, partition)
+        except CorruptArtifactError as error:
+            yield Verdict(ArtifactKey(name, partition, POINTER), False, error)
+
+
+def lineage(store: Store, key: ArtifactKey) -> Lineage:
+    """Return the tree of what `key` was made from, from manifests alone.
+
+    An upstream artifact that is gone becomes a node with `is_missing`. Equal keys are one object.
+
+    Raises:
+        MissingArtifactError: `key` itself is gone.
+        CorruptArtifactError: a manifest is broken, or an artifact is its own ancestor.
+        StaleArtifactError: a manifest is of another schema version.
+    """
+    return _node(store, store.inspect(key).manifest, {}, ())
+
+
+def usage(store: Store) -> pl.DataFrame:
+    """Count what each stage keeps on disk, manifests included, temporary files not.
+
+    Returns:
+        One row per stage, sorted: `stage`, `n_artifacts`, `n_current` (versions that a pointer
+        names), `n_files`, `size_bytes`.
+    """
+    counts: dict[str, list[int]] = {}
+    for key in store.keys(None):
+        sizes = store.backend.sizes(key) or {}
+        is_current = store.backend.pointer(key.stage, key.partition) == key.fingerprint
+        row = counts.setdefault(key.stage, [0, 0, 0, 0])
+        for column, amount in enumerate((1, is_current, len(sizes), sum(sizes.values()))):
+            row[column] += amount
+    names = ("n_artifacts", "n_current", "n_files", "size_bytes")
+    return pl.DataFrame(
+        [(stage, *row) for stage, row in counts.items()],
+        schema={"stage": pl.String, **dict.fromkeys(names, pl.Int64)},
+        orient="row",
+    )
+
+
+def prune(store: Store, keep: int = 3, *, dry_run: bool = False) -> list[ArtifactKey]:
+    """Delete old versions, and what dead writers left.
+
+    Kept are: in each partition the `keep` versions with the highest sequence number, the current
+    one, and every version whose manifest cannot be read (see `discard`); then everything that a
+    kept manifest refers to, and so on. A partition that another process is writing is passed over.
+
+    Args:
+        store: the store.
+        keep: versions per partition, at least 1.
+        dry_run: delete nothing.
+
+    Returns:
+        Keys that were (or would be) deleted, sorted.
+
+    Raises:
+        ConfigError: `keep` is below 1.
+    """
+    if keep < 1:
+        raise ConfigError(f"keep is {keep}", "prune", "keep at least 1 version")
+    manifests = {key: _manifest(store, key) for key in store.keys(None)}
+    victims = set(manifests) - _kept(store, manifests, keep)
+    if dry_run:
+        return sorted(victims)
+    removed: list[ArtifactKey] = []
+    for stage in store.backend.stages():
+        for partition in list(store.backend.partitions(stage)):
+            chosen = [key for key in victims if key[:2] == (stage, partition)]
+            removed += _remove(store, ArtifactKey(stage, partition, POINTER), chosen)
+    return sorted(removed)
+
+
+def discard(store: Store, key: ArtifactKey) -> None:
+    """Delete one version; see `Store.discard`."""
+    backend = store.backend
+    is_pointer = key.fingerprint == POINTER
+    check_partition(key.stage, key.partition)
+    if not is_pointer:
+        check_key(key)
+    where = backend.where(*key)
+    with disk_errors(where):
+        named = backend.pointer(key.stage, key.partition)
+        if (named if is_pointer else backend.sizes(key)) is None:
+            raise MissingArtifactError("there is nothing to discard", where, "see `taprobe verify`")
+        with store.locked(key):
+            if is_pointer or named == key.fingerprint:
+                backend.unpoint(key.stage, key.partition)
+            if not is_pointer:
+                backend.remove(key)
+
+
+def _fault(store: Store, key: ArtifactKey) -> ArtifactError | None:
+    try:
+        artifact = store.inspect(key)
+        with disk_errors(str(artifact.path)):
+            for name, record in artifact.manifest.files.items():
+                check_file(artifact.path / name, record, use_cache=False)
+            lost = [str(each) for each in artifact.manifest.upstream_keys if not store.find(each)]
+    except ArtifactError as error:
+        return error
+    if not lost:
+        return None
+    return MissingArtifactError(
+        f"missing upstream: {', '.join(lost)}", str(artifact.path), "run those stages again"
+    )
+
+
+def _node(
+    store: Store,
+    manifest: Manifest,
+    known: dict[ArtifactKey, Lineage],
+    path: tuple[ArtifactKey, ...],
+) -> Lineage:
+    key = manifest.key
+    if key in path:
+        raise CorruptArtifactError(
+            f"artifact is its own ancestor: {' <- '.join(map(str, path))}",
+            store.backend.where(*key),
+            DISCARD,
+        )
+    if key not in known:
+        nodes: list[Lineage] = []
+        for each in manifest.upstream_keys:
+            try:
+                nodes.append(_node(store, store.inspect(each).manifest, known, (*path, key)))
+            except MissingArtifactError:
+                nodes.append(Lineage(each, {}, None, ()))
+        known[key] = Lineage(key, manifest.provenance, manifest.created_at, tuple(nodes))
+    return known[key]
+
+
+def _draw(node: Lineage, indent: str, drawn: set[ArtifactKey]) -> Iterator[str]:
+    if node.created_at is None:
+        yield f"{indent}{node.key}  missing"
+        return
+    if node.key in drawn:
+        yield f"{indent}{node.key}  (see above)"
+        return
+    drawn.add(node.key)
+    yield f"{indent}{node.key}  {node.created_at:%Y-%m-%dT%H:%M:%SZ}"
+    for each in node.upstream:
+        yield from _draw(each, indent + "  ", drawn)
+
+
+def _manifest(store: Store, key: ArtifactKey) -> Manifest | None:
+    try:
+        return store.inspect(key).manifest
+    except (MissingArtifactError, CorruptArtifactError, StaleArtifactError):
+        return None
+
+
+def _kept(
+    store: Store, manifests: Mapping[ArtifactKey, Manifest | None], keep: int
+) -> set[ArtifactKey]:
+    kept = {key for key, manifest in manifests.items() if manifest is None}
+    readable = [manifest for manifest in manifests.values() if manifest is not None]
+    for partition, group in groupby(readable, key=lambda each: (each.stage, each.partition)):
+        newest = sorted(group, key=lambda each: each.sequence)[-keep:]
+        kept |= {each.key for each in newest}
+        kept.add(ArtifactKey(*partition, store.backend.pointer(*partition) or ""))
+    pending: list[Iterable[ArtifactKey]] = [kept & manifests.keys()]
+    while pending:
+        for key in pending.pop():
+            manifest = manifests.get(key)
+            fresh = set(manifest.upstream_keys) - kept if manifest else set()
+            kept |= fresh
+            pending.append(fresh)
+    return kept
+
+
+def _remove(store: Store, lock: ArtifactKey, chosen: list[ArtifactKey]) -> list[ArtifactKey]:
+    backend = store.backend
+    removed: list[ArtifactKey] = []
+    try:
+        with disk_errors(backend.where(lock.stage, lock.partition)), store.locked(lock, 0.0):
+            for key in chosen:
+                # Another process may have adopted it since the manifests were read.
+                if backend.pointer(key.stage, key.partition) != key.fingerprint:
+                    backend.remove(key)
+                    removed.append(key)
+    except BusyArtifactError:
+        return removed
+    return removed

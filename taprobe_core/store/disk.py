@@ -1,0 +1,143 @@
+"""What survives a crash, and what a full disk says.
+
+Turns folders into durable folders, and operating system errors into errors a user can act on. What
+is written where belongs in `local`. Invariant: whatever has to be on the disk before a rename is
+there before the rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from taprobe_core.errors import ArtifactError, DiskFullError, TaprobeError
+
+TEMPORARY = ".tmp-"
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# Parquet and safetensors writers report an errno only in the text of their own exceptions.
+_FULL_TEXT = re.compile(
+    r"\(os error ({})\)|No space left on device|Disk quota exceeded".format(
+        "|".join(str(code) for code in sorted(_FULL))
+    )
+)
+
+
+def temporary_name(label: str) -> str:
+    """A name that no other process uses and that readers skip."""
+    return f"{TEMPORARY}{label}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def sync_path(path: Path) -> None:
+    """Flush a file's bytes, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder`, each folder after what it holds."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in sorted(names):
+            sync_path(Path(parent, name))
+        sync_path(Path(parent))
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its parents; the entry of each new one is on the disk afterwards."""
+    missing = [folder] if not folder.is_dir() else []
+    while missing and not missing[-1].parent.is_dir():
+        missing.append(missing[-1].parent)
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        sync_path(each.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small file in one step; its folder still has to be flushed.
+
+    A reader sees the old or the new text, also after a power cut.
+    """
+    temporary = path.with_name(temporary_name(path.name))
+    try:
+        temporary.write_text(text, encoding="ascii")
+        sync_path(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def disk_errors(
+    where: str, estimate_bytes: int = 0, free_bytes: Callable[[], int | None] = lambda: None
+) -> Iterator[None]:
+    """Turn the operating system's errors inside the block into errors of the store.
+
+    Args:
+        where: the folder concerned, for the message.
+        estimate_bytes: bytes that the block wants to write, 0 if not known.
+        free_bytes: asks how many bytes are free, None if not known.
+
+    Raises:
+        DiskFullError: no space, no quota or a file-size limit, whoever reported it.
+        ArtifactError: any other `OSError`; network errors pass unchanged, they may be retried.
+    """
+    try:
+        yield
+    except TaprobeError:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise disk_full(where, estimate_bytes, free_bytes, str(error)) from error
+        if _is_local(error):
+            raise ArtifactError(
+                f"the artifact could not be read or written: {error}",
+                where,
+                "check that the folder exists and is writable, and its disk, then run again",
+            ) from error
+        raise
+
+
+def disk_full(
+    where: str, needed_bytes: int, free_bytes: Callable[[], int | None], reason: str
+) -> DiskFullError:
+    """Build the error for a full disk: folder, bytes needed, bytes free."""
+    try:
+        free = free_bytes()
+    except OSError:
+        free = None
+    needed = f"{needed_bytes} bytes needed" if needed_bytes else "bytes needed not estimated"
+    has = f"{free} bytes free" if free is not None else "bytes free not known"
+    return DiskFullError(
+        f"no space left: {needed}, {has} ({reason})",
+        where,
+        "free space or raise the quota (`taprobe prune` removes old versions), then run again",
+    )
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Tell whether an error, or what caused it, says that nothing more can be written."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if _FULL_TEXT.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_local(error: Exception) -> bool:
+    # Network libraries derive their errors from OSError, mostly without an errno.
+    return (
+        isinstance(error, OSError)
+        and error.errno is not None
+        and not isinstance(error, ConnectionError | TimeoutError)
+    )

@@ -1,0 +1,70 @@
+"""What a commit knows before its files exist, and the manifest that it becomes.
+
+Turns a key, a config slice, provenance and a folder of fresh files into a `Manifest`. When that
+happens belongs in `artifacts`. Invariant: what cannot be stored is refused before a stage runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from taprobe_core.errors import ArtifactError
+from taprobe_core.store.canonical import NotJsonError, plain
+from taprobe_core.store.fingerprint import ArtifactKey
+from taprobe_core.store.integrity import describe_files
+from taprobe_core.store.local import file_sizes
+from taprobe_core.store.lock import this_process
+from taprobe_core.store.manifest import Manifest, Writer, library_versions
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a commit knows about an artifact before its files exist."""
+
+    key: ArtifactKey
+    code_version: str
+    config: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    upstream: Sequence[ArtifactKey]
+
+    def manifest(self, folder: Path, sequence: int) -> Manifest:
+        """Describe the files in `folder`; `sequence` numbers the version in its partition.
+
+        Raises:
+            ArtifactError: a file is unfit, or JSON cannot hold a value.
+        """
+        writer = this_process()
+        return Manifest(
+            stage=self.key.stage,
+            partition=self.key.partition,
+            fingerprint=self.key.fingerprint,
+            sequence=sequence,
+            created_at=datetime.now(UTC),
+            code_version=self.code_version,
+            config=self._plain("config"),
+            upstream=tuple(map(str, self.upstream)),
+            provenance=self._plain("provenance"),
+            versions=library_versions(),
+            writer=Writer(host=writer.host, pid=writer.pid, run_id=writer.run_id),
+            files=describe_files(folder, file_sizes(folder)),
+        )
+
+    def check(self) -> None:
+        """Raise `ArtifactError` now if the manifest could not hold the provenance or the config."""
+        self._plain("config")
+        self._plain("provenance")
+
+    def _plain(self, field: str) -> dict[str, Any]:
+        try:
+            value: dict[str, Any] = plain(getattr(self, field))
+        except NotJsonError as error:
+            raise ArtifactError(
+                f"a manifest cannot hold {error.found}",
+                f"{field} of {self.key}, {error.at}",
+                "use finite numbers, text, lists and mappings with text keys",
+            ) from None
+        return value

@@ -1,0 +1,192 @@
+"""Artifacts in folders of a local file system.
+
+Turns keys into folders, `<root>/<stage>/<part>/.../<fingerprint>/`, and a staged folder into a
+published one. Manifests and hashes belong in `artifacts`. Invariant: a folder named like a
+fingerprint is a whole version that was on the disk before it got its name; everything else that a
+writer makes is called `.tmp-*` and vanishes with its writer or at the next lock.
+
+Order of a publish: fsync files and folder, rename, swap `CURRENT`, fsync the partition.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from taprobe_core.store.backend import NOT_REGULAR, POINTER
+from taprobe_core.store.disk import (
+    TEMPORARY,
+    make_folder,
+    replace_text,
+    sync_path,
+    sync_tree,
+    temporary_name,
+)
+from taprobe_core.store.fingerprint import MAX_DEPTH, ArtifactKey, is_fingerprint, is_part
+from taprobe_core.store.lock import LOCK_NAME, hold_lock
+from taprobe_core.store.manifest import MANIFEST_NAME
+
+_MAX_POINTER_BYTES = 200
+
+
+class LocalBackend:
+    """Keeps artifacts below `root`; see `Backend` for what each method promises.
+
+    The root is made by the first commit. A root that was there when the backend was made and has
+    gone since (an unmounted disk) is not made again.
+
+    Args:
+        root: folder of the store.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.absolute()
+        self._had_root = self._root.is_dir()
+
+    def where(self, stage: str, partition: tuple[str, ...], name: str = "") -> str:  # noqa: D102
+        return str(self._partition(stage, partition) / name)
+
+    def folder(self, key: ArtifactKey) -> Path:  # noqa: D102
+        return self._partition(key.stage, key.partition) / key.fingerprint
+
+    def sizes(self, key: ArtifactKey) -> dict[str, int] | None:  # noqa: D102
+        try:
+            return file_sizes(self.folder(key))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def manifest_bytes(self, key: ArtifactKey) -> bytes:  # noqa: D102
+        return (self.folder(key) / MANIFEST_NAME).read_bytes()
+
+    def stages(self) -> list[str]:  # noqa: D102
+        return [name for name in _folders(self._root) if is_part(name)]
+
+    def partitions(self, stage: str) -> Iterator[tuple[str, ...]]:  # noqa: D102
+        yield from self._below(stage, ())
+
+    def versions(self, stage: str, partition: tuple[str, ...]) -> list[str]:  # noqa: D102
+        names = _folders(self._partition(stage, partition))
+        return [name for name in names if is_fingerprint(name)]
+
+    def pointer(self, stage: str, partition: tuple[str, ...]) -> str | None:  # noqa: D102
+        path = self._partition(stage, partition) / POINTER
+        try:
+            if not stat.S_ISREG(path.lstat().st_mode):
+                return "(not a regular file)"
+            with path.open("rb") as file:
+                return file.read(_MAX_POINTER_BYTES).decode("ascii", "backslashreplace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    @contextmanager
+    def lock(  # noqa: D102
+        self, stage: str, partition: tuple[str, ...], timeout_s: float
+    ) -> Iterator[None]:
+        if self._had_root and not self._root.is_dir():
+            raise FileNotFoundError(2, "the store's folder is gone", str(self._root))
+        folder = self._partition(stage, partition)
+        make_folder(folder)
+        self._had_root = True
+        with hold_lock(folder, timeout_s):
+            for entry in folder.iterdir():
+                if entry.name.startswith(TEMPORARY):
+                    _delete(entry)
+            yield
+
+    def free_bytes(self) -> int | None:  # noqa: D102
+        return shutil.disk_usage(self._root).free
+
+    @contextmanager
+    def staging(self, key: ArtifactKey) -> Iterator[Path]:  # noqa: D102
+        name = temporary_name(key.fingerprint)
+        folder = self._partition(key.stage, key.partition) / name
+        try:
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, key: ArtifactKey, folder: Path) -> None:  # noqa: D102
+        sync_tree(folder)
+        target = self.folder(key)
+        if target.exists():
+            # The store publishes over a version only when that one cannot be read.
+            self._withdraw(target)
+        folder.rename(target)
+        self.point(key)
+
+    def point(self, key: ArtifactKey) -> None:  # noqa: D102
+        partition = self._partition(key.stage, key.partition)
+        # Not swapped for itself: killed meanwhile, nothing would call for clearing the temporary.
+        if self.pointer(key.stage, key.partition) != key.fingerprint:
+            replace_text(partition / POINTER, key.fingerprint + "\n")
+        sync_path(partition)
+
+    def unpoint(self, stage: str, partition: tuple[str, ...]) -> None:  # noqa: D102
+        folder = self._partition(stage, partition)
+        (folder / POINTER).unlink(missing_ok=True)
+        sync_path(folder)
+
+    def remove(self, key: ArtifactKey) -> None:  # noqa: D102
+        self._withdraw(self.folder(key))
+        sync_path(self._partition(key.stage, key.partition))
+
+    def _partition(self, stage: str, partition: tuple[str, ...]) -> Path:
+        return self._root.joinpath(stage, *partition)
+
+    def _below(self, stage: str, partition: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        folder = self._partition(stage, partition)
+        names = _folders(folder)
+        if (folder / LOCK_NAME).exists() or any(map(is_fingerprint, names)):
+            yield partition
+        if len(partition) < MAX_DEPTH:
+            for name in names:
+                if is_part(name):
+                    yield from self._below(stage, (*partition, name))
+
+    def _withdraw(self, target: Path) -> None:
+        # Deleting in place would show a reader half a version.
+        hidden = target.with_name(temporary_name(target.name))
+        target.rename(hidden)
+        _delete(hidden)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Size of every file below `folder` by relative path with `/`, -1 where not a regular file.
+
+    Raises:
+        FileNotFoundError: `folder` is not there, or vanished meanwhile.
+    """
+    found: dict[str, int] = {}
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        with os.scandir(folder / prefix) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(name + "/")
+                elif entry.is_file(follow_symlinks=False):
+                    found[name] = entry.stat(follow_symlinks=False).st_size
+                else:
+                    found[name] = NOT_REGULAR
+    return found
+
+
+def _folders(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,61 @@
+"""The study: the one configuration that names everything a result depends on.
+
+    source ─► document ─► config          YAML text ─► values with lines ─► frozen models
+                 └─ environment  └─ wording ─► faults
+
+`schema` (the JSON schema for editors) stands beside them and is imported by its own name.
+"""
+
+from taprobe_core.study.config import (
+    DEFAULT_RECIPES,
+    Activations,
+    Checkpoint,
+    Deferral,
+    DemoSource,
+    Evaluation,
+    HubSource,
+    Labels,
+    Layers,
+    MirrorSource,
+    Model,
+    PretrainedCheckpoint,
+    ProbeRecipe,
+    Probes,
+    Rollouts,
+    Source,
+    Spans,
+    Splits,
+    StandInCheckpoint,
+    Study,
+    Target,
+    resolve_folder,
+)
+from taprobe_core.study.source import load_study, parse_study, shipped_studies
+
+__all__ = [
+    "DEFAULT_RECIPES",
+    "Activations",
+    "Checkpoint",
+    "Deferral",
+    "DemoSource",
+    "Evaluation",
+    "HubSource",
+    "Labels",
+    "Layers",
+    "MirrorSource",
+    "Model",
+    "PretrainedCheckpoint",
+    "ProbeRecipe",
+    "Probes",
+    "Rollouts",
+    "Source",
+    "Spans",
+    "Splits",
+    "StandInCheckpoint",
+    "Study",
+    "Target",
+    "load_study",
+    "parse_study",
+    "resolve_folder",
+    "shipped_studies",
+]

@@ -1,0 +1,118 @@
+"""The `taprobe` command with Dagster: `demo`, `run`, `ui`, beside the verbs of the core."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from taprobe_core.cli import app, guarded
+from taprobe_core.cli.app import StudyArgument, err, out, print_leaderboard, show_progress
+from taprobe_core.errors import ConfigError
+from taprobe_core.pipeline import STAGES, CellFilter, Plan, cells_of, dimension_keys, open_plan
+
+ListOption = list[str] | None
+
+
+@app.command()
+def run(
+    study: StudyArgument = None,
+    select: Annotated[
+        ListOption, typer.Option(help=f"Stages to run: {', '.join(STAGES)}. Repeatable.")
+    ] = None,
+    site: Annotated[
+        ListOption, typer.Option(help="Only this site (model@Lnn). Repeatable.")
+    ] = None,
+    trial: Annotated[
+        ListOption, typer.Option(help="Only this trial (setting@snn). Repeatable.")
+    ] = None,
+) -> None:
+    """Materialize what a study lacks, through Dagster; what is there already is not redone."""
+    plan = open_plan(study)
+    stages = _known(select, STAGES, "stage")
+    chosen = CellFilter(
+        _known(site, dimension_keys(plan.study, "site"), "site"),
+        _known(trial, dimension_keys(plan.study, "trial"), "trial"),
+    )
+    is_part = chosen != CellFilter()
+    if is_part and stages is None:
+        # One leaderboard and one report stand for the whole study, so a part does not make them.
+        stages = frozenset(STAGES) - {"evaluation", "leaderboard", "study_report"}
+    _materialize(plan, chosen, stages)
+    if stages is None or "leaderboard" in stages:
+        print_leaderboard(plan)
+    if stages is None or "study_report" in stages:
+        report = plan.store.open(plan.study_report())
+        out.print(f"report: {report.path / 'report.html'}")
+
+
+@app.command()
+def demo() -> None:
+    """Run the embedded demo from rollouts to deferral plans, and print where the report is."""
+    os.environ.pop("TAPROBE_STUDY", None)
+    run()
+
+
+@app.command()
+def ui(
+    study: StudyArgument = None,
+    port: Annotated[int, typer.Option(help="Port on the loopback address.")] = 3000,
+) -> None:
+    """Open Dagster's UI on this study: web server and daemon, on the loopback address only."""
+    from taprobe_dagster.serve import serve
+
+    if study is not None:
+        os.environ["TAPROBE_STUDY"] = str(study.absolute())
+    open_plan(study)
+    serve(port)
+
+
+def _known(chosen: ListOption, known: tuple[str, ...], noun: str) -> frozenset[str] | None:
+    if not chosen:
+        return None
+    unknown = sorted(set(chosen) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"no {noun} {', '.join(unknown)}", "the study", f"use one of {', '.join(known)}"
+        )
+    return frozenset(chosen)
+
+
+def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) -> None:
+    # Dagster takes two seconds to import, which `taprobe --help` need not pay.
+    from taprobe_dagster.assets import OPS
+    from taprobe_dagster.definitions import build_defs
+    from taprobe_dagster.home import open_instance
+    from taprobe_dagster.launch import execute, fail_abandoned_runs, launches_of, stages_in
+    from taprobe_dagster.resources import Workbench
+
+    show_progress()
+    logging.getLogger("dagster").setLevel(logging.CRITICAL)
+    start = time.monotonic()
+    n_computed, n_runs = 0, 0
+    with open_instance() as instance:
+        if n_abandoned := fail_abandoned_runs(instance):
+            err.print(f"{n_abandoned} run(s) whose process is gone are now marked as failed")
+        defs = build_defs(plan.study, {"workbench": Workbench.of(plan)})
+        for op in OPS:
+            for launch in launches_of(instance, plan, op, stages_in(op, stages), chosen):
+                first, last = "|".join(launch.first), "|".join(launch.last)
+                err.print(f"[bold]{op}[/] {first} … {last}" if first else f"[bold]{op}[/]")
+                n_computed += execute(defs, instance, launch)
+                n_runs += 1
+    n_cells = sum(
+        len(cells_of(plan.study, stage, chosen)) for op in OPS for stage in stages_in(op, stages)
+    )
+    err.print(
+        f"{n_cells} artifacts: {n_computed} computed, {n_cells - n_computed} reused; "
+        f"{n_runs} Dagster run(s), {time.monotonic() - start:.0f} s"
+    )
+
+
+def main() -> None:
+    """Entry point of the `taprobe` command."""
+    sys.exit(guarded(lambda: app(standalone_mode=False)))

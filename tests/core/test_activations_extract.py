@@ -1,0 +1,209 @@
+"""Extraction over tables: order, shards, progress, and every way to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import polars as pl
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2Config, Qwen2Model
+
+from taprobe_core import tables
+from taprobe_core.activations import Extracted, extract, finite_faults, pooled_layers, shape_faults
+from taprobe_core.errors import ModelError, ModelMismatchError, NonFiniteError, SpanError
+from taprobe_core.spans import input_sha256
+
+LOUD = 9
+TEXTS_IN = {
+    11: ([0, 5, 6, 7, 8, 10], [(1, 3), (3, 6)]),
+    4: ([0, *range(10, 30)], [(2, 9), (8, 15), (15, 21)]),
+    30: ([0, 5, 6, LOUD, 7], [(1, 3), (3, 5)]),
+}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(3)
+    config = Qwen2Config(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=3,
+        max_position_embeddings=32,
+    )
+    return Qwen2Model(config).eval()
+
+
+def texts_and_spans() -> tuple[pl.DataFrame, pl.DataFrame]:
+    texts = [
+        {
+            "problem_id": problem_id,
+            "text": "x",
+            "text_view": "base",
+            "token_ids": token_ids,
+            "n_tokens": len(token_ids),
+            "bos_token_id": 0,
+            "input_sha256": input_sha256(token_ids, ranges),
+        }
+        for problem_id, (token_ids, ranges) in TEXTS_IN.items()
+    ]
+    spans = [
+        {
+            "problem_id": problem_id,
+            "sentence_idx": at,
+            "start_char": at,
+            "end_char": at + 1,
+            "start_token": start,
+            "end_token": end,
+            "n_tokens": end - start,
+        }
+        for problem_id, (_, ranges) in TEXTS_IN.items()
+        for at, (start, end) in enumerate(ranges)
+    ]
+    types = {"token_ids": pl.List(pl.Int32), "text_view": pl.Enum(["base", "flattened"])}
+    return (
+        tables.check_table(pl.DataFrame(texts, schema_overrides=types), tables.TEXTS, "test"),
+        tables.check_table(pl.DataFrame(spans), tables.SPANS, "test"),
+    )
+
+
+TEXTS, SPANS = texts_and_spans()
+
+
+def run(
+    model: nn.Module, layers: dict[int, list[int]], storage: str = "float32"
+) -> list[Extracted]:
+    return list(
+        extract(model, TEXTS, SPANS.sample(fraction=1, shuffle=True, seed=2), layers, storage)
+    )
+
+
+def test_shards_are_the_pooled_layers_of_each_text(model: nn.Module) -> None:
+    layers = {11: [2, 0], 4: [1], 30: []}
+    items = run(model, layers)
+    assert [item.problem_id for item in items] == [4, 11]
+    for problem_id, shards, _ in items:
+        token_ids, ranges = TEXTS_IN[problem_id]
+        expected = pooled_layers(model, token_ids, ranges, layers[problem_id])
+        assert sorted(shards) == sorted(layers[problem_id])
+        for layer, shard in shards.items():
+            assert (shard.problem_id, shard.layer, shard.dtype) == (problem_id, layer, "float32")
+            assert shard.input_sha256 == input_sha256(token_ids, ranges)
+            assert torch.equal(shard.mean, expected[layer])
+            assert shard.max_abs == float(expected[layer].abs().max())
+            assert not shard.mean.is_inference()
+    means = {item.problem_id: shard.mean for item in items for shard in item.shards.values()}
+    assert finite_faults(means) == []
+    assert shape_faults(means, {4: 3, 11: 2}) == []
+
+
+def test_float16_is_the_rounded_float32(model: nn.Module) -> None:
+    layers = {problem_id: [1] for problem_id in TEXTS_IN}
+    for half, full in zip(run(model, layers, "float16"), run(model, layers), strict=True):
+        assert half.shards[1].dtype == "float16"
+        assert torch.equal(half.shards[1].mean, full.shards[1].mean.half())
+
+
+def test_the_longest_runs_first_and_progress_counts_tokens(model: nn.Module) -> None:
+    readings: Iterator[float] = iter([100.0, 102.0, 103.0, 104.0])
+    layers = {problem_id: [0] for problem_id in TEXTS_IN}
+    items = list(extract(model, TEXTS, SPANS, layers, "float16", clock=lambda: next(readings)))
+    assert [item.problem_id for item in items] == [4, 11, 30]
+    assert items[0].progress.render() == ("1/3 texts, 21/32 tokens (65 %), 10 tokens/s, 1 s left")
+    assert items[-1].progress.eta_s == 0
+    assert items[-1].progress.elapsed_s == 4
+
+
+def test_a_text_is_yielded_before_the_next_one_runs(model: nn.Module) -> None:
+    lengths: list[int] = []
+    model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    work = extract(model, TEXTS, SPANS, {4: [1], 11: [1]}, "float16")
+    assert lengths == []
+    assert next(work).problem_id == 4
+    assert lengths == [21]
+    assert next(work).problem_id == 11
+    assert lengths == [21, 6]
+
+
+def test_nothing_to_do_is_no_work(model: nn.Module) -> None:
+    assert run(model, {}) == run(model, {4: []}) == []
+
+
+def test_a_loud_text_stays_float32_and_the_others_do_not(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.embed_tokens.weight[LOUD] *= 1e8
+    items = run(model, {30: [1], 11: [1]}, "float16")
+    shards = {item.problem_id: item.shards[1] for item in items}
+    assert (shards[30].dtype, shards[11].dtype) == ("float32", "float16")
+    assert shards[30].max_abs > 65504
+    assert torch.isfinite(shards[30].mean).all()
+
+
+def test_what_is_not_finite_names_problem_layer_and_sentence(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.embed_tokens.weight[LOUD, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"problem 30, layer 0, sentence \d"):
+        run(model, {30: [2, 0]})
+    with torch.no_grad():
+        model.layers[1].mlp.down_proj.weight[0, 0] = float("inf")
+    (item,) = run(model, {4: [0]})
+    assert torch.isfinite(item.shards[0].mean).all()
+    with pytest.raises(NonFiniteError, match="problem 4, layer 1, sentence 0"):
+        run(model, {4: [0, 1]})
+
+
+def test_all_that_the_model_lacks_is_told_before_the_first_pass(model: nn.Module) -> None:
+    model.config.vocab_size, model.config.max_position_embeddings = 20, 18
+    with pytest.raises(ModelMismatchError) as caught:
+        extract(model, TEXTS, SPANS, {4: [0, 7], 11: [1]}, "float16")
+    for fault in ("layers [7]", "problem 4 has token id 29", "problem 4 has 21 tokens"):
+        assert fault in caught.value.what
+    assert "problem 11" not in caught.value.what
+
+
+def test_a_problem_without_text_or_spans_is_refused(model: nn.Module) -> None:
+    with pytest.raises(SpanError, match=r"problems \[5, 11\] have no text or no spans"):
+        extract(
+            model, TEXTS, SPANS.filter(pl.col("problem_id") != 11), {5: [0], 11: [0]}, "float16"
+        )
+
+
+def test_a_span_outside_its_text_names_the_problem(model: nn.Module) -> None:
+    spans = SPANS.with_columns(end_token=pl.col("end_token") + 1)
+    with pytest.raises(SpanError, match="problem 11, sentence 1"):
+        list(extract(model, TEXTS, spans, {11: [0]}, "float16"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_names_the_problem_and_its_tokens(
+    model: nn.Module, error: RuntimeError
+) -> None:
+    def fail(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].shape[1] > 10:
+            raise error
+
+    model.layers[1].register_forward_pre_hook(fail)
+    assert len(run(model, {11: [2]})) == 1
+    with pytest.raises(ModelError, match="out of memory on a text of 21 tokens") as caught:
+        run(model, {11: [2], 4: [2]})
+    assert caught.value.where == "problem 4"
+    assert "dtype" in str(caught.value.fix)
+
+
+def test_any_other_runtime_error_is_not_renamed(model: nn.Module) -> None:
+    def fail(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        raise RuntimeError("device-side assert triggered")
+
+    model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        run(model, {11: [0]})
