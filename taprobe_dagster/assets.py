@@ -7,8 +7,6 @@ What belongs here: names, dependencies, descriptions, groups, pools. What an ass
 Concept: https://docs.dagster.io/guides/build/assets
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import dagster as dg
@@ -74,7 +72,6 @@ def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
         can_subset=True,
         pool="gpu" if is_gpu else None,
         op_tags=GPU_TAGS if is_gpu else None,
-        retry_policy=dg.RetryPolicy(max_retries=1, delay=5),
     )
     def run(context: dg.AssetExecutionContext, workbench: Workbench) -> Iterator[object]:
         selected = [stage for stage in stages if dg.AssetKey(stage) in context.selected_asset_keys]
@@ -127,7 +124,7 @@ def _run(
 
 
 def _as_failures(events: Iterator[object]) -> Iterator[object]:
-    """Turn an error that a user can act on into a failure that is shown whole and not retried."""
+    """Show a user's error whole and do not retry it; retry once what a machine may recover from."""
     try:
         yield from events
     except TaprobeError as error:
@@ -136,3 +133,5 @@ def _as_failures(events: Iterator[object]) -> Iterator[object]:
             metadata={"where": error.where or "", "fix": error.fix or ""},
             allow_retries=False,
         ) from error
+    except OSError as error:
+        raise dg.RetryRequested(max_retries=1, seconds_to_wait=5) from error

@@ -8,8 +8,6 @@
 Concept: https://docs.dagster.io/guides/automate
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import dagster as dg

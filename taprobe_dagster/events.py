@@ -24,6 +24,8 @@ from dagster._core.definitions.data_version import (
 from taprobe_core.pipeline import CODE_VERSIONS, PARENTS, Cell, Description, Outcome
 from taprobe_dagster.partitions import partition_key
 
+_SHOWN_INPUTS = 20
+
 
 def materialization(
     stage: str,
@@ -80,7 +82,7 @@ def cell_metadata(outcome: Outcome, description: Description) -> dict[str, dg.Me
     """Everything the UI shows for one cell: metrics that plot, provenance, path, picture."""
     artifact = outcome.artifact
     metadata: dict[str, dg.MetadataValue] = {
-        name: dg.MetadataValue.float(value) for name, value in description.metrics.items()
+        name: dg.MetadataValue.float(float(value)) for name, value in description.metrics.items()
     }
     metadata |= {
         name: dg.MetadataValue.text(str(value))
@@ -89,12 +91,7 @@ def cell_metadata(outcome: Outcome, description: Description) -> dict[str, dg.Me
     }
     metadata["fingerprint"] = dg.MetadataValue.text(outcome.key.fingerprint)
     metadata["path"] = dg.MetadataValue.path(str(artifact.path))
-    metadata["upstream"] = dg.MetadataValue.json(
-        [
-            f"{key.stage}/{'/'.join(key.partition)}/{key.fingerprint}"
-            for key in artifact.manifest.upstream
-        ][:20]
-    )
+    metadata["upstream"] = dg.MetadataValue.json(list(artifact.manifest.upstream)[:_SHOWN_INPUTS])
     metadata["is_reused"] = dg.MetadataValue.bool(outcome.is_reused)
     metadata["duration_s"] = dg.MetadataValue.float(outcome.duration_s)
     if description.n_rows is not None:

@@ -6,8 +6,6 @@ holds only a path; everything else is in the study file.
 Concept: https://docs.dagster.io/guides/build/external-resources
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 from pathlib import Path
 
@@ -28,7 +26,7 @@ class Workbench(dg.ConfigurableResource[Plan]):
     data_root: str = ""
 
     @classmethod
-    def of(cls, plan: Plan) -> Workbench:
+    def of(cls, plan: Plan) -> "Workbench":
         """A workbench on an open plan, for runs inside this process."""
         workbench = cls(data_root=str(plan.data_root))
         workbench.__dict__["plan"] = plan

@@ -3,8 +3,6 @@
 Concept: https://docs.dagster.io/guides/build/assets/metadata-and-tags/asset-observations
 """
 
-from __future__ import annotations
-
 import dagster as dg
 
 from taprobe_core.study import Study

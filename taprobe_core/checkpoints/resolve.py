@@ -39,7 +39,7 @@ def resolve_checkpoint(model: Model, build_root: Path) -> CheckpointFiles:
 
     Raises:
         ModelMissingError: not on this machine and not to be had.
-        ModelMismatchError: not as deep as the study says.
+        ModelMismatchError: not as deep or as wide as the study says.
         UnsafeModelError: loading it would run code.
         ModelError: its files are damaged.
         DiskFullError: no space left to build or fetch it.
@@ -57,11 +57,11 @@ def resolve_checkpoint(model: Model, build_root: Path) -> CheckpointFiles:
         identity = (
             _hub_identity(origin) if isinstance(origin, HubRepository) else _folder_identity(folder)
         )
-    _check_depth(folder, model.n_layers)
+    _check_shape(folder, model)
     return CheckpointFiles(folder.path, identity)
 
 
-def checkpoint_identity(model: Model, build_root: Path | None = None) -> dict[str, str]:
+def checkpoint_identity(model: Model) -> dict[str, str]:
     """Return what `resolve_checkpoint` would, without fetching or building weights.
 
     A local folder is read through once per process to hash it; a null hub revision is resolved
@@ -69,14 +69,12 @@ def checkpoint_identity(model: Model, build_root: Path | None = None) -> dict[st
 
     Args:
         model: the model of the study.
-        build_root: taken so that all questions about a model are asked alike; not needed.
 
     Raises:
         ModelMissingError: no such folder, or a revision that cannot be resolved.
         UnsafeModelError: loading the folder would run code.
         ModelError: the folder's files are damaged.
     """
-    del build_root
     checkpoint = model.checkpoint
     if isinstance(checkpoint, StandInCheckpoint):
         return stand_in_identity(checkpoint, embedding_rows(vocabulary_size(model)))
@@ -99,11 +97,20 @@ def _folder_identity(folder: CheckpointFolder) -> dict[str, str]:
     return {"kind": "folder", "sha256": folder_digest(folder)}
 
 
-def _check_depth(folder: CheckpointFolder, n_layers: int) -> None:
-    found = stated_number(folder.config, "num_hidden_layers", "n_layer", "num_layers")
-    if found != n_layers:
+def _check_shape(folder: CheckpointFolder, model: Model) -> None:
+    depth = stated_number(folder.config, "num_hidden_layers", "n_layer", "num_layers")
+    width = stated_number(folder.config, "hidden_size", "n_embd", "d_model")
+    _check_number(folder, "num_hidden_layers", depth, "n_layers", model.n_layers)
+    if model.d_model is not None:
+        _check_number(folder, "hidden_size", width, "d_model", model.d_model)
+
+
+def _check_number(
+    folder: CheckpointFolder, field: str, found: int | None, key: str, asked: int
+) -> None:
+    if found != asked:
         raise ModelMismatchError(
-            f"a model of {found} layers, where the study says n_layers: {n_layers}",
-            f"{folder.path / 'config.json'}, num_hidden_layers",
-            f"set n_layers: {found}" if found else "name a checkpoint that states its depth",
+            f"{field}: {found}, where the study says {key}: {asked}",
+            f"{folder.path / 'config.json'}, {field}",
+            f"set {key}: {found}" if found else f"name a checkpoint that states its {field}",
         )

@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from threading import Lock
 
 from taprobe_core.checkpoints.quiet import quiet_transformers
 from taprobe_core.errors import DiskFullError, ModelError
@@ -22,6 +23,9 @@ from taprobe_core.study import StandInCheckpoint
 _ROW_MULTIPLE = 64
 _WIDTH_OF_MLP = 3
 _MAX_POSITIONS = 131_072
+
+_seeding = Lock()
+"""Threads share one random generator: one at a time may seed it and draw."""
 
 
 def embedding_rows(n_vocabulary: int) -> int:
@@ -97,7 +101,7 @@ def _save(spec: StandInCheckpoint, rows: int, folder: Path) -> None:
         eos_token_id=None,
     )
     # Seeding the default generator alone leaves those of accelerators untouched.
-    with torch.random.fork_rng(devices=[]), quiet_transformers():
+    with _seeding, torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.default_generator.manual_seed(spec.seed)
         module = AutoModel.from_config(  # type: ignore[no-untyped-call]
             config, dtype=torch.float32

@@ -63,18 +63,16 @@ def load_tokenizer(
     return tokenizer, file_sha256(path)
 
 
-def tokenizer_sha256(model: Model, build_root: Path | None = None) -> str:
+def tokenizer_sha256(model: Model) -> str:
     """Return the sha256 of a model's `tokenizer.json`, read once per process.
 
     Args:
         model: the model of the study.
-        build_root: taken so that all questions about a model are asked alike; not needed.
 
     Raises:
         ConfigError: a stand-in checkpoint without `tokenizer`.
         ModelMissingError: no `tokenizer.json`.
     """
-    del build_root
     path, _ = _tokenizer_json(model)
     return file_sha256(path)
 

@@ -17,11 +17,11 @@ import polars as pl
 
 from taprobe_core.features import ProbeData, join_features
 from taprobe_core.keys import Site, Trial
-from taprobe_core.pipeline.outcome import Outcome, commit_once
+from taprobe_core.pipeline.outcome import Outcome, Writer, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.probes import fit_recipe, save_probes
 from taprobe_core.splits import make_folds
-from taprobe_core.store import Artifact, ArtifactKey, write_table
+from taprobe_core.store import ArtifactKey, write_table
 from taprobe_core.study import ProbeRecipe
 
 
@@ -114,7 +114,7 @@ def _ensure_cell(plan: Plan, site: Site, trial: Trial, bench: _Bench) -> Outcome
     recipes = plan.study.probes.recipes
     outcomes = [_ensure_fit(plan, site, trial, recipe, bench) for recipe in recipes]
 
-    def build() -> object:
+    def build() -> Writer:
         table = pl.DataFrame(
             {
                 "recipe": [recipe.name for recipe in recipes],
@@ -147,9 +147,9 @@ def _ensure_fit(
     if recipe.reads_activations:
         upstream.append(plan.activations(site, setting))
 
-    def build() -> object:
+    def build() -> Writer:
         data = bench.data(recipe)
-        folds = make_folds(sorted(set(data.problem_id.tolist())), plan.study.splits)
+        folds = make_folds(data.problems, plan.study.splits)
         fit = fit_recipe(recipe, plan.study.probes.target, data, folds, trial.seed)
 
         def write(folder: Path) -> None:
@@ -162,8 +162,3 @@ def _ensure_fit(
     return commit_once(
         plan.store, plan.fit(site, setting, recipe, trial.seed), build, provenance, upstream
     )
-
-
-def fits_of(artifact: Artifact) -> list[ArtifactKey]:
-    """Keys of the fits that a `probe_fits` artifact indexes."""
-    return list(artifact.manifest.upstream)

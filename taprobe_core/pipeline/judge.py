@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
@@ -12,7 +11,7 @@ from taprobe_core.evaluation import EvaluationTables, evaluate
 from taprobe_core.keys import Site, Trial
 from taprobe_core.leaderboard import build_leaderboard
 from taprobe_core.pipeline.fit import read_scores
-from taprobe_core.pipeline.outcome import Outcome, commit_once
+from taprobe_core.pipeline.outcome import Outcome, Writer, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.store import write_table
 
@@ -30,7 +29,7 @@ def ensure_deferral_plans(plan: Plan, site: Site, trial: Trial) -> Outcome:
     """
     fits = plan.probe_fits(site, trial)
 
-    def build() -> Any:
+    def build() -> Writer:
         plan.store.open(fits)
         tables = plan_deferrals(
             read_scores(plan, site, trial),
@@ -62,7 +61,7 @@ def ensure_evaluation(plan: Plan, site: Site, setting: str) -> Outcome:
         *(plan.deferral_plans(site, trial) for trial in trials),
     ]
 
-    def build() -> Any:
+    def build() -> Writer:
         for key in upstream:
             plan.store.open(key)
         tables = evaluate(
@@ -112,7 +111,7 @@ def ensure_leaderboard(plan: Plan) -> Outcome:
     """
     cells = [(site, setting) for site in plan.study.sites for setting in plan.study.settings]
 
-    def build() -> Any:
+    def build() -> Writer:
         board = build_leaderboard(
             [(site, setting, read_evaluation(plan, site, setting)) for site, setting in cells],
             recipes=plan.study.probes.recipes,

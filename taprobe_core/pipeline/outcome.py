@@ -13,6 +13,9 @@ from taprobe_core.store import Artifact, ArtifactKey, Store
 
 _log = logging.getLogger(__name__)
 
+Writer = Callable[[Path], None]
+"""Writes an artifact's files into the empty folder it is given."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -37,7 +40,7 @@ class Outcome:
 def commit_once(
     store: Store,
     key: ArtifactKey,
-    build: Callable[[], Callable[[Path], None]],
+    build: Callable[[], Writer],
     provenance: Mapping[str, Any],
     upstream: Sequence[ArtifactKey] = (),
 ) -> Outcome:

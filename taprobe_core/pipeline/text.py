@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from taprobe_core.checkpoints import load_tokenizer
 from taprobe_core.labels import make_labels
-from taprobe_core.pipeline.outcome import Outcome, commit_once
+from taprobe_core.pipeline.outcome import Outcome, Writer, commit_once
 from taprobe_core.pipeline.plan import Plan
-from taprobe_core.rollouts import read_rollouts
+from taprobe_core.rollouts import max_rollouts, read_rollouts
 from taprobe_core.spans import make_spans
 from taprobe_core.store import write_table
-
-Writer = Callable[[Path], None]
 
 
 def dataset_provenance(plan: Plan, model: str, setting: str) -> dict[str, Any]:
@@ -60,7 +57,7 @@ def ensure_labels(plan: Plan, model: str, setting: str) -> Outcome:
 
     def build() -> Writer:
         sentences = plan.store.open(rollouts).read_table("sentences.parquet")
-        labels = make_labels(sentences, plan.study.labels)
+        labels = make_labels(sentences, plan.study.labels, n_max=max_rollouts(plan.study.rollouts))
         return lambda folder: write_table(folder / "labels.parquet", labels)
 
     provenance = {

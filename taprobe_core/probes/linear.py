@@ -147,12 +147,16 @@ class _InRows:
         system = np.multiply(self._gram, root, out=self._buffer)
         system *= root[:, None]
         system[np.diag_indices_from(system)] += 1.0
-        sides = np.column_stack([root * state.logits - gradient / root, root])
+        # Solved for the change, whose rounding fades as it does. At the optimum a = -gradient.
+        rows = state.weights[:-1]
+        sides = np.column_stack([(gradient + rows) / root, root])
         # The transpose of a symmetric matrix is itself, and saves LAPACK a copy.
         factor = cho_factor(system.T, lower=True, overwrite_a=True, check_finite=False)
-        target, ones = cho_solve(factor, sides, check_finite=False).T
-        intercept = (root @ target) / (root @ ones)
-        return np.append(root * (target - intercept * ones), intercept)
+        residual, ones = cho_solve(factor, sides, check_finite=False).T
+        # The intercept is free, so the row weights sum to zero.
+        shift = (rows.sum() - root @ residual) / (root @ ones)
+        change = np.append(-root * (residual + shift * ones), shift)
+        return state.weights + change
 
     def state(self, weights: Doubles, logits: Doubles | None = None) -> _State:
         if logits is None:
@@ -164,10 +168,11 @@ def _newton(space: _Space, y: Doubles, weight: Doubles) -> tuple[_State, int]:
     """Return the optimum and the number of steps; steps that do not descend are halved."""
     state = space.start()
     for step in range(1, MAX_STEPS + 1):
-        # A logit beyond 30 has no curvature left in float64, and would divide by zero.
-        p = expit(np.clip(state.logits, -30.0, 30.0))
+        p, q = expit(state.logits), expit(-state.logits)
+        # Beyond a logit of 30 no curvature is left in float64; without some, steps divide by zero.
+        curvature = weight * np.maximum(p * q, 1e-13)
         try:
-            target = space.full_step(state, weight * (p - y), weight * p * (1.0 - p))
+            target = space.full_step(state, weight * np.where(y > 0, -q, p), curvature)
         except LinAlgError as error:
             raise _unsolved(f"step {step} is singular") from error
         goal = space.state(target)

@@ -73,13 +73,9 @@ def train_network(
     held_out, early_stopping = _hold_out(y, problem_id, recipe, is_binary, rng)
     trainer = Trainer(X[~held_out], target[~held_out], recipe.hidden, is_binary, rng)
     watched = (X[held_out], target[held_out]) if held_out.any() else None
-    n_iter, is_converged = _run(trainer, watched, recipe.max_iter)
-    if not np.isfinite(trainer.weights).all():
-        raise NumericsError(
-            "the weights of the network are not finite",
-            f"recipe {recipe.name!r}",
-            "look for extreme values in its features, or use estimator: linear",
-        )
+    # An overflow is met where it shows, as a loss that is no number.
+    with np.errstate(over="ignore", invalid="ignore"):
+        n_iter, is_converged = _run(trainer, watched, recipe.max_iter)
     layers = [(weight.copy(), bias.copy()) for weight, bias in trainer.layers]
     if not is_binary:
         weight, bias = layers[-1]
@@ -117,18 +113,27 @@ def _hold_out(
 def _run(
     trainer: Trainer, watched: tuple[Matrix, Singles] | None, max_iter: int
 ) -> tuple[int, bool]:
-    best, best_weights, n_stale = np.inf, trainer.weights.copy(), 0
-    for epoch in range(1, max_iter + 1):
+    """Train until `PATIENCE` epochs in a row gain less than `TOLERANCE`, or `max_iter` epochs.
+
+    Leaves the weights of the best epoch if rows are watched, else of the last one. Returns the
+    epochs trained, and whether patience ended them.
+    """
+    best, best_weights, n_stale, epoch = np.inf, trainer.weights.copy(), 0, 0
+    while n_stale <= PATIENCE and epoch < max_iter:
+        epoch += 1
         loss = trainer.epoch()
         if watched is not None:
             loss = trainer.loss(*watched)
+        if not (np.isfinite(loss) and np.isfinite(trainer.weights).all()):
+            raise NumericsError(
+                f"the network diverged in epoch {epoch}: its loss is {loss}",
+                "probes.recipes",
+                "look for extreme values in the features, or use estimator: linear",
+            )
         n_stale = n_stale + 1 if loss > best - TOLERANCE else 0
         if loss < best:
             best = loss
-            if watched is not None:
-                best_weights[:] = trainer.weights
-        if n_stale > PATIENCE or epoch == max_iter:
-            break
+            best_weights[:] = trainer.weights
     if watched is not None:
         trainer.weights[:] = best_weights
     return epoch, n_stale > PATIENCE

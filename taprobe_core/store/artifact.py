@@ -6,7 +6,8 @@ Invariant: no file is parsed before its sha256 was compared with the manifest in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,19 +30,22 @@ class Artifact:
 
     Attributes:
         key: its name.
-        path: its folder; read-only by agreement.
+        path: its folder; read-only by agreement, and unchecked: see `file`.
         manifest: what it holds and what it was made from.
+        fetch: makes sure that a file is in the folder; only a remote backend has work to do.
     """
 
     key: ArtifactKey
     path: Path
     manifest: Manifest
+    fetch: Callable[[str], None] = field(repr=False, compare=False)
 
-    def file(self, name: str) -> Path:
+    def file(self, name: str, *, use_cache: bool = True) -> Path:
         """Path of a file whose bytes are those of the manifest.
 
         Args:
             name: relative path inside the artifact, with `/`.
+            use_cache: trust a hash computed earlier in this process for the same state of the file.
 
         Raises:
             MissingArtifactError: no such file; names those that exist.
@@ -55,7 +59,8 @@ class Artifact:
                 "name one of these files",
             )
         with disk_errors(str(self.path)):
-            check_file(self.path / name, record)
+            self.fetch(name)
+            check_file(self.path / name, record, use_cache=use_cache)
         return self.path / name
 
     def read_table(self, name: str) -> pl.DataFrame:

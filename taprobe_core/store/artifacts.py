@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class Store:
             if sizes is None:
                 raise _missing(where)
             check_sizes(manifest, sizes, where)
-            return Artifact(key, self._backend.folder(key), manifest)
+            return self._artifact(key, manifest)
 
     def commit(
         self,
@@ -250,7 +251,7 @@ class Store:
             # Parsed back, so that a fresh artifact is the very thing that a later `open` returns.
             manifest = parse_manifest(rendered, str(folder))
             self._backend.publish(key, folder)
-        artifact = Artifact(key, self._backend.folder(key), manifest)
+        artifact = self._artifact(key, manifest)
         for name, record in manifest.files.items():
             remember_sha256(artifact.path / name, record.sha256)
         return artifact
@@ -292,6 +293,9 @@ class Store:
                 f"put the folder back to its place, or {DISCARD}",
             )
         return manifest
+
+    def _artifact(self, key: ArtifactKey, manifest: Manifest) -> Artifact:
+        return Artifact(key, self._backend.folder(key), manifest, partial(self._backend.fetch, key))
 
     def _next_sequence(self, key: ArtifactKey) -> int:
         taken = [0]

@@ -26,7 +26,6 @@ from taprobe_core.errors import (
 from taprobe_core.store.backend import POINTER
 from taprobe_core.store.disk import disk_errors
 from taprobe_core.store.fingerprint import ArtifactKey, check_key, check_partition
-from taprobe_core.store.integrity import check_file
 from taprobe_core.store.manifest import DISCARD
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def lineage(store: Store, key: ArtifactKey) -> Lineage:
         CorruptArtifactError: a manifest is broken, or an artifact is its own ancestor.
         StaleArtifactError: a manifest is of another schema version.
     """
-    return _node(store, store.inspect(key).manifest, {}, ())
+    return _node(store, key, {}, ())
 
 
 def usage(store: Store) -> pl.DataFrame:
@@ -154,15 +153,16 @@ def prune(store: Store, keep: int = 3, *, dry_run: bool = False) -> list[Artifac
     if keep < 1:
         raise ConfigError(f"keep is {keep}", "prune", "keep at least 1 version")
     manifests = {key: _manifest(store, key) for key in store.keys(None)}
-    victims = set(manifests) - _kept(store, manifests, keep)
+    victims = sorted(set(manifests) - _kept(store, manifests, keep))
     if dry_run:
-        return sorted(victims)
+        return victims
+    chosen = {place: list(keys) for place, keys in groupby(victims, key=lambda key: key[:2])}
     removed: list[ArtifactKey] = []
     for stage in store.backend.stages():
         for partition in list(store.backend.partitions(stage)):
-            chosen = [key for key in victims if key[:2] == (stage, partition)]
-            removed += _remove(store, ArtifactKey(stage, partition, POINTER), chosen)
-    return sorted(removed)
+            found = chosen.get((stage, partition), [])
+            removed += _remove(store, ArtifactKey(stage, partition, POINTER), found)
+    return removed
 
 
 def discard(store: Store, key: ArtifactKey) -> None:
@@ -187,10 +187,11 @@ def discard(store: Store, key: ArtifactKey) -> None:
 def _fault(store: Store, key: ArtifactKey) -> ArtifactError | None:
     try:
         artifact = store.inspect(key)
+        for name in artifact.manifest.files:
+            artifact.file(name, use_cache=False)
         with disk_errors(str(artifact.path)):
-            for name, record in artifact.manifest.files.items():
-                check_file(artifact.path / name, record, use_cache=False)
-            lost = [str(each) for each in artifact.manifest.upstream_keys if not store.find(each)]
+            upstream = artifact.manifest.upstream_keys
+            lost = [str(each) for each in upstream if store.backend.sizes(each) is None]
     except ArtifactError as error:
         return error
     if not lost:
@@ -202,11 +203,10 @@ def _fault(store: Store, key: ArtifactKey) -> ArtifactError | None:
 
 def _node(
     store: Store,
-    manifest: Manifest,
+    key: ArtifactKey,
     known: dict[ArtifactKey, Lineage],
     path: tuple[ArtifactKey, ...],
 ) -> Lineage:
-    key = manifest.key
     if key in path:
         raise CorruptArtifactError(
             f"artifact is its own ancestor: {' <- '.join(map(str, path))}",
@@ -214,13 +214,15 @@ def _node(
             DISCARD,
         )
     if key not in known:
-        nodes: list[Lineage] = []
-        for each in manifest.upstream_keys:
-            try:
-                nodes.append(_node(store, store.inspect(each).manifest, known, (*path, key)))
-            except MissingArtifactError:
-                nodes.append(Lineage(each, {}, None, ()))
-        known[key] = Lineage(key, manifest.provenance, manifest.created_at, tuple(nodes))
+        try:
+            manifest = store.inspect(key).manifest
+        except MissingArtifactError:
+            if not path:
+                raise
+            known[key] = Lineage(key, {}, None, ())
+        else:
+            nodes = [_node(store, each, known, (*path, key)) for each in manifest.upstream_keys]
+            known[key] = Lineage(key, manifest.provenance, manifest.created_at, tuple(nodes))
     return known[key]
 
 

@@ -32,7 +32,11 @@ class Backend(Protocol):
         ...
 
     def folder(self, key: ArtifactKey) -> Path:
-        """Local folder of a version; a remote backend downloads it first."""
+        """Local folder of a version, whether or not its files have been fetched."""
+        ...
+
+    def fetch(self, key: ArtifactKey, name: str) -> None:
+        """Make sure that one file of a version is in its local folder."""
         ...
 
     def sizes(self, key: ArtifactKey) -> dict[str, int] | None:

@@ -70,6 +70,8 @@ def fingerprint(
         ... )
         True
     """
+    if isinstance(upstream, str):
+        raise TypeError("upstream is one text, not a sequence of identities")
     parts = {
         "code_version": code_version,
         "config": config,
@@ -110,6 +112,8 @@ def check_partition(stage: str, partition: Sequence[str]) -> None:
         ConfigError: not 1-100 characters of `a-z 0-9 @ L . _ -` starting with a letter or digit; a
             device name; the form of a fingerprint; more than 8 parts. Lists every fault.
     """
+    if isinstance(partition, str):
+        raise TypeError("partition is one text, not a sequence of parts")
     faults = [repr(part) for part in (stage, *partition) if not is_part(part)]
     if len(partition) > MAX_DEPTH:
         faults.append(f"{len(partition)} parts")

@@ -69,12 +69,13 @@ def remember_sha256(path: Path, digest: str) -> None:
 
 def is_known_bad(path: Path, record: FileRecord) -> bool:
     """Tell whether this process has already found other bytes than the record's in this file."""
-    try:
-        state = _state(path)
-    except FileNotFoundError:
-        return True
     known, digest = _checked.get(str(path), (None, ""))
-    return known == state and digest != record.sha256
+    if known is None or digest == record.sha256:
+        return False
+    try:
+        return known == _state(path)
+    except FileNotFoundError:
+        return False
 
 
 def describe_files(folder: Path, sizes: Mapping[str, int]) -> dict[str, FileRecord]:

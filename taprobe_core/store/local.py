@@ -47,32 +47,43 @@ class LocalBackend:
         self._root = root.absolute()
         self._had_root = self._root.is_dir()
 
-    def where(self, stage: str, partition: tuple[str, ...], name: str = "") -> str:  # noqa: D102
+    def where(self, stage: str, partition: tuple[str, ...], name: str = "") -> str:
+        """Path of the partition, or of something in it."""
         return str(self._partition(stage, partition) / name)
 
-    def folder(self, key: ArtifactKey) -> Path:  # noqa: D102
+    def folder(self, key: ArtifactKey) -> Path:
+        """`<root>/<stage>/<part>/.../<fingerprint>`."""
         return self._partition(key.stage, key.partition) / key.fingerprint
 
-    def sizes(self, key: ArtifactKey) -> dict[str, int] | None:  # noqa: D102
+    def sizes(self, key: ArtifactKey) -> dict[str, int] | None:
+        """Bytes of every file of a version by relative path; None if absent."""
         try:
             return file_sizes(self.folder(key))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def manifest_bytes(self, key: ArtifactKey) -> bytes:  # noqa: D102
+    def fetch(self, key: ArtifactKey, name: str) -> None:
+        """Do nothing: the files are here."""
+
+    def manifest_bytes(self, key: ArtifactKey) -> bytes:
+        """Bytes of `manifest.json`."""
         return (self.folder(key) / MANIFEST_NAME).read_bytes()
 
-    def stages(self) -> list[str]:  # noqa: D102
+    def stages(self) -> list[str]:
+        """Folders of the root that are named like a stage."""
         return [name for name in _folders(self._root) if is_part(name)]
 
-    def partitions(self, stage: str) -> Iterator[tuple[str, ...]]:  # noqa: D102
+    def partitions(self, stage: str) -> Iterator[tuple[str, ...]]:
+        """Folders below a stage that hold a lock or a version."""
         yield from self._below(stage, ())
 
-    def versions(self, stage: str, partition: tuple[str, ...]) -> list[str]:  # noqa: D102
+    def versions(self, stage: str, partition: tuple[str, ...]) -> list[str]:
+        """Folders of a partition that are named like a fingerprint."""
         names = _folders(self._partition(stage, partition))
         return [name for name in names if is_fingerprint(name)]
 
-    def pointer(self, stage: str, partition: tuple[str, ...]) -> str | None:  # noqa: D102
+    def pointer(self, stage: str, partition: tuple[str, ...]) -> str | None:
+        """Text of `CURRENT`, at most 200 bytes of it; a link is not followed."""
         path = self._partition(stage, partition) / POINTER
         try:
             if not stat.S_ISREG(path.lstat().st_mode):
@@ -83,9 +94,8 @@ class LocalBackend:
             return None
 
     @contextmanager
-    def lock(  # noqa: D102
-        self, stage: str, partition: tuple[str, ...], timeout_s: float
-    ) -> Iterator[None]:
+    def lock(self, stage: str, partition: tuple[str, ...], timeout_s: float) -> Iterator[None]:
+        """Hold `.lock` of the partition, made if new, and delete what dead writers left in it."""
         if self._had_root and not self._root.is_dir():
             raise FileNotFoundError(2, "the store's folder is gone", str(self._root))
         folder = self._partition(stage, partition)
@@ -97,11 +107,13 @@ class LocalBackend:
                     _delete(entry)
             yield
 
-    def free_bytes(self) -> int | None:  # noqa: D102
+    def free_bytes(self) -> int | None:
+        """Free space of the file system that holds the root."""
         return shutil.disk_usage(self._root).free
 
     @contextmanager
-    def staging(self, key: ArtifactKey) -> Iterator[Path]:  # noqa: D102
+    def staging(self, key: ArtifactKey) -> Iterator[Path]:
+        """Give an empty `.tmp-*` folder beside the versions, so that one rename publishes it."""
         name = temporary_name(key.fingerprint)
         folder = self._partition(key.stage, key.partition) / name
         try:
@@ -110,7 +122,8 @@ class LocalBackend:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def publish(self, key: ArtifactKey, folder: Path) -> None:  # noqa: D102
+    def publish(self, key: ArtifactKey, folder: Path) -> None:
+        """Flush the staged folder, rename it, swap `CURRENT`, flush the partition."""
         sync_tree(folder)
         target = self.folder(key)
         if target.exists():
@@ -119,19 +132,22 @@ class LocalBackend:
         folder.rename(target)
         self.point(key)
 
-    def point(self, key: ArtifactKey) -> None:  # noqa: D102
+    def point(self, key: ArtifactKey) -> None:
+        """Swap `CURRENT` and flush the partition."""
         partition = self._partition(key.stage, key.partition)
         # Not swapped for itself: killed meanwhile, nothing would call for clearing the temporary.
         if self.pointer(key.stage, key.partition) != key.fingerprint:
             replace_text(partition / POINTER, key.fingerprint + "\n")
         sync_path(partition)
 
-    def unpoint(self, stage: str, partition: tuple[str, ...]) -> None:  # noqa: D102
+    def unpoint(self, stage: str, partition: tuple[str, ...]) -> None:
+        """Remove `CURRENT` and flush the partition."""
         folder = self._partition(stage, partition)
         (folder / POINTER).unlink(missing_ok=True)
         sync_path(folder)
 
-    def remove(self, key: ArtifactKey) -> None:  # noqa: D102
+    def remove(self, key: ArtifactKey) -> None:
+        """Rename a version out of sight, then delete it."""
         self._withdraw(self.folder(key))
         sync_path(self._partition(key.stage, key.partition))
 

@@ -64,13 +64,15 @@ class Model(StudyPart):
     """One model: where its rollouts, its weights and its tokenizer are, and which layers to read.
 
     `n_layers` is the depth of the checkpoint; it is stated so that partitions need no download,
-    and checked against the checkpoint before the first forward pass. `tokenizer` is a folder or a
-    hub id, `org/name` or `org/name@sha`; null takes the checkpoint's own.
+    and checked against the checkpoint before the first forward pass. So is `d_model`, the width of
+    the residual stream, which may be left out; a forecast of sizes needs it. `tokenizer` is a
+    folder or a hub id, `org/name` or `org/name@sha`; null takes the checkpoint's own.
     """
 
     rollouts_dir: FolderName
     checkpoint: Checkpoint
     n_layers: Annotated[int, Field(ge=1, le=999)]
+    d_model: Count | None = None
     tokenizer: LocalPath | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     layers: Layers = "all"
@@ -84,12 +86,18 @@ class Model(StudyPart):
                     f"layers {list(self.layers)} of a model with {self.n_layers} layers",
                     f"give block indices from 0 to {self.n_layers - 1}, each once",
                 )
-        checkpoint = self.checkpoint
-        if isinstance(checkpoint, StandInCheckpoint) and checkpoint.n_layers != self.n_layers:
-            raise study_fault(
-                f"n_layers is {self.n_layers}, its stand-in checkpoint has {checkpoint.n_layers}",
-                "make the two numbers equal",
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _stand_in_agrees(self) -> Self:
+        if isinstance(self.checkpoint, StandInCheckpoint):
+            for name in ("n_layers", "d_model"):
+                stated, built = getattr(self, name), getattr(self.checkpoint, name)
+                if stated is not None and stated != built:
+                    raise study_fault(
+                        f"{name} is {stated}, its stand-in checkpoint has {built}",
+                        "make the two numbers equal",
+                    )
         return self
 
     @property

@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from taprobe_core.checkpoints.folder import folder_digest, inspect_folder, stated_number
+from taprobe_core.checkpoints.folder import (
+    file_sha256,
+    folder_digest,
+    inspect_folder,
+    stated_number,
+)
 from taprobe_core.errors import ModelError, ModelMissingError, UnsafeModelError
 
 CONFIG = {"model_type": "qwen2", "num_hidden_layers": 2, "vocab_size": 64}
@@ -96,9 +101,9 @@ def test_shards_are_the_files_of_the_index(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "found", "where"),
     [
-        (with_config(auto_map={"AutoModel": "m.M"}), UnsafeModelError, "`auto_map`", "config.json"),
-        (with_config(text_config={"auto_map": {}}), UnsafeModelError, "`auto_map`", "config.json"),
-        (with_config(parts=[{"auto_map": {}}]), UnsafeModelError, "`auto_map`", "config.json"),
+        (with_config(auto_map={"AutoModel": "m.M"}), UnsafeModelError, "`auto_map`", "auto_map"),
+        (with_config(text_config={"auto_map": {}}), UnsafeModelError, "`auto_map`", "auto_map"),
+        (with_config(parts=[{"auto_map": {}}]), UnsafeModelError, "`auto_map`", "auto_map"),
         (
             with_config(_attn_implementation_internal="someone/kernels"),
             UnsafeModelError,
@@ -204,14 +209,16 @@ def test_the_digest_is_of_contents_not_of_the_place(folder: Path, tmp_path: Path
     assert folder_digest(inspect_folder(moved, "again")) != digest
 
 
-def test_a_digest_is_read_once_as_long_as_the_file_stays(folder: Path) -> None:
-    passed = inspect_folder(folder, "again")
-    digest = folder_digest(passed)
-    (folder / "model.safetensors").chmod(0)
-    if os.access(folder / "model.safetensors", os.R_OK):
-        pytest.skip("this user may read every file, so reading cannot be told from remembering")
+def test_a_file_is_hashed_again_only_when_its_size_time_or_inode_changes(folder: Path) -> None:
+    file = folder / "config.json"
+    before = file_sha256(file)
+    stat = file.stat()
+    file.write_bytes(file.read_bytes().replace(b"64", b"65"))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file_sha256(file) == before
 
-    assert folder_digest(passed) == digest
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest() != before
 
 
 def test_numbers_of_the_language_model_come_first() -> None:

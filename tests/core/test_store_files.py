@@ -15,6 +15,9 @@ from polars.testing import assert_frame_equal
 
 from taprobe_core.errors import ArtifactError, CorruptArtifactError, NonFiniteError
 from taprobe_core.store import (
+    ArtifactKey,
+    Store,
+    fingerprint,
     read_json,
     read_table,
     read_tensors,
@@ -214,3 +217,19 @@ def test_a_wrong_suffix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"\.json"):
         write_json(tmp_path / "t.txt", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_an_artifact_reads_all_three_forms(tmp_path: Path) -> None:
+    frame, tensor = pl.DataFrame({"a": [1]}), torch.ones(2, 3)
+
+    def write(folder: Path) -> None:
+        write_table(folder / "t.parquet", frame)
+        write_tensors(folder / "a.safetensors", {"mean": tensor}, {"dims": "span d_model"})
+        write_json(folder / "v.json", [1, None])
+
+    key = ArtifactKey("activations", (), fingerprint("activations", "1", {}, []))
+    Store(tmp_path).commit(key, write, provenance={})
+    artifact = Store(tmp_path).open(key)
+    assert_frame_equal(artifact.read_table("t.parquet"), frame)
+    assert torch.equal(artifact.read_tensors("a.safetensors")["mean"], tensor)
+    assert artifact.read_json("v.json") == [1, None]

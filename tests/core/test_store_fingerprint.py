@@ -158,6 +158,14 @@ def test_too_many_parts_are_refused() -> None:
         check_key(ArtifactKey("labels", ("a",) * 9, "0" * 20))
 
 
+def test_one_text_is_not_taken_for_a_sequence() -> None:
+    with pytest.raises(TypeError, match="upstream"):
+        fingerprint("labels", "1", {}, "abc")
+    with pytest.raises(TypeError, match="partition"):
+        check_key(ArtifactKey("labels", "abc", "0" * 20))  # type: ignore[arg-type]
+
+
+@settings(deadline=None)
 @given(part=st.text(max_size=120))
 def test_an_accepted_part_is_one_safe_folder_name(part: str) -> None:
     if is_part(part):

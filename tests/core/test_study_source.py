@@ -219,6 +219,7 @@ class TestValues:
         ("n_layers: 4", f"n_layers: {'9' * 101}", 8, "models.a.n_layers", "999", "a finite"),
         ("n_layers: 4", "n_layers: !!int x", 8, "models.a.n_layers", "'x'", "a finite number"),
         ("n_layers: 4", "n_layers: 5", 6, "models.a", "n_layers is 5", "two numbers equal"),
+        ("layers: all", "d_model: 8", 6, "models.a", "d_model is 8", "two numbers equal"),
         ("layers: all", "layers: some", 9, "models.a.layers", "'some'", "all, quartiles, mid"),
         ("layers: all", "layers: [1, x]", 9, "models.a.layers[1]", "'x'", "a whole number"),
         ("layers: all", "layers: [1, 4]", 6, "models.a", "[1, 4]", "from 0 to 3, each once"),

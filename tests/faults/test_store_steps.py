@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,7 @@ from taprobe_core.store import ArtifactKey, Store, fingerprint
 
 CHILD = Path(__file__).with_name("store_steps.py")
 PARTITION = ("m@L16", "7")
-KEYS = [
-    ArtifactKey("labels", PARTITION, fingerprint("labels", str(n), {}, [])) for n in range(4)
-]
+KEYS = [ArtifactKey("labels", PARTITION, fingerprint("labels", str(n), {}, [])) for n in range(4)]
 OLD, NEW, THIRD, FOURTH = KEYS
 MAX_STEPS = 80
 
@@ -28,8 +28,13 @@ Ask = Callable[..., dict[str, Any]]
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
     """Run one scenario in a fork of a child process that stops itself at a given step."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
-        [sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(CHILD)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
@@ -44,6 +49,17 @@ def ask() -> Iterator[Ask]:
         yield send
         stdin.close()
         assert child.wait(10) == 0
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: kills are no power cuts, and fsync costs nothing."""
+    memory = Path("/dev/shm")  # noqa: S108
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as name:
+        yield Path(name)
 
 
 def content_of(store: Store, key: ArtifactKey) -> str:
@@ -127,10 +143,10 @@ NAMED_STEPS = {
 
 
 @pytest.mark.parametrize("scenario", EXPECTED)
-def test_killed_at_every_step(ask: Ask, tmp_path: Path, scenario: str) -> None:
+def test_killed_at_every_step(ask: Ask, folder: Path, scenario: str) -> None:
     steps: list[str] = []
     for n in range(1, MAX_STEPS):
-        root = tmp_path / str(n)
+        root = folder / str(n)
         answer = ask(root, scenario, "kill", n)
         if answer["code"] == 0:
             assert answer["step"] == answer["error"] == ""
@@ -148,13 +164,11 @@ def test_killed_at_every_step(ask: Ask, tmp_path: Path, scenario: str) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("scenario", ["fresh", "next"])
-def test_a_failing_disk_at_every_step(
-    ask: Ask, tmp_path: Path, scenario: str, code: int
-) -> None:
+def test_a_failing_disk_at_every_step(ask: Ask, folder: Path, scenario: str, code: int) -> None:
     wanted = "ArtifactError" if code == errno.EIO else "DiskFullError"
     n_steps = 0
     for n in range(1, MAX_STEPS):
-        root = tmp_path / str(n)
+        root = folder / str(n)
         answer = ask(root, scenario, code, n)
         assert answer["code"] == 0, answer
         if not answer["step"]:
