@@ -147,8 +147,9 @@ def _join(scores_by_seed: Mapping[int, pl.DataFrame], labels: pl.DataFrame) -> p
 
 def _per_problem(scored: pl.DataFrame, recall_at: Sequence[int], target: Target) -> pl.DataFrame:
     units = scored.select(_UNIT).unique().sort(_UNIT).with_row_index("unit")
-    # One call for all units: each stands in for a problem.
-    frame = scored.join(units, on=_UNIT).select(
+    # One call for all units: each stands in for a problem. Ties are broken by sentence order.
+    ordered = scored.join(units, on=_UNIT).sort("unit", "sentence_idx")
+    frame = ordered.select(
         pl.col("unit").cast(pl.Int64).alias("problem_id"),
         "importance_abs",
         "importance_signed",

@@ -1,38 +1,53 @@
 """Tables and arrays to small PNG figures, for reports and for metadata beside an asset.
 
-Drawn with matplotlib's object interface on the Agg canvas: no pyplot, no global state, so figures
-can be drawn from several threads and never open a window. What does not belong here: computing
-what is drawn.
+What does not belong here: computing what is drawn, and the style (`canvas`).
 
-Invariant: equal input gives equal bytes, under `MAX_BYTES`. Colours are Okabe and Ito's (2008),
-told apart by colour-blind readers; lines differ by marker too.
+Invariant: equal input gives equal bytes, under `MAX_BYTES`; lines differ by marker as well as by
+colour.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 
 import numpy as np
 import polars as pl
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import Image
 
-MAX_BYTES = 40_000
-"""Upper size of one figure: a report with twenty stays under a megabyte."""
+from taprobe_core.canvas import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    LONGEST_NAME,
+    MAX_BYTES,
+    ORANGE,
+    RED,
+    bar_height,
+    encode_png,
+    legend_beside,
+    name_bars,
+    new_axes,
+    plain,
+    to_data_uri,
+)
 
-_BLUE, _RED, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
-_COLOURS = (_BLUE, _RED, _GREEN, "#CC79A7", _ORANGE, "#56B4E9")
+__all__ = [
+    "MAX_BYTES",
+    "activation_norms",
+    "deferral_bars",
+    "delta_intervals",
+    "importance_by_position",
+    "importance_histogram",
+    "leaderboard_bars",
+    "metric_by_layer",
+    "span_lengths",
+    "to_data_uri",
+]
+
 _MARKERS = "osD^vP"
 _DASHES = ("--", ":", "-.", (0, (5, 1)))
-_INK, _GREY, _GRID = "#222222", "#6b6b6b", "#e4e4e4"
-_DPI = 144
-_ENCODINGS = ((64, 1.0), (16, 1.0), (16, 0.75), (8, 0.5))
 _N_POSITION_BINS = 20
 _MAX_LENGTH_BINS = 50
 _MAX_BARS = 20
@@ -52,23 +67,35 @@ def metric_by_layer(
     Returns:
         PNG.
     """
-    figure, axes = _canvas(title, "layer (block output, from 0)", metric)
+    figure, axes = new_axes(title, "layer (block output, from 0)", metric)
     drawn = {name: value for name, value in levels.items() if value is not None}
     for index, (name, level) in enumerate(drawn.items()):
         dash = _DASHES[index % len(_DASHES)]
-        axes.axhline(level, color=_GREY, linestyle=dash, linewidth=1.3, label=name, zorder=2)
+        axes.axhline(
+            level,
+            color=GREY,
+            linestyle=dash,
+            linewidth=1.3,
+            label=plain(name, LONGEST_NAME),
+            zorder=2,
+        )
     lines = rows.sort("recipe", "layer").group_by("recipe", maintain_order=True)
     for index, ((recipe,), line) in enumerate(lines):
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
         value = line["value"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
         axes.plot(
-            line["layer"].to_numpy(), value, color=colour, marker=marker, ms=4.5, label=recipe
+            line["layer"].to_numpy(),
+            value,
+            color=colour,
+            marker=marker,
+            ms=4.5,
+            label=plain(str(recipe), LONGEST_NAME),
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     # From zero where nothing is negative, so that small differences look small.
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    _legend_beside(axes)
-    return _png(figure)
+    legend_beside(axes)
+    return encode_png(figure)
 
 
 def importance_by_position(labels: pl.DataFrame, *, title: str) -> bytes:
@@ -89,19 +116,17 @@ def importance_by_position(labels: pl.DataFrame, *, title: str) -> bytes:
         .sort("bin")
     )
     centre = (profile["bin"].to_numpy() + 0.5) / _N_POSITION_BINS
-    figure, axes = _canvas(title, "position in the trace (0 first, 1 last)", "mean |importance|")
+    figure, axes = new_axes(title, "position in the trace (0 first, 1 last)", "mean |importance|")
     width = 0.9 / _N_POSITION_BINS
-    axes.bar(centre, profile["importance_abs"].to_numpy(), width, color=_BLUE, label="|importance|")
+    axes.bar(centre, profile["importance_abs"].to_numpy(), width, color=BLUE, label="|importance|")
     share = axes.twinx()
-    share.plot(
-        centre, profile["is_anchor"].to_numpy(), "o-", ms=4, color=_RED, label="anchor share"
-    )
-    share.set_ylabel("anchor share", color=_RED, fontsize=9)
+    share.plot(centre, profile["is_anchor"].to_numpy(), "o-", ms=4, color=RED, label="anchor share")
+    share.set_ylabel("anchor share", color=RED, fontsize=9)
     share.set_ylim(bottom=0)
-    share.tick_params(labelsize=8, colors=_RED)
+    share.tick_params(labelsize=8, colors=RED)
     share.spines[["top"]].set_visible(False)
-    axes.yaxis.label.set_color(_BLUE)
-    return _png(figure)
+    axes.yaxis.label.set_color(BLUE)
+    return encode_png(figure)
 
 
 def importance_histogram(labels: pl.DataFrame, *, title: str) -> bytes:
@@ -117,12 +142,12 @@ def importance_histogram(labels: pl.DataFrame, *, title: str) -> bytes:
     signed = labels["importance_signed"].to_numpy()
     zeros = float((signed == 0).mean()) if signed.size else 0.0
     heading = f"{title} · {zeros:.0%} exactly zero, not drawn"
-    figure, axes = _canvas(heading, "signed importance", "sentences")
-    axes.hist(signed[signed != 0], bins=np.linspace(-1, 1, 81).tolist(), color=_BLUE)
-    axes.axvline(0, color=_GREY, linewidth=1)
+    figure, axes = new_axes(heading, "signed importance", "sentences")
+    axes.hist(signed[signed != 0], bins=np.linspace(-1, 1, 81).tolist(), color=BLUE)
+    axes.axvline(0, color=GREY, linewidth=1)
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
-    return _png(figure)
+    return encode_png(figure)
 
 
 def deferral_bars(plans: pl.DataFrame, *, title: str) -> bytes:
@@ -143,11 +168,11 @@ def deferral_bars(plans: pl.DataFrame, *, title: str) -> bytes:
             "recipe", "objective", "objective_value"
         ).iter_rows()
     ]
-    figure, axes = _canvas(title, "share of test sentences", "", height=_bar_height(len(names)))
+    figure, axes = new_axes(title, "share of test sentences", "", height=bar_height(len(names)))
     place = np.arange(len(names))
     for offset, column, colour, label in (
-        (-0.2, "deferral_rate", _ORANGE, "deferred"),
-        (0.2, "accepted_error", _BLUE, "wrong among accepted"),
+        (-0.2, "deferral_rate", ORANGE, "deferred"),
+        (0.2, "accepted_error", BLUE, "wrong among accepted"),
     ):
         values = shown[column].fill_null(0.0).to_numpy()
         axes.barh(place + offset, values, 0.38, color=colour, label=label)
@@ -155,9 +180,9 @@ def deferral_bars(plans: pl.DataFrame, *, title: str) -> bytes:
     wanted = shown["objective_value"].to_numpy()
     row = place + np.where(is_budget, -0.2, 0.2)
     axes.vlines(wanted, row - 0.22, row + 0.22, color="#000000", linewidth=2, label="objective")
-    _name_bars(axes, names)
-    _legend_beside(axes)
-    return _png(figure)
+    name_bars(axes, names)
+    legend_beside(axes)
+    return encode_png(figure)
 
 
 def activation_norms(norms: NDArray[np.float64], *, title: str) -> bytes:
@@ -170,10 +195,10 @@ def activation_norms(norms: NDArray[np.float64], *, title: str) -> bytes:
     Returns:
         PNG.
     """
-    figure, axes = _canvas(title, "sentence", "activation norm")
-    axes.plot(np.arange(norms.size), norms, color=_BLUE, linewidth=1.2)
+    figure, axes = new_axes(title, "sentence", "activation norm")
+    axes.plot(np.arange(norms.size), norms, color=BLUE, linewidth=1.2)
     axes.set_ylim(bottom=0)
-    return _png(figure)
+    return encode_png(figure)
 
 
 def span_lengths(n_tokens: NDArray[np.int64], *, title: str) -> bytes:
@@ -187,13 +212,13 @@ def span_lengths(n_tokens: NDArray[np.int64], *, title: str) -> bytes:
         PNG. Lengths beyond the 99.5th percentile share the last bin.
     """
     heading = f"{title} · median {np.median(n_tokens):g}" if n_tokens.size else title
-    figure, axes = _canvas(heading, "tokens in the sentence", "sentences")
+    figure, axes = new_axes(heading, "tokens in the sentence", "sentences")
     if n_tokens.size:
         longest = max(int(np.quantile(n_tokens, 0.995)), 2)
         width = -(-longest // _MAX_LENGTH_BINS)
         edges = np.arange(0.5, longest + width + 0.5, width)
-        axes.hist(np.minimum(n_tokens, longest), bins=edges.tolist(), color=_GREEN)
-    return _png(figure)
+        axes.hist(np.minimum(n_tokens, longest), bins=edges.tolist(), color=GREEN)
+    return encode_png(figure)
 
 
 def leaderboard_bars(rows: pl.DataFrame, *, metric: str, chance: float | None, title: str) -> bytes:
@@ -210,20 +235,20 @@ def leaderboard_bars(rows: pl.DataFrame, *, metric: str, chance: float | None, t
         PNG.
     """
     shown = rows.head(_MAX_BARS)
-    figure, axes = _canvas(title, metric, "", height=_bar_height(shown.height))
+    figure, axes = new_axes(title, metric, "", height=bar_height(shown.height))
     values = shown["value"].cast(pl.Float64).fill_null(0.0).to_numpy()
     place = np.arange(shown.height)
-    axes.barh(place, values, 0.7, color=_BLUE)
+    axes.barh(place, values, 0.7, color=BLUE)
     if {"value_low", "value_high"} <= set(shown.columns):
         low, high = (
             shown[name].cast(pl.Float64).to_numpy() for name in ("value_low", "value_high")
         )
         axes.hlines(place, low, high, color="#000000", linewidth=1.5)
     if chance is not None:
-        axes.axvline(chance, color=_GREY, linestyle="--", linewidth=1.3, label="chance")
+        axes.axvline(chance, color=GREY, linestyle="--", linewidth=1.3, label="chance")
         axes.legend(fontsize=8, frameon=False, loc="lower right")
-    _name_bars(axes, shown["label"].to_list())
-    return _png(figure)
+    name_bars(axes, shown["label"].to_list())
+    return encode_png(figure)
 
 
 def delta_intervals(rows: pl.DataFrame, *, metric: str, title: str) -> bytes:
@@ -239,71 +264,15 @@ def delta_intervals(rows: pl.DataFrame, *, metric: str, title: str) -> bytes:
         PNG.
     """
     shown = rows.head(_MAX_BARS)
-    figure, axes = _canvas(title, f"difference in {metric}", "", height=_bar_height(shown.height))
+    figure, axes = new_axes(title, f"difference in {metric}", "", height=bar_height(shown.height))
     delta, low, high = (
         shown[name].cast(pl.Float64).fill_null(float("nan")).to_numpy()
         for name in ("delta", "delta_low", "delta_high")
     )
     place = np.arange(shown.height)
-    axes.axvline(0, color=_GREY, linewidth=1.3)
-    axes.hlines(place, low, high, color=_BLUE, linewidth=2)
-    face = np.where(np.isnan(low), "white", _BLUE)
-    axes.scatter(delta, place, s=42, color=face.tolist(), edgecolors=_BLUE, zorder=3)
-    _name_bars(axes, shown["label"].to_list())
-    return _png(figure)
-
-
-def to_data_uri(png: bytes) -> str:
-    """Return a PNG as a data URI that an `img` tag can hold."""
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _canvas(title: str, x: str, y: str, height: float = 2.9) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.6, height), dpi=_DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    figure.suptitle(_plain(title), fontsize=9.5, color=_INK, x=0.01, ha="left")
-    axes.set_xlabel(_plain(x), fontsize=9, color=_INK)
-    axes.set_ylabel(_plain(y), fontsize=9, color=_INK)
-    axes.tick_params(labelsize=8, colors=_INK)
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _plain(text: str) -> str:
-    """Keep matplotlib from reading formulas in names."""
-    return text.replace("$", r"\$")
-
-
-def _legend_beside(axes: Axes) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02))
-
-
-def _bar_height(n_bars: int) -> float:
-    return 1.0 + 0.3 * max(n_bars, 2)
-
-
-def _name_bars(axes: Axes, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
-    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.grid(visible=False, axis="y")
-
-
-def _png(figure: Figure) -> bytes:
-    raw = io.BytesIO()
-    figure.savefig(raw, format="rgba", dpi=_DPI)
-    size = figure.canvas.get_width_height()
-    pixels = Image.frombytes("RGBA", size, raw.getvalue()).convert("RGB")
-    # A palette keeps the text sharp at a third of the bytes; only crowded figures need the rest.
-    for n_colours, scale in _ENCODINGS:
-        scaled = pixels.resize((int(size[0] * scale), int(size[1] * scale)))
-        small = scaled.quantize(n_colours, dither=Image.Dither.NONE)
-        out = io.BytesIO()
-        small.save(out, format="PNG", optimize=True)
-        if out.tell() <= MAX_BYTES:
-            break
-    return out.getvalue()
+    axes.axvline(0, color=GREY, linewidth=1.3)
+    axes.hlines(place, low, high, color=BLUE, linewidth=2)
+    face = np.where(np.isnan(low), "white", BLUE)
+    axes.scatter(delta, place, s=42, color=face.tolist(), edgecolors=BLUE, zorder=3)
+    name_bars(axes, shown["label"].to_list())
+    return encode_png(figure)

@@ -73,11 +73,14 @@ def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
         pool="gpu" if is_gpu else None,
         op_tags=GPU_TAGS if is_gpu else None,
     )
-    def run(context: dg.AssetExecutionContext, workbench: Workbench) -> Iterator[object]:
+    def run(
+        context: dg.AssetExecutionContext, workbench: dg.ResourceParam[Workbench]
+    ) -> Iterator[object]:
         selected = [stage for stage in stages if dg.AssetKey(stage) in context.selected_asset_keys]
+        plan = workbench.plan()
         for stage in selected:
             cells = [cell_of(stage, key) for key in context.partition_keys] if grid else [()]
-            yield from _as_failures(_run(context, workbench.plan, stage, cells))
+            yield from _as_failures(_run(context, plan, stage, cells))
 
     return run
 

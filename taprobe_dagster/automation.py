@@ -40,7 +40,7 @@ def reevaluation_schedule() -> dg.ScheduleDefinition:
         description="Evaluation of every site and setting, then leaderboard and report.",
     )
     def reevaluate(
-        context: dg.ScheduleEvaluationContext, workbench: Workbench
+        context: dg.ScheduleEvaluationContext, workbench: dg.ResourceParam[Workbench]
     ) -> Iterator[dg.RunRequest | dg.SkipReason]:
         yield from _next_requests(context.instance, workbench, REEVALUATED)
 
@@ -58,7 +58,7 @@ def wanted_cells_sensor() -> dg.SensorDefinition:
         description="Launch cells that are missing or stale, one op a tick, in data-path order.",
     )
     def launch_wanted_cells(
-        context: dg.SensorEvaluationContext, workbench: Workbench
+        context: dg.SensorEvaluationContext, workbench: dg.ResourceParam[Workbench]
     ) -> Iterator[dg.RunRequest | dg.SkipReason]:
         if _is_busy(context.instance):
             yield dg.SkipReason("runs of this study are queued or under way")
@@ -87,7 +87,7 @@ def _next_requests(
     instance: dg.DagsterInstance, workbench: Workbench, ops: tuple[str, ...]
 ) -> Iterator[dg.RunRequest | dg.SkipReason]:
     """Requests of the first op that lacks anything, else the reason why there is none."""
-    plan = workbench.plan
+    plan = workbench.plan()
     for op in ops:
         launches = list(launches_of(instance, plan, op, OPS[op]))
         for launch in launches:

@@ -97,7 +97,7 @@ def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) 
     with open_instance() as instance:
         if n_abandoned := fail_abandoned_runs(instance):
             err.print(f"{n_abandoned} run(s) whose process is gone are now marked as failed")
-        defs = build_defs(plan.study, {"workbench": Workbench.of(plan)})
+        defs = build_defs(plan.study, {"workbench": Workbench(plan.study, plan.data_root)})
         for op in OPS:
             for launch in launches_of(instance, plan, op, stages_in(op, stages), chosen):
                 first, last = "|".join(launch.first), "|".join(launch.last)

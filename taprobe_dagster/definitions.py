@@ -26,14 +26,14 @@ def build_defs(
 
     Args:
         study: the study whose grids the assets get; None takes `TAPROBE_STUDY`, else the demo.
-        resources: replaces the workbench, whose study must be the same one.
+        resources: put beside or in place of the workbench on the default data folder.
     """
     loaded = study or load_study()
     return dg.Definitions(
         assets=[dataset_source(loaded), *(stage_assets(loaded, op) for op in OPS)],
         schedules=[reevaluation_schedule()],
         sensors=[wanted_cells_sensor()],
-        resources={"workbench": Workbench(), **(resources or {})},
+        resources={"workbench": Workbench(loaded), **(resources or {})},
         executor=dg.in_process_executor,
     )
 

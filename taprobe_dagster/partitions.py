@@ -1,14 +1,12 @@
 """Partition grids and the mappings between them, derived from the study.
 
-What belongs here: everything that knows Dagster's partition classes. `MultiPartitionMapping` is
-marked beta upstream, so no other module imports it.
+What belongs here: everything that knows Dagster's partition classes.
 
 Concept: https://docs.dagster.io/guides/build/partitions-and-backfills/partitioning-assets
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
@@ -16,6 +14,7 @@ import dagster as dg
 
 from taprobe_core.pipeline.cells import DIMENSIONS, Cell, dimension_keys
 from taprobe_core.study import Study
+from taprobe_dagster.beta import accepted_beta
 
 
 def grid_of(study: Study, stage: str) -> dg.MultiPartitionsDefinition | None:
@@ -47,8 +46,7 @@ def mapping_between(study: Study, parent: str, child: str) -> dg.PartitionMappin
         return None
     if not downstream:
         return dg.AllPartitionMapping()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dg.BetaWarning)
+    with accepted_beta():
         return dg.MultiPartitionMapping(
             {
                 up: dg.DimensionPartitionMapping(down, _dimension_mapping(study, up, down))

@@ -1,38 +1,35 @@
 """Resources: how an op comes by the study and the store.
 
-What belongs here: configuration as plain values (paths), turned into core objects. Dagster config
-holds only a path; everything else is in the study file.
+What belongs here: the way from what Dagster knows (a study, a folder) to a core object.
 
 Concept: https://docs.dagster.io/guides/build/external-resources
 """
 
-from functools import cached_property
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
 
-import dagster as dg
-
 from taprobe_core.pipeline import Plan, open_plan
+from taprobe_core.study import Study
 
 
-class Workbench(dg.ConfigurableResource[Plan]):
-    """The study and the store that the assets work on.
+@dataclass(frozen=True)
+class Workbench:
+    """The study and the data folder that the assets work on.
 
     Attributes:
-        study_path: study file; empty takes `TAPROBE_STUDY`, else the bundled demo.
-        data_root: folder of artifacts; empty takes `TAPROBE_DATA`, else `.taprobe`.
+        study: the study that the grids were made from.
+        data_root: folder of artifacts; None takes `TAPROBE_DATA`, else `.taprobe`.
     """
 
-    study_path: str = ""
-    data_root: str = ""
+    study: Study
+    data_root: Path | None = None
 
-    @classmethod
-    def of(cls, plan: Plan) -> "Workbench":
-        """A workbench on an open plan, for runs inside this process."""
-        workbench = cls(data_root=str(plan.data_root))
-        workbench.__dict__["plan"] = plan
-        return workbench
-
-    @cached_property
     def plan(self) -> Plan:
-        """The plan of this study in this store."""
-        return open_plan(self.study_path or None, Path(self.data_root) if self.data_root else None)
+        """Open a plan.
+
+        Each call hashes the source files again where they have changed: a code server lives long,
+        and a plan is only as fresh as its opening.
+        """
+        return open_plan(self.study, self.data_root)

@@ -85,16 +85,16 @@ def fit_logistic(X: Matrix, y: Doubles, C: float) -> Line:
     if X.shape[1] <= n:
         dense = np.column_stack([_densify(X), np.ones(n)])
         state, n_iter = _newton(_InFeatures(dense), y, weight)
-        return Line(state.weights[:-1], float(state.weights[-1]), n_iter)
+        return Line(state.unknowns[:-1], float(state.unknowns[-1]), n_iter)
     state, n_iter = _newton(_InRows(_gram(X)), y, weight)
-    return Line(X.T @ state.weights[:-1], float(state.weights[-1]), n_iter)
+    return Line(X.T @ state.unknowns[:-1], float(state.unknowns[-1]), n_iter)
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
     """Unknowns with the intercept last, their logits [row], and the penalty |w|^2 / 2."""
 
-    weights: Doubles
+    unknowns: Doubles
     logits: Doubles
     penalty: float
 
@@ -106,7 +106,7 @@ class _Space(Protocol):
 
     def full_step(self, state: _State, gradient: Doubles, curvature: Doubles) -> Doubles: ...
 
-    def state(self, weights: Doubles, logits: Doubles | None = None) -> _State: ...
+    def state(self, unknowns: Doubles, logits: Doubles | None = None) -> _State: ...
 
 
 class _InFeatures:
@@ -122,13 +122,13 @@ class _InFeatures:
     def full_step(self, state: _State, gradient: Doubles, curvature: Doubles) -> Doubles:
         hessian = self._X.T @ (curvature[:, None] * self._X)
         hessian[np.diag_indices_from(hessian)] += self._penalised
-        slope = self._X.T @ gradient + self._penalised * state.weights
+        slope = self._X.T @ gradient + self._penalised * state.unknowns
         step: Doubles = cho_solve(cho_factor(hessian, overwrite_a=True), slope)
-        return state.weights - step
+        return state.unknowns - step
 
-    def state(self, weights: Doubles, logits: Doubles | None = None) -> _State:
-        logits = self._X @ weights if logits is None else logits
-        return _State(weights, logits, 0.5 * float(weights[:-1] @ weights[:-1]))
+    def state(self, unknowns: Doubles, logits: Doubles | None = None) -> _State:
+        logits = self._X @ unknowns if logits is None else logits
+        return _State(unknowns, logits, 0.5 * float(unknowns[:-1] @ unknowns[:-1]))
 
 
 class _InRows:
@@ -148,20 +148,20 @@ class _InRows:
         system *= root[:, None]
         system[np.diag_indices_from(system)] += 1.0
         # Solved for the change, whose rounding fades as it does. At the optimum a = -gradient.
-        rows = state.weights[:-1]
+        rows = state.unknowns[:-1]
         sides = np.column_stack([(gradient + rows) / root, root])
         # The transpose of a symmetric matrix is itself, and saves LAPACK a copy.
         factor = cho_factor(system.T, lower=True, overwrite_a=True, check_finite=False)
         residual, ones = cho_solve(factor, sides, check_finite=False).T
         # The intercept is free, so the row weights sum to zero.
         shift = (rows.sum() - root @ residual) / (root @ ones)
-        change = np.append(-root * (residual + shift * ones), shift)
-        return state.weights + change
+        change: Doubles = np.append(-root * (residual + shift * ones), shift)
+        return state.unknowns + change
 
-    def state(self, weights: Doubles, logits: Doubles | None = None) -> _State:
+    def state(self, unknowns: Doubles, logits: Doubles | None = None) -> _State:
         if logits is None:
-            logits = self._gram @ weights[:-1] + weights[-1]
-        return _State(weights, logits, 0.5 * float(weights[:-1] @ (logits - weights[-1])))
+            logits = self._gram @ unknowns[:-1] + unknowns[-1]
+        return _State(unknowns, logits, 0.5 * float(unknowns[:-1] @ (logits - unknowns[-1])))
 
 
 def _newton(space: _Space, y: Doubles, weight: Doubles) -> tuple[_State, int]:
@@ -189,20 +189,20 @@ def _descend(space: _Space, state: _State, goal: _State, y: Doubles, weight: Dou
     before = _objective(state, y, weight)
     # Near the optimum the objective changes by less than its own rounding.
     slack = 1e-10 * max(1.0, abs(before))
-    moved = goal
-    for halving in range(1, MAX_HALVINGS + 1):
+    moved, share = goal, 1.0
+    for _ in range(MAX_HALVINGS + 1):
         if _objective(moved, y, weight) <= before + slack:
             return moved
-        share = 0.5**halving
+        share /= 2
         moved = space.state(
-            state.weights + share * (goal.weights - state.weights),
+            state.unknowns + share * (goal.unknowns - state.unknowns),
             state.logits + share * (goal.logits - state.logits),
         )
     raise _unsolved("no step descends")
 
 
 def _objective(state: _State, y: Doubles, weight: Doubles) -> float:
-    losses = np.logaddexp(0.0, state.logits) - y * state.logits
+    losses = np.logaddexp(0.0, np.where(y > 0, -state.logits, state.logits))
     return float(weight @ losses) + state.penalty
 
 

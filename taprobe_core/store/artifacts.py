@@ -1,9 +1,9 @@
-"""The store: the only writer of artifacts, and the reader that checks what it reads.
+"""The store: the only writer of artifacts.
 
 Turns a key and a `write(folder)` callback into an immutable, fingerprinted, hash-checked artifact.
-What an artifact means belongs to its stage; where bytes live belongs to a `Backend`. Invariant: a
-reader sees one whole version or none, whatever kills the writer; the bytes it gets have the sha256
-that the manifest says.
+What an artifact means belongs to its stage, where bytes live to a `Backend`, reading to `reader`.
+Invariant: a reader sees one whole version or none, whatever kills the writer, and the bytes it gets
+have the sha256 that the manifest says.
 
 A commit: reuse what exists; lock; look again; check free space; write to a temporary folder; hash;
 manifest; fsync; rename; swap the pointer; fsync. `docs/artifacts.md` gives the format byte by byte.
@@ -11,40 +11,27 @@ manifest; fsync; rename; swap the pointer; fsync. `docs/artifacts.md` gives the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from taprobe_core.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
-from taprobe_core.store import audit
+from taprobe_core.store import upkeep
 from taprobe_core.store.artifact import Artifact
-from taprobe_core.store.backend import POINTER, Backend
+from taprobe_core.store.backend import Backend
 from taprobe_core.store.disk import disk_errors, disk_full
 from taprobe_core.store.draft import Draft
-from taprobe_core.store.fingerprint import (
-    ArtifactKey,
-    check_key,
-    check_partition,
-    is_fingerprint,
-)
-from taprobe_core.store.integrity import check_sizes, is_known_bad, remember_sha256
+from taprobe_core.store.fingerprint import ArtifactKey, check_key
+from taprobe_core.store.integrity import remember_sha256
 from taprobe_core.store.local import LocalBackend
-from taprobe_core.store.manifest import (
-    DISCARD,
-    MANIFEST_NAME,
-    Manifest,
-    parse_manifest,
-    render_manifest,
-)
+from taprobe_core.store.manifest import MANIFEST_NAME, parse_manifest, render_manifest
+from taprobe_core.store.reader import StoreReader
 
 DEFAULT_LOCK_TIMEOUT_S = 3600.0
 
 
-class Store:
+class Store(StoreReader):
     """Immutable artifacts by key.
 
     Args:
@@ -55,54 +42,8 @@ class Store:
     def __init__(
         self, backend: Backend | Path, *, lock_timeout_s: float = DEFAULT_LOCK_TIMEOUT_S
     ) -> None:
-        self._backend = LocalBackend(backend) if isinstance(backend, Path) else backend
+        super().__init__(LocalBackend(backend) if isinstance(backend, Path) else backend)
         self._lock_timeout_s = lock_timeout_s
-
-    @property
-    def backend(self) -> Backend:
-        """Where the artifacts live."""
-        return self._backend
-
-    def find(self, key: ArtifactKey) -> Artifact | None:
-        """Return a committed artifact without hashing its files, or None.
-
-        Its manifest parses, its files have the sizes that the manifest says, and this process has
-        not found other bytes in them. Reading through the result still checks every hash.
-
-        Raises:
-            ConfigError: `key` is not a name inside the store.
-            ArtifactError: the store cannot be read.
-        """
-        try:
-            return self._usable(key)
-        except StaleArtifactError:
-            return None
-
-    def open(self, key: ArtifactKey) -> Artifact:
-        """Return a committed artifact after comparing the sha256 of every file, once per process.
-
-        Raises:
-            ConfigError: `key` is not a name inside the store.
-            MissingArtifactError: never built, or pruned.
-            StaleArtifactError: of another schema version.
-            CorruptArtifactError: manifest or files are not what was committed; names the file.
-            ArtifactError: the store cannot be read.
-        """
-        artifact = self.inspect(key)
-        for name in artifact.manifest.files:
-            artifact.file(name)
-        return artifact
-
-    def inspect(self, key: ArtifactKey) -> Artifact:
-        """Return a committed artifact after every check but the hashes; errors as `open`."""
-        where = self._where(check_key(key))
-        with disk_errors(where):
-            manifest = self._manifest(key)
-            sizes = self._backend.sizes(key)
-            if sizes is None:
-                raise _missing(where)
-            check_sizes(manifest, sizes, where)
-            return self._artifact(key, manifest)
 
     def commit(
         self,
@@ -163,46 +104,6 @@ class Store:
             with self.locked(key):
                 return self._point_if_usable(key)
 
-    def current(self, stage: str, partition: Sequence[str]) -> ArtifactKey | None:
-        """Return the version that was committed or adopted last, or None.
-
-        Raises:
-            ConfigError: not a name inside the store.
-            CorruptArtifactError: the pointer names no version; lists the versions that exist.
-        """
-        parts = tuple(partition)
-        check_partition(stage, parts)
-        where = self._backend.where(stage, parts, POINTER)
-        with disk_errors(where):
-            named = self._backend.pointer(stage, parts)
-            while named is not None:
-                versions = self._backend.versions(stage, parts)
-                if is_fingerprint(named) and named in versions:
-                    return ArtifactKey(stage, parts, named)
-                # The pointer may have moved, and its old version been pruned, in between.
-                refused, named = named, self._backend.pointer(stage, parts)
-                if named == refused:
-                    raise CorruptArtifactError(
-                        f"pointer names {named!r}, which is no version of this partition; "
-                        f"there are: {', '.join(versions) or 'none'}",
-                        where,
-                        "run the stage again; it points to the version that it needs",
-                    )
-        return None
-
-    def keys(self, stage: str | None = None) -> Iterator[ArtifactKey]:
-        """Yield the key of every version, sorted; of one stage if `stage` is given."""
-        if stage is not None:
-            check_partition(stage, ())
-        return self._keys(stage)
-
-    def _keys(self, stage: str | None) -> Iterator[ArtifactKey]:
-        with disk_errors(self._backend.where(stage or "", ())):
-            for each in self._backend.stages() if stage is None else [stage]:
-                for partition in self._backend.partitions(each):
-                    for version in self._backend.versions(each, partition):
-                        yield ArtifactKey(each, partition, version)
-
     def discard(self, key: ArtifactKey) -> None:
         """Delete one version, sound or not; if it was current, nothing is current afterwards.
 
@@ -212,23 +113,11 @@ class Store:
             MissingArtifactError: there is no such version.
             BusyArtifactError: another process holds the partition for too long.
         """
-        audit.discard(self, key)
-
-    def verify(self, stage: str | None = None) -> Iterator[audit.Verdict]:
-        """Check every artifact with full hashes; see `audit.verify`."""
-        return audit.verify(self, stage)
-
-    def lineage(self, key: ArtifactKey) -> audit.Lineage:
-        """Return what an artifact was made from, back to the sources; see `audit.lineage`."""
-        return audit.lineage(self, key)
-
-    def usage(self) -> pl.DataFrame:
-        """Count artifacts, files and bytes by stage; see `audit.usage`."""
-        return audit.usage(self)
+        upkeep.discard(self, key)
 
     def prune(self, keep: int = 3, dry_run: bool = False) -> list[ArtifactKey]:
-        """Delete old versions that nothing kept refers to; see `audit.prune`."""
-        return audit.prune(self, keep, dry_run=dry_run)
+        """Delete old versions that nothing kept refers to; see `upkeep.prune`."""
+        return upkeep.prune(self, keep, dry_run=dry_run)
 
     def locked(
         self, key: ArtifactKey, timeout_s: float | None = None
@@ -256,46 +145,11 @@ class Store:
             remember_sha256(artifact.path / name, record.sha256)
         return artifact
 
-    def _usable(self, key: ArtifactKey) -> Artifact | None:
-        try:
-            artifact = self.inspect(key)
-        except (MissingArtifactError, CorruptArtifactError):
-            return None
-        with disk_errors(str(artifact.path)):
-            files = artifact.manifest.files.items()
-            is_bad = any(is_known_bad(artifact.path / name, record) for name, record in files)
-        return None if is_bad else artifact
-
     def _point_if_usable(self, key: ArtifactKey) -> Artifact | None:
         found = self._usable(key)
         if found is not None and not self._is_current(key):
             self._backend.point(key)
         return found
-
-    def _is_current(self, key: ArtifactKey) -> bool:
-        return self._backend.pointer(key.stage, key.partition) == key.fingerprint
-
-    def _manifest(self, key: ArtifactKey) -> Manifest:
-        where = self._where(key)
-        try:
-            raw = self._backend.manifest_bytes(key)
-        except (FileNotFoundError, NotADirectoryError):
-            if self._backend.sizes(key) is None:
-                raise _missing(where) from None
-            raise CorruptArtifactError(
-                f"no {MANIFEST_NAME}, which every artifact has", where, DISCARD
-            ) from None
-        manifest = parse_manifest(raw, f"{where}/{MANIFEST_NAME}")
-        if manifest.key != key:
-            raise CorruptArtifactError(
-                f"manifest belongs to {manifest.key}",
-                where,
-                f"put the folder back to its place, or {DISCARD}",
-            )
-        return manifest
-
-    def _artifact(self, key: ArtifactKey, manifest: Manifest) -> Artifact:
-        return Artifact(key, self._backend.folder(key), manifest, partial(self._backend.fetch, key))
 
     def _next_sequence(self, key: ArtifactKey) -> int:
         taken = [0]
@@ -306,15 +160,6 @@ class Store:
                 continue
         return 1 + max(taken)
 
-    def _where(self, key: ArtifactKey) -> str:
-        return self._backend.where(*key)
-
     def _errors(self, key: ArtifactKey, estimate_bytes: int = 0) -> AbstractContextManager[None]:
         where = self._backend.where(key.stage, key.partition)
         return disk_errors(where, estimate_bytes, self._backend.free_bytes)
-
-
-def _missing(where: str) -> MissingArtifactError:
-    return MissingArtifactError(
-        "artifact was never built, or has been pruned", where, "run the stage again"
-    )

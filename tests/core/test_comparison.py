@@ -30,10 +30,10 @@ def test_the_interval_holds_the_mean_and_stays_inside_the_differences(values, se
 
 def test_the_interval_covers_a_known_mean_about_as_often_as_it_says():
     rng = np.random.default_rng(5)
-    samples = rng.normal(0.1, 0.1, size=(300, 20))
+    samples = rng.normal(0.1, 0.1, size=(250, 14))
     found = [compare(sample, 300, seed) for seed, sample in enumerate(samples)]
     covered = np.mean([low <= 0.1 <= high for *_, low, high, _, _ in found])
-    assert 0.87 <= covered <= 0.98
+    assert 0.85 <= covered <= 0.98
 
 
 @pytest.mark.parametrize(("n", "distinct"), [(1, 1), (2, 3), (3, 10), (5, 126)])

@@ -184,7 +184,8 @@ def test_signed_scores_rank_signed_importance_and_no_anchors(labels):
 
 
 def test_tables_do_not_depend_on_row_order(labels):
-    scores = _both(labels)
+    # Coarse scores tie, and recall breaks ties by sentence order.
+    scores = _both(labels).with_columns(pl.col("score").round(0))
     shuffled = scores.sample(fraction=1.0, shuffle=True, seed=1)
     one, other = (
         evaluate({0: each, 1: each}, labels, ONE_BASELINE, "anchor_binary")

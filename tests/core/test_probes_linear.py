@@ -82,16 +82,20 @@ def test_separable_classes_with_hardly_any_penalty_still_have_an_optimum() -> No
     assert ((expit(X @ line.coef + line.intercept) > 0.5) == (y == 1)).all()
 
 
-def test_a_step_that_overshoots_is_halved() -> None:
-    # One far row makes the first full step overshoot by orders of magnitude.
-    X = np.array([[0.0], [1e-3], [-1e-3], [1e3], [2e-3], [-2e-3]])
-    y = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+@pytest.mark.parametrize(("n_features", "seed"), [(3, 2815), (9, 2443)])
+def test_a_step_that_overshoots_is_halved(
+    n_features: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(seed)
+    X, y = np.round(rng.standard_t(1, size=(6, n_features)), 2), np.array([0.0, 1, 0, 1, 1, 0])
 
-    line = fit_logistic(X, y, C=1e6)
+    line = fit_logistic(X, y, C=1e3)
 
-    balance = np.where(y == 1, 1.0, 1.0)
-    residual = 1e6 * balance * (expit(X @ line.coef + line.intercept) - y)
-    assert abs(float(X[:, 0] @ residual + line.coef[0])) < 1e-3
+    residual = 1e3 * (expit(X @ line.coef + line.intercept) - y)
+    assert np.abs(X.T @ residual + line.coef).max() < 1e-6
+    monkeypatch.setattr(linear, "MAX_HALVINGS", 0)
+    with pytest.raises(NumericsError, match="no step descends"):
+        fit_logistic(X, y, C=1e3)
 
 
 def test_features_that_repeat_share_their_weight() -> None:

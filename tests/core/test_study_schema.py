@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from taprobe_core.errors import ConfigError
 from taprobe_core.keys import Site
 from taprobe_core.study import Study, load_study, shipped_studies
 from taprobe_core.study.fields import FOLDER_NAME
@@ -107,7 +108,9 @@ def test_local_rollouts_needs_its_folder_named() -> None:
         "/data/rollouts/../tokenizers/deepseek-r1-distill-llama-8b",
         "/data/rollouts/../tokenizers/deepseek-r1-distill-qwen-14b",
     }
-    with pytest.raises(Exception, match=r"TAPROBE_ROLLOUTS is not set[\s\S]*Fix: export TAPROBE_R"):
+    with pytest.raises(
+        ConfigError, match=r"TAPROBE_ROLLOUTS is not set[\s\S]*Fix: export TAPROBE_R"
+    ):
         load_study(STUDIES / "local_rollouts.yaml", environ={})
 
 

@@ -1,9 +1,9 @@
 """Stops a store operation before its n-th step, in a fork of a process that imported everything.
 
 Reads lines `<root> <scenario> <fault> <n>` and answers each with one line of JSON: what became of
-the fork, and the name of the step at which it was stopped. A step is any change of the disk: making,
-renaming or removing an entry, opening a file for writing, and both sides of an fsync. They are seen
-from outside the store, through the interpreter's audit events.
+the fork, and the name of the step at which it was stopped. A step is any change of the disk:
+making, renaming or removing an entry, opening a file for writing, and both sides of an fsync. They
+are seen from outside the store, through the interpreter's audit events.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def commit(root: str, seconds: str, log: str) -> None:
         write_json(folder / "v.json", 7)
         time.sleep(float(seconds))
 
-    say(ready=True)
+    say(ready=True, has_torch="torch" in sys.modules)
     sys.stdin.readline()
     artifact = Store(Path(root)).commit(key_of(0), write, provenance={})
     say(value=artifact.read_json("v.json"))
@@ -40,7 +40,7 @@ def commit(root: str, seconds: str, log: str) -> None:
 
 def versions(root: str, n: str) -> None:
     store = Store(Path(root))
-    say(ready=True)
+    say(ready=True, has_torch="torch" in sys.modules)
     sys.stdin.readline()
     for number in range(int(n)):
 

@@ -23,7 +23,7 @@ from taprobe_core.store import (
 
 KEY = ArtifactKey("activations", ("m@L16", "7"), fingerprint("activations", "1", {}, []))
 OTHER = KEY._replace(fingerprint=fingerprint("activations", "2", {}, []))
-N_FLIPS = 60
+N_FLIPS = 200
 
 
 def write(folder: Path) -> None:

@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import polars as pl
+import pytest
+
+from taprobe_core import plots
+from taprobe_core.deferral import plan_deferrals
+from taprobe_core.evaluation import evaluate
+from taprobe_core.keys import Site
+from taprobe_core.leaderboard import build_leaderboard
+from taprobe_core.report import MAX_SENTENCES, Example, ReportData, render_report, visible
+from taprobe_core.selection import select_on_validation
+from taprobe_core.study.config import DEFAULT_RECIPES, Deferral, Evaluation
+from taprobe_core.tables import PROTOCOLS, SPLITS
+
+HOSTILE = (
+    "</td></style><script>alert(1)</script><img src=x onerror=alert(2)>"
+    "![x](http://evil.example/x.png)\x1b]8;;http://evil.example\x07"
+    "\x1b[31m\u202egnp.exe' \" onload=x"
+)
+RECIPES = DEFAULT_RECIPES[:3]
+EVALUATION = Evaluation(n_bootstrap=100)
+N = 14
+
+
+class _Page(HTMLParser):
+    """Every tag and attribute of a page, and its visible text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def _scores(labels: pl.DataFrame, recipe: str, noise: float) -> pl.DataFrame:
+    rng = np.random.default_rng(len(recipe))
+    truth = {key: group["importance_abs"] for (key,), group in labels.group_by("problem_id")}
+    rows = []
+    for protocol, folds in (
+        ("holdout", [([0], [1, 2])]),
+        ("lopo", [([(fold + 1) % 7], [fold]) for fold in range(7)]),
+    ):
+        for fold, sides in enumerate(folds):
+            for split, problems in zip(("val", "test"), sides, strict=True):
+                for problem in problems:
+                    score = truth[problem].to_numpy() + noise * rng.normal(size=N)
+                    rows += [
+                        (problem, index, recipe, protocol, fold, split, value)
+                        for index, value in enumerate(score)
+                    ]
+    schema = {
+        "problem_id": pl.Int64,
+        "sentence_idx": pl.Int64,
+        "recipe": pl.String,
+        "protocol": pl.Enum(PROTOCOLS),
+        "fold": pl.Int32,
+        "split": pl.Enum(SPLITS),
+        "score": pl.Float32,
+    }
+    return pl.DataFrame(rows, schema, orient="row")
+
+
+@pytest.fixture(scope="module")
+def data() -> ReportData:
+    rng = np.random.default_rng(1)
+    labels = pl.DataFrame(
+        {
+            "problem_id": np.repeat(np.arange(7), N),
+            "sentence_idx": np.tile(np.arange(N), 7),
+            "importance_signed": rng.normal(0, 0.2, 7 * N).clip(-1, 1),
+        }
+    ).with_columns(importance_abs=pl.col("importance_signed").abs())
+    rank = pl.col("importance_abs").rank("ordinal", descending=True).over("problem_id")
+    labels = labels.with_columns(is_anchor=rank <= 2)
+    cells, plans = [], []
+    for layer in range(2):
+        noise = {
+            "position_baseline": 0.4,
+            "text_only_baseline": 0.6,
+            "linear_probe": 0.3 - 0.2 * layer,
+        }
+        scores = pl.concat(_scores(labels, recipe, each) for recipe, each in noise.items())
+        cells.append(
+            (
+                Site("tiny", layer),
+                "correct",
+                evaluate({0: scores}, labels, EVALUATION, "anchor_binary"),
+            )
+        )
+        place = {"setting": "correct", "model": "tiny"}
+        plans.append(
+            plan_deferrals(scores, labels, Deferral()).plans.with_columns(
+                layer=pl.lit(layer, pl.Int32), seed=pl.lit(0, pl.Int64), **_literals(place)
+            )
+        )
+    sentences = labels.filter(problem_id=3).with_columns(
+        sentence=pl.format("Sentence number {}.", "sentence_idx"),
+        importance_se=pl.lit(0.05),
+        label_status=pl.lit("measured"),
+        score=pl.lit(0.5, pl.Float32),
+    )
+    return ReportData(
+        study="tiny-study",
+        description="Two layers.",
+        target="anchor_binary",
+        dataset={"kind": "mirror", "folder": "rollouts"},
+        settings=("correct",),
+        models=pl.DataFrame({"model": ["tiny"], "n_layers": [2]}),
+        untrained_models=(),
+        leaderboard=build_leaderboard(cells, recipes=RECIPES),
+        selected=select_on_validation(cells, recipes=RECIPES, evaluation=EVALUATION),
+        plans=pl.concat(plans),
+        skipped=pl.DataFrame({"problem_id": [9], "what": ["no rollouts"]}),
+        example=Example("tiny · problem 3", "linear_probe, layer 1", "What is 1 + 1?", sentences),
+        figures={"importance": plots.importance_histogram(labels, title="importance")},
+        versions={"taprobe": "0.1.0"},
+        fingerprints=pl.DataFrame({"stage": ["labels"], "fingerprint": ["abcd"]}),
+    )
+
+
+def _literals(values: dict[str, str]) -> dict[str, pl.Expr]:
+    return {name: pl.lit(value) for name, value in values.items()}
+
+
+@pytest.fixture(scope="module")
+def html(data) -> str:
+    return render_report(data)
+
+
+def test_page_holds_every_section_and_is_the_same_again(data, html):
+    text = _Page(html).text
+    for heading in (
+        "Does any activation probe beat position and text?",
+        "What was run",
+        "Leaderboard",
+        "PR-AUC by layer",
+        "Layer chosen on validation",
+        "Deferral plans",
+        "One trace",
+        "Problems left out",
+        "Provenance",
+    ):
+        assert heading in text
+    assert "point\nestimates, not guarantees" in text
+    assert "no rollouts" in text
+    assert "Sentence number 13." in text
+    assert render_report(data) == html
+
+
+def test_page_loads_nothing_and_runs_nothing(html):
+    page = _Page(html)
+    assert not {"script", "iframe", "link", "object", "form", "a", "base"} & set(page.tags)
+    sources = [value for _, name, value in page.attributes if name in ("src", "href", "srcset")]
+    assert sources
+    assert all(value.startswith("data:image/png;base64,") for value in sources)
+    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"]
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+def test_policy_allows_this_style_and_no_other(html):
+    css = re.search(r"<style>(.*?)</style>", html, re.DOTALL).group(1)
+    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    policy = next(
+        value for _, name, value in _Page(html).attributes if value.startswith("default-src")
+    )
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def test_hostile_text_stays_text(data, html):
+    renamed = {"model": pl.lit(HOSTILE), "setting": pl.lit(HOSTILE), "recipe": pl.lit(HOSTILE)}
+    poisoned = dataclasses.replace(
+        data,
+        study=HOSTILE,
+        description=HOSTILE,
+        dataset={HOSTILE: HOSTILE},
+        settings=(HOSTILE,),
+        models=pl.DataFrame({HOSTILE: [HOSTILE]}),
+        untrained_models=(HOSTILE,),
+        leaderboard=data.leaderboard.with_columns(**renamed),
+        selected=data.selected.with_columns(
+            interval_note=pl.lit(HOSTILE), baseline=pl.lit(HOSTILE), **renamed
+        ),
+        plans=data.plans.with_columns(**renamed),
+        skipped=pl.DataFrame({"what": [HOSTILE]}),
+        example=Example(
+            HOSTILE,
+            HOSTILE,
+            HOSTILE,
+            data.example.sentences.with_columns(
+                sentence=pl.lit(HOSTILE), label_status=pl.lit(HOSTILE)
+            ),
+        ),
+        figures={HOSTILE: next(iter(data.figures.values()))},
+        versions={HOSTILE: HOSTILE},
+        fingerprints=pl.DataFrame({"stage": [HOSTILE]}),
+    )
+    attacked = render_report(poisoned)
+    page, honest = _Page(attacked), _Page(html)
+    assert set(page.tags) == set(honest.tags)
+    assert {name for _, name, _ in page.attributes} == {name for _, name, _ in honest.attributes}
+    assert {value for tag, name, value in page.attributes if (tag, name) == ("meta", "name")} == {
+        "referrer",
+        "viewport",
+    }
+    assert not [
+        value for _, name, value in page.attributes if name == "src" and "data:" not in value
+    ]
+    assert not {"\x1b", "\x07", "\u202e"} & set(attacked)
+    assert "<script>alert(1)</script>" in page.text
+    assert "\u241b[31m" in page.text
+
+
+def test_untrained_weights_are_said_only_when_used(data, html):
+    assert "Untrained weights" not in html
+    warned = render_report(dataclasses.replace(data, untrained_models=("tiny",)))
+    assert "Random weights stand in for the checkpoint of tiny" in warned
+    assert "tiny (untrained)" in warned
+
+
+def test_anchors_and_shades_follow_the_labels(data, html):
+    anchors = int(data.example.sentences["is_anchor"].sum())
+    assert html.count('<tr class="anchor"') == anchors
+    strongest = data.example.sentences.sort("importance_abs")["sentence_idx"][-1]
+    assert re.search(rf'sub">{strongest}</td>\s*<td class="n i8">', html)
+
+
+def test_unmeasured_labels_show_their_status_instead_of_an_error(data):
+    example = data.example
+    rows = example.sentences.with_columns(
+        label_status=pl.lit("no_dissimilar"),
+        importance_abs=pl.lit(0.0),
+        score=pl.lit(None, pl.Float32),
+    )
+    page = render_report(
+        dataclasses.replace(data, example=dataclasses.replace(example, sentences=rows))
+    )
+    assert page.count('<span class="sub">no dissimilar</span>') == N
+    assert "i8" not in _classes(page)
+
+
+def _classes(html: str) -> set[str]:
+    body = html.split("<main>")[1].split('<div class="wide scroll">')[1]
+    return {name for value in re.findall(r'class="([^"]*)"', body) for name in value.split()}
+
+
+def test_long_traces_are_cut_and_said(data):
+    sentences = data.example.sentences
+    long = pl.concat([sentences] * 20).with_columns(sentence_idx=pl.int_range(pl.len()))
+    page = render_report(
+        dataclasses.replace(data, example=dataclasses.replace(data.example, sentences=long))
+    )
+    assert f"The first {MAX_SENTENCES} of {long.height} sentences are shown" in page
+
+
+def test_an_empty_study_still_renders(data):
+    page = render_report(
+        dataclasses.replace(
+            data,
+            leaderboard=data.leaderboard.clear(),
+            selected=data.selected.clear(),
+            plans=data.plans.clear(),
+            skipped=data.skipped.clear(),
+            example=None,
+            figures={},
+            fingerprints=pl.DataFrame(),
+        )
+    )
+    for phrase in ("nothing to compare", "Nothing was ranked", "None."):
+        assert phrase in page
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ("\x1b[31mred\x00", "\u241b[31mred\u2400"),
+        ("line\nand\ttab", "line\nand\ttab"),
+        ("\u202edlrow\u2066", "\ufffddlrow\ufffd"),
+        ("\x7f\x9b\ufeff\ud800", "\u2421\ufffd\ufffd\ufffd"),
+        ("naïve ∑ 数 👩‍🔬", "naïve ∑ 数 👩‍🔬"),
+    ],
+)
+def test_acting_characters_become_symbols(raw, shown):
+    assert visible(raw) == shown

@@ -1,0 +1,87 @@
+"""What follows from a study's values: layers, sites, trials, and which recipes depend on what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from taprobe_core.study import (
+    DEFAULT_RECIPES,
+    Model,
+    PretrainedCheckpoint,
+    load_study,
+    resolve_folder,
+)
+
+
+def model(n_layers: int, layers: Any) -> Model:
+    checkpoint = PretrainedCheckpoint(kind="pretrained", path="org/name")
+    return Model(rollouts_dir="a", checkpoint=checkpoint, n_layers=n_layers, layers=layers)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "layers", "indices"),
+    [
+        (3, "all", (0, 1, 2)),
+        (32, "mid", (16,)),
+        (48, "mid", (24,)),
+        (32, "quartiles", (8, 16, 24)),
+        (48, "quartiles", (12, 24, 36)),
+        (1, "quartiles", (0,)),
+        (4, (3, 0), (0, 3)),
+    ],
+)
+def test_layers_are_block_indices(n_layers: int, layers: Any, indices: tuple[int, ...]) -> None:
+    assert model(n_layers, layers).layer_indices == indices
+
+
+@given(st.integers(1, 200), st.sampled_from(["all", "mid", "quartiles"]))
+def test_named_layers_exist_and_ascend(n_layers: int, layers: str) -> None:
+    indices = model(n_layers, layers).layer_indices
+
+    assert list(indices) == sorted(set(indices))
+    assert indices[0] >= 0
+    assert indices[-1] < n_layers
+
+
+def test_trials_of_a_setting_and_sites_of_a_model_stand_together() -> None:
+    study = load_study("scaling_matrix", environ={})
+
+    assert [trial.setting for trial in study.trials] == (
+        ["correct_base_solution"] * 5 + ["incorrect_base_solution"] * 5
+    )
+    assert len({site.model for site in study.sites[:3]}) == 1
+
+
+def test_the_default_recipes_say_what_they_depend_on() -> None:
+    assert {
+        recipe.name: (recipe.reads_activations, recipe.is_stochastic) for recipe in DEFAULT_RECIPES
+    } == {
+        "position_baseline": (False, False),
+        "text_only_baseline": (False, False),
+        "linear_probe": (True, False),
+        "mlp_probe": (True, True),
+        "activations_plus_position": (True, False),
+    }
+
+
+def test_a_study_cannot_be_changed() -> None:
+    study = load_study("demo", environ={})
+
+    with pytest.raises(ValidationError, match="frozen"):
+        study.seeds = (1,)  # type: ignore[misc]
+
+
+def test_folders_are_relative_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    assert resolve_folder("data/x") == tmp_path / "data" / "x"
+    assert resolve_folder("~/x") == tmp_path / "home" / "x"

@@ -1,0 +1,100 @@
+"""Grids, mappings and rectangles: what a cell is called, what it reads, how few runs cover many."""
+
+from __future__ import annotations
+
+import time
+
+import dagster as dg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taprobe_core.pipeline import DIMENSIONS, PARENTS, STAGES, cells_of
+from taprobe_core.study import Study, parse_study
+from taprobe_dagster.definitions import build_defs
+from taprobe_dagster.partitions import boxes, cell_of, grid_of, partition_key
+
+LARGE = """
+name: large
+rollouts: {source: {kind: hub, repo: org/rollouts}}
+models:
+  a: {rollouts_dir: a, checkpoint: {kind: pretrained, path: org/a}, n_layers: 32}
+  b: {rollouts_dir: b, checkpoint: {kind: pretrained, path: org/b}, n_layers: 48}
+settings: [one, two, three, four]
+seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19]
+"""
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if DIMENSIONS[stage]])
+def test_a_grid_has_two_dimensions_and_exactly_the_cells_of_its_stage(
+    study: Study, stage: str
+) -> None:
+    grid = grid_of(study, stage)
+    assert grid is not None
+    assert len(grid.partitions_defs) == 2
+    cells = cells_of(study, stage)
+    assert {cell_of(stage, key) for key in grid.get_partition_keys()} == set(cells)
+    assert all(cell_of(stage, str(partition_key(stage, cell))) == cell for cell in cells)
+
+
+def test_a_site_reads_its_model_and_a_trial_its_setting(study: Study) -> None:
+    graph = build_defs(study).resolve_asset_graph()
+
+    def read(child: str, cell: tuple[str, ...], parent: str) -> set[tuple[str, ...]]:
+        key = partition_key(child, cell)
+        found = graph.get_parent_partition_keys_for_child(
+            key, dg.AssetKey(parent), dg.AssetKey(child)
+        )
+        return {cell_of(parent, each) for each in found.partitions_subset.get_partition_keys()}
+
+    one = "correct_base_solution"
+    assert read("activations", ("other@L02", one), "spans") == {("other", one)}
+    assert read("probe_fits", ("tiny@L01", f"{one}@s01"), "activations") == {("tiny@L01", one)}
+    assert read("probe_fits", ("tiny@L01", f"{one}@s01"), "labels") == {("tiny", one)}
+    assert read("evaluation", ("tiny@L01", one), "probe_fits") == {
+        ("tiny@L01", f"{one}@s00"),
+        ("tiny@L01", f"{one}@s01"),
+    }
+
+
+def test_every_parent_that_the_pipeline_reads_is_a_dependency(study: Study) -> None:
+    graph = build_defs(study).resolve_asset_graph()
+    for stage, parents in PARENTS.items():
+        found = {key.to_user_string() for key in graph.get(dg.AssetKey(stage)).parent_keys}
+        assert found == set(parents or ("dataset",))
+
+
+def test_a_study_of_6400_trial_cells_has_its_grids_in_three_seconds() -> None:
+    large = parse_study(LARGE, "large.yaml")
+    start = time.process_time()
+    defs = build_defs(large)
+    graph = defs.resolve_asset_graph()
+    grid = graph.get(dg.AssetKey("probe_fits")).partitions_def
+    assert grid is not None
+    assert grid.get_num_partitions() == 6400
+    assert time.process_time() - start < 3
+
+
+@given(data=st.data())
+def test_rectangles_cover_the_wanted_cells_exactly_and_once(
+    study: Study, data: st.DataObject
+) -> None:
+    everything = cells_of(study, "probe_fits")
+    wanted = data.draw(st.lists(st.sampled_from(everything), unique=True))
+    grid = grid_of(study, "probe_fits")
+    assert grid is not None
+    covered = [
+        cell_of("probe_fits", key)
+        for first, last in boxes(study, "probe_fits", wanted)
+        for key in grid.get_partition_keys_in_range(
+            dg.PartitionKeyRange(
+                partition_key("probe_fits", first), partition_key("probe_fits", last)
+            )
+        )
+    ]
+    assert sorted(covered) == sorted(wanted)
+
+
+def test_a_whole_grid_is_one_rectangle(study: Study) -> None:
+    for stage in STAGES:
+        assert len(list(boxes(study, stage, cells_of(study, stage)))) == 1

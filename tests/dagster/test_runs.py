@@ -1,0 +1,200 @@
+"""Runs: what they compute, what they report, what they leave alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import dagster as dg
+import pytest
+from dagster._core.definitions.data_version import (
+    CachingStaleStatusResolver,
+    StaleStatus,
+)
+from dagster._core.definitions.events import AssetKeyPartitionKey
+
+from taprobe_core.errors import MissingArtifactError
+from taprobe_core.pipeline import CHECKS, STAGES, CellFilter, Plan, cells_of, key_of, open_plan
+from taprobe_core.study import Study
+from taprobe_dagster.assets import OPS
+from taprobe_dagster.definitions import build_defs
+from taprobe_dagster.launch import (
+    PID_TAG,
+    execute,
+    fail_abandoned_runs,
+    launches_of,
+    stages_in,
+    wanted_cells,
+)
+from taprobe_dagster.partitions import partition_key
+from taprobe_dagster.resources import Workbench
+
+
+def _all_launches(instance: dg.DagsterInstance, plan: Plan) -> list[object]:
+    return [
+        launch for op, stages in OPS.items() for launch in launches_of(instance, plan, op, stages)
+    ]
+
+
+def test_every_cell_is_materialized_with_its_fingerprint_as_data_version(
+    plan: Plan, instance: dg.DagsterInstance, n_computed: Mapping[str, int]
+) -> None:
+    assert sum(n_computed.values()) == sum(len(cells_of(plan.study, stage)) for stage in STAGES)
+    for stage in STAGES:
+        for cell in cells_of(plan.study, stage):
+            record = instance.get_latest_data_version_record(
+                dg.AssetKey(stage), False, partition_key(stage, cell)
+            )
+            assert record is not None
+            event = record.asset_materialization
+            assert event is not None
+            assert event.tags is not None
+            assert event.tags["dagster/data_version"] == key_of(plan, stage, cell).fingerprint
+            assert event.metadata["fingerprint"].value == key_of(plan, stage, cell).fingerprint
+
+
+def test_a_backfill_of_every_cell_of_an_op_is_one_run(
+    instance: dg.DagsterInstance, n_computed: Mapping[str, int]
+) -> None:
+    assert instance.get_runs_count() == len(n_computed) == len(OPS)
+
+
+def test_activations_say_dataset_model_and_fingerprint(
+    plan: Plan, instance: dg.DagsterInstance, n_computed: Mapping[str, int]
+) -> None:
+    event = instance.get_latest_materialization_event(dg.AssetKey("activations"))
+    assert event is not None
+    assert event.asset_materialization is not None
+    metadata = event.asset_materialization.metadata
+    assert metadata["dataset_kind"].value == "demo"
+    assert metadata["checkpoint_kind"].value == "stand_in"
+    assert str(metadata["picture"].value).startswith("![activations](data:image/png;base64,")
+    assert isinstance(metadata["mean_norm"].value, float)
+
+
+def test_every_check_passes_on_sound_artifacts(
+    instance: dg.DagsterInstance, n_computed: Mapping[str, int]
+) -> None:
+    keys = [
+        dg.AssetCheckKey(dg.AssetKey(stage), name)
+        for stage, checks in CHECKS.items()
+        for name in checks
+    ]
+    found = instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
+    assert set(found) == set(keys)
+    assert {record.status.value for record in found.values()} == {"SUCCEEDED"}
+
+
+def test_nothing_is_wanted_afterwards_and_nothing_is_stale(
+    plan: Plan, defs: dg.Definitions, instance: dg.DagsterInstance, n_computed: Mapping[str, int]
+) -> None:
+    assert _all_launches(instance, plan) == []
+    graph = defs.resolve_asset_graph()
+    resolver = CachingStaleStatusResolver(instance, graph)
+    for stage in STAGES:
+        for cell in cells_of(plan.study, stage):
+            key = AssetKeyPartitionKey(dg.AssetKey(stage), partition_key(stage, cell))
+            assert resolver.get_status(key.asset_key, key.partition_key) == StaleStatus.FRESH
+
+
+def test_a_fresh_event_log_adopts_artifacts_without_computing(
+    plan: Plan, defs: dg.Definitions, fresh: dg.DagsterInstance, n_computed: Mapping[str, int]
+) -> None:
+    launches = list(launches_of(fresh, plan, "read_rollouts", OPS["read_rollouts"]))
+    assert len(launches) == 1
+    assert execute(defs, fresh, launches[0]) == 0
+    assert list(launches_of(fresh, plan, "read_rollouts", OPS["read_rollouts"])) == []
+
+
+def test_a_changed_label_definition_makes_labels_stale_and_leaves_activations(
+    study: Study, plan: Plan, instance: dg.DagsterInstance, n_computed: Mapping[str, int]
+) -> None:
+    changed = study.model_copy(
+        update={"labels": study.labels.model_copy(update={"percentile": 80.0})}
+    )
+    other = open_plan(changed, plan.data_root)
+
+    def wanted(stage: str) -> int:
+        return len(wanted_cells(instance, other, stage, cells_of(changed, stage)))
+
+    assert wanted("labels") == len(cells_of(changed, "labels"))
+    assert wanted("probe_fits") == len(cells_of(changed, "probe_fits"))
+    assert wanted("rollouts") == wanted("spans") == wanted("activations") == 0
+
+
+def test_one_cell_runs_alone(
+    study: Study, plan: Plan, fresh: dg.DagsterInstance, n_computed: Mapping[str, int]
+) -> None:
+    chosen = CellFilter(frozenset({"tiny@L01"}), frozenset({"correct_base_solution@s01"}))
+    defs = build_defs(study, {"workbench": Workbench(plan.study, plan.data_root)})
+    launches = list(launches_of(fresh, plan, "fit_probes", OPS["fit_probes"], chosen))
+    assert [(each.first, each.last) for each in launches] == [
+        (("tiny@L01", "correct_base_solution@s01"),) * 2
+    ]
+    execute(defs, fresh, launches[0])
+    assert fresh.get_materialized_partitions(dg.AssetKey("probe_fits")) == {
+        partition_key("probe_fits", ("tiny@L01", "correct_base_solution@s01"))
+    }
+
+
+def test_a_missing_input_fails_with_where_and_fix_and_is_not_retried(
+    study: Study, fresh: dg.DagsterInstance, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    empty = open_plan(study, tmp_path_factory.mktemp("empty"))
+    defs = build_defs(study, {"workbench": Workbench(empty.study, empty.data_root)})
+    launch = next(iter(launches_of(fresh, empty, "fit_probes", OPS["fit_probes"])))
+    with pytest.raises(MissingArtifactError, match="Fix: "):
+        execute(defs, fresh, launch)
+    failed = [
+        entry.dagster_event
+        for entry in fresh.all_logs(fresh.get_runs()[0].run_id)
+        if entry.dagster_event and entry.dagster_event.is_step_failure
+    ]
+    assert len(failed) == 1
+    data = failed[0].step_failure_data
+    assert data.user_failure_data is not None
+    assert data.user_failure_data.metadata["fix"].value
+
+
+def test_a_corrupt_artifact_fails_its_blocking_check_or_its_read(
+    study: Study, fresh: dg.DagsterInstance, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    plan = open_plan(study, tmp_path_factory.mktemp("corrupt"))
+    defs = build_defs(study, {"workbench": Workbench(plan.study, plan.data_root)})
+    (launch,) = launches_of(fresh, plan, "read_rollouts", OPS["read_rollouts"])
+    execute(defs, fresh, launch)
+    key = key_of(plan, "spans", cells_of(study, "spans")[0])
+    artifact = plan.store.find(key)
+    assert artifact is not None
+    path = artifact.path / "spans.parquet"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(bytes(raw))
+    unsound = [verdict for verdict in plan.store.verify() if not verdict.is_sound]
+    assert [verdict.key for verdict in unsound] == [key]
+
+
+def test_a_run_whose_process_is_gone_is_failed(fresh: dg.DagsterInstance) -> None:
+    def started(pid: int) -> str:
+        tags = {PID_TAG: f"{os.uname().nodename}:{pid}"}
+        run = dg.DagsterRun(
+            job_name="j", run_id=f"run-{pid}", status=dg.DagsterRunStatus.STARTED, tags=tags
+        )
+        fresh.add_run(run)
+        return run.run_id
+
+    gone, here = started(2**22 + 7), started(os.getpid())
+    assert fail_abandoned_runs(fresh) == 1
+    assert _status(fresh, gone) == dg.DagsterRunStatus.FAILURE
+    assert _status(fresh, here) == dg.DagsterRunStatus.STARTED
+
+
+def _status(instance: dg.DagsterInstance, run_id: str) -> dg.DagsterRunStatus:
+    run = instance.get_run_by_id(run_id)
+    assert run is not None
+    return run.status
+
+
+def test_a_selection_keeps_the_order_of_the_op() -> None:
+    assert stages_in("read_rollouts", frozenset({"spans", "rollouts"})) == ("rollouts", "spans")
+    assert stages_in("read_rollouts", None) == OPS["read_rollouts"]
