@@ -1,58 +1,81 @@
-"""What starts by itself, once somebody has switched it on: both are off by default.
+"""What starts by itself, once somebody has switched it on: everything here is off by default.
 
-- `reevaluate` (schedule): every night, evaluation, leaderboard and report of every cell whose fits
-  are complete. It covers the whole evaluation grid, one run a rectangle.
+- `reevaluate` (schedule, 03:00 UTC): evaluation of every cell of the site × setting grid whose
+  fits have changed; `republish` (03:30 UTC): then leaderboard and report.
 - `launch_wanted_cells` (sensor): cells that are missing or stale at the present fingerprints, one
   op a tick, in data-path order, so that a downstream run never starts before its inputs exist.
 
 Concept: https://docs.dagster.io/guides/automate
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import dagster as dg
+from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 from taprobe_core.pipeline import key_of
 from taprobe_dagster.assets import OPS
 from taprobe_dagster.launch import Launch, launches_of
 from taprobe_dagster.resources import Workbench
 
-REEVALUATED = ("evaluate_probes", "publish_study")
+Jobs = Mapping[str, UnresolvedAssetJobDefinition]
+
+SCHEDULES = {
+    "reevaluate": ("evaluate_probes", "0 3 * * *"),
+    "republish": ("publish_study", "30 3 * * *"),
+}
+"""Schedule -> the op it runs, and when."""
 
 
-def _request(launch: Launch, run_key: str | None = None) -> dg.RunRequest:
+def op_jobs() -> Jobs:
+    """One job per op; its assets share a grid, as a job's assets must."""
+    return {
+        op: dg.define_asset_job(
+            f"{op}_job",
+            dg.AssetSelection.assets(*stages),
+            description=f"Materialize {', '.join(stages)}.",
+        )
+        for op, stages in OPS.items()
+    }
+
+
+def _request(launch: Launch, run_key: str) -> dg.RunRequest:
     return dg.RunRequest(
         run_key=run_key,
+        job_name=f"{launch.op}_job",
         asset_selection=[dg.AssetKey(stage) for stage in launch.stages],
         tags=launch.tags,
     )
 
 
-def reevaluation_schedule() -> dg.ScheduleDefinition:
-    """The nightly re-evaluation; evaluates what changed and skips what did not."""
+def schedules(jobs: Jobs) -> list[dg.ScheduleDefinition]:
+    """The nightly schedules; they compute what has changed and skip what has not."""
+    return [_schedule(name, op, cron, jobs) for name, (op, cron) in SCHEDULES.items()]
 
+
+def _schedule(name: str, op: str, cron: str, jobs: Jobs) -> dg.ScheduleDefinition:
     @dg.schedule(
-        name="reevaluate",
-        target=dg.AssetSelection.assets(*(stage for op in REEVALUATED for stage in OPS[op])),
-        cron_schedule="0 3 * * *",
+        name=name,
+        job=jobs[op],
+        cron_schedule=cron,
         execution_timezone="UTC",
         default_status=dg.DefaultScheduleStatus.STOPPED,
-        description="Evaluation of every site and setting, then leaderboard and report.",
+        description=f"Every cell of {', '.join(OPS[op])} that has changed.",
     )
-    def reevaluate(
+    def nightly(
         context: dg.ScheduleEvaluationContext, workbench: dg.ResourceParam[Workbench]
     ) -> Iterator[dg.RunRequest | dg.SkipReason]:
-        yield from _next_requests(context.instance, workbench, REEVALUATED)
+        yield from _next_requests(context.instance, workbench, (op,))
 
-    return reevaluate
+    return nightly
 
 
-def wanted_cells_sensor() -> dg.SensorDefinition:
+def wanted_cells_sensor(jobs: Jobs) -> dg.SensorDefinition:
     """The sensor that keeps the study complete."""
 
     @dg.sensor(
         name="launch_wanted_cells",
-        target=dg.AssetSelection.assets(*(stage for stages in OPS.values() for stage in stages)),
+        jobs=list(jobs.values()),
         minimum_interval_seconds=60,
         default_status=dg.DefaultSensorStatus.STOPPED,
         description="Launch cells that are missing or stale, one op a tick, in data-path order.",

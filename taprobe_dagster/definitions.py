@@ -14,7 +14,7 @@ import dagster as dg
 
 from taprobe_core.study import Study, load_study
 from taprobe_dagster.assets import OPS, stage_assets
-from taprobe_dagster.automation import reevaluation_schedule, wanted_cells_sensor
+from taprobe_dagster.automation import op_jobs, schedules, wanted_cells_sensor
 from taprobe_dagster.resources import Workbench
 from taprobe_dagster.sources import dataset_source
 
@@ -29,10 +29,12 @@ def build_defs(
         resources: put beside or in place of the workbench on the default data folder.
     """
     loaded = study or load_study()
+    jobs = op_jobs()
     return dg.Definitions(
         assets=[dataset_source(loaded), *(stage_assets(loaded, op) for op in OPS)],
-        schedules=[reevaluation_schedule()],
-        sensors=[wanted_cells_sensor()],
+        jobs=list(jobs.values()),
+        schedules=schedules(jobs),
+        sensors=[wanted_cells_sensor(jobs)],
         resources={"workbench": Workbench(loaded), **(resources or {})},
         executor=dg.in_process_executor,
     )

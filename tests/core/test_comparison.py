@@ -36,6 +36,13 @@ def test_the_interval_covers_a_known_mean_about_as_often_as_it_says():
     assert 0.85 <= covered <= 0.98
 
 
+def test_the_interval_has_the_width_of_95_percent():
+    differences = np.random.default_rng(1).normal(0, 1, 400)
+    found = compare(differences, 4000, 0)
+    expected = 2 * 1.96 * differences.std(ddof=1) / 20
+    assert found.delta_high - found.delta_low == pytest.approx(expected, rel=0.06)
+
+
 @pytest.mark.parametrize(("n", "distinct"), [(1, 1), (2, 3), (3, 10), (5, 126)])
 def test_few_problems_get_no_interval_but_a_reason(n, distinct):
     found = compare(np.full(n, 0.25), 2000, 0)

@@ -118,10 +118,8 @@ def test_rates_over_nothing_are_null():
         _scores([(val, test)]), _labels(val, test), Deferral(budgets=(), errors=(0.0,))
     )
     (plan,) = tables.plans.to_dicts()
-    # The smallest deferral that is free of errors on val defers none of it ...
-    assert plan["val_deferral_rate"] == 0.0
-    # ... with equal thresholds, so test is accepted too; a plan that accepts nothing needs a gap.
-    assert plan["n_accepted"] == 2
+    assert (plan["val_deferral_rate"], plan["n_accepted"]) == (0.0, 2)
+    # An anchor and another sentence tied between the two force a gap around 0.5.
     gap = {1: [(0.2, False), (0.5, True), (0.5, False), (0.8, True)]}
     tables = plan_deferrals(
         _scores([(gap, test)]), _labels(gap, test), Deferral(budgets=(), errors=(0.0,))
@@ -141,6 +139,17 @@ def test_an_error_that_nothing_meets_is_said():
     )
     assert tables.plans["meets_objective"].to_list() == [False]
     assert tables.plans["val_accepted_error"].to_list() == [0.5]
+
+
+def test_an_objective_is_met_only_if_every_fold_meets_it():
+    hopeless = {4: [(0.5, False), (0.5, True)]}
+    folds = [(VAL, TEST), (hopeless, {3: TEST[2]})]
+    tables = plan_deferrals(
+        _scores(folds),
+        _labels(VAL, TEST, hopeless, {3: TEST[2]}),
+        Deferral(budgets=(), errors=(0.1,)),
+    )
+    assert tables.plans.select("n_folds", "meets_objective").rows() == [(2, False)]
 
 
 def test_no_objectives_give_empty_tables_that_keep_their_contract():

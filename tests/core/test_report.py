@@ -264,12 +264,14 @@ def _classes(html: str) -> set[str]:
 
 
 def test_long_traces_are_cut_and_said(data):
-    sentences = data.example.sentences
-    long = pl.concat([sentences] * 20).with_columns(sentence_idx=pl.int_range(pl.len()))
+    sentences = data.example.sentences.sort("sentence_idx", descending=True)
+    long = pl.concat([sentences] * 20).with_columns(sentence_idx=pl.int_range(pl.len(), 0, -1) - 1)
     page = render_report(
         dataclasses.replace(data, example=dataclasses.replace(data.example, sentences=long))
     )
     assert f"The first {MAX_SENTENCES} of {long.height} sentences are shown" in page
+    shown = [int(index) for index in re.findall(r'class="n sub">(\d+)<', page)]
+    assert shown == list(range(MAX_SENTENCES))
 
 
 def test_an_empty_study_still_renders(data):

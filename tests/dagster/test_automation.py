@@ -9,22 +9,25 @@ import pytest
 
 from taprobe_core.pipeline import Plan, open_plan
 from taprobe_core.study import Study
-from taprobe_dagster.automation import reevaluation_schedule, wanted_cells_sensor
+from taprobe_dagster.assets import OPS
+from taprobe_dagster.automation import op_jobs, schedules, wanted_cells_sensor
 from taprobe_dagster.definitions import build_defs
 from taprobe_dagster.resources import Workbench
 
 
 def _sensor_tick(instance: dg.DagsterInstance, plan: Plan) -> dg.SensorExecutionData:
-    sensor = wanted_cells_sensor()
+    sensor = wanted_cells_sensor(op_jobs())
     with dg.build_sensor_context(
         instance=instance, resources={"workbench": Workbench(plan.study, plan.data_root)}
     ) as context:
         return sensor.evaluate_tick(context)
 
 
-def test_both_are_off_by_default() -> None:
-    assert reevaluation_schedule().default_status == dg.DefaultScheduleStatus.STOPPED
-    assert wanted_cells_sensor().default_status == dg.DefaultSensorStatus.STOPPED
+def test_everything_is_off_by_default() -> None:
+    jobs = op_jobs()
+    stopped = dg.DefaultScheduleStatus.STOPPED
+    assert [schedule.default_status for schedule in schedules(jobs)] == [stopped, stopped]
+    assert wanted_cells_sensor(jobs).default_status == dg.DefaultSensorStatus.STOPPED
 
 
 def test_the_sensor_launches_the_first_op_that_lacks_cells(
@@ -66,13 +69,14 @@ def test_the_sensor_waits_for_runs_under_way(
 def test_the_schedule_covers_the_whole_evaluation_grid(
     study: Study, plan: Plan, fresh: dg.DagsterInstance, n_computed: Mapping[str, int]
 ) -> None:
-    schedule = reevaluation_schedule()
+    schedule = schedules(op_jobs())[0]
     with dg.build_schedule_context(
         instance=fresh, resources={"workbench": Workbench(plan.study, plan.data_root)}
     ) as context:
         tick = schedule.evaluate_tick(context)
     assert tick.run_requests is not None
     (request,) = tick.run_requests
+    assert request.job_name == "evaluate_probes_job"
     assert request.asset_selection == [dg.AssetKey("evaluation")]
     first = request.tags["dagster/asset_partition_range_start"]
     last = request.tags["dagster/asset_partition_range_end"]
@@ -82,7 +86,13 @@ def test_the_schedule_covers_the_whole_evaluation_grid(
     )
 
 
-def test_requests_of_both_resolve_against_the_definitions(study: Study) -> None:
+def test_the_definitions_load_whole(study: Study) -> None:
+    dg.Definitions.validate_loadable(build_defs(study))
+
+
+def test_each_op_has_a_job_over_its_own_grid(study: Study) -> None:
     repository = build_defs(study).get_repository_def()
-    assert [schedule.name for schedule in repository.schedule_defs] == ["reevaluate"]
-    assert [sensor.name for sensor in repository.sensor_defs] == ["launch_wanted_cells"]
+    for op in OPS:
+        assert repository.get_job(f"{op}_job").asset_layer.executable_asset_keys == {
+            dg.AssetKey(stage) for stage in OPS[op]
+        }

@@ -12,6 +12,7 @@ from dagster._core.definitions.data_version import (
     StaleStatus,
 )
 from dagster._core.definitions.events import AssetKeyPartitionKey
+from dagster._core.loader import LoadingContextForTest
 
 from taprobe_core.errors import MissingArtifactError
 from taprobe_core.pipeline import CHECKS, STAGES, CellFilter, Plan, cells_of, key_of, open_plan
@@ -89,8 +90,9 @@ def test_nothing_is_wanted_afterwards_and_nothing_is_stale(
     plan: Plan, defs: dg.Definitions, instance: dg.DagsterInstance, n_computed: Mapping[str, int]
 ) -> None:
     assert _all_launches(instance, plan) == []
-    graph = defs.resolve_asset_graph()
-    resolver = CachingStaleStatusResolver(instance, graph)
+    resolver = CachingStaleStatusResolver(
+        instance, defs.resolve_asset_graph(), LoadingContextForTest(instance)
+    )
     for stage in STAGES:
         for cell in cells_of(plan.study, stage):
             key = AssetKeyPartitionKey(dg.AssetKey(stage), partition_key(stage, cell))
