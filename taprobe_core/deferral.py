@@ -82,8 +82,8 @@ def plan_deferrals(
         deferral: budgets and errors.
 
     Returns:
-        Plans, pooled over folds, and one decision per test sentence. Rates over nothing are null.
-        The numbers are point estimates, not guarantees.
+        Plans, pooled over folds (thresholds in fold order), and one decision per test sentence.
+        Rates over nothing are null. The numbers are point estimates, not guarantees.
 
     Raises:
         LabelError: a scored sentence has no label.
@@ -93,7 +93,7 @@ def plan_deferrals(
         *(Objective("budget", value) for value in deferral.budgets),
         *(Objective("error", value) for value in deferral.errors),
     ]
-    joined = _with_labels(scores, labels)
+    joined = _with_labels(scores, labels).sort("protocol", "fold", maintain_order=True)
     tuned, decided = [_TUNED.to_frame()], [_DECIDED.to_frame()]
     for _, fold in joined.group_by("recipe", "protocol", "fold", maintain_order=True):
         for tuning, decisions in _plan_fold(fold, objectives):

@@ -14,11 +14,13 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import polars as pl
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from taprobe_core.aggregation import ROW
 from taprobe_core.errors import NotEnoughDataError
+from taprobe_core.keys import Site
 from taprobe_core.selection import Cell
 from taprobe_core.study.config import ProbeRecipe
 
@@ -72,33 +74,48 @@ def build_leaderboard(cells: Sequence[Cell], *, recipes: Sequence[ProbeRecipe]) 
     )
 
 
-def render_text(leaderboard: pl.DataFrame, top: int = 10) -> Table:
-    """Lay the best rows of each setting and protocol out for a terminal.
+def render_text(leaderboard: pl.DataFrame, top: int = 5) -> list[Table]:
+    """Lay the ranking out for a terminal: one table per setting and protocol.
 
     Args:
         leaderboard: from `build_leaderboard`.
-        top: rows per setting and protocol.
+        top: best rows of each table; recipes that read no activations stand below them in any case.
 
     Returns:
-        A rich table; nothing is printed and no markup is read from the values.
+        Rich tables; nothing is printed and no markup is read from the values.
     """
-    names = baselines_of(leaderboard)
-    metric = leaderboard["metric"][0] if leaderboard.height else "value"
-    table = Table(caption=_CAPTION)
-    for heading in ("setting", "protocol", "#", "model", "layer", "recipe"):
-        table.add_column(heading)
-    for heading in (metric, "chance", *(f"minus {name}" for name in names), "problems"):
+    return [
+        _block_table(block, top) for _, block in leaderboard.group_by(_BLOCK, maintain_order=True)
+    ]
+
+
+def _block_table(block: pl.DataFrame, top: int) -> Table:
+    names = baselines_of(block)
+    head = block.row(0, named=True)
+    title = f"{head['setting']} · {head['protocol']} · {head['n_problems']} test problems"
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=_CAPTION,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("#", justify="right")
+    table.add_column("model@layer", no_wrap=True)
+    table.add_column("recipe", no_wrap=True)
+    for heading in (str(head["metric"]), "chance", *(f"minus {name}" for name in names)):
         table.add_column(heading, justify="right")
-    for _, block in leaderboard.group_by(_BLOCK, maintain_order=True):
-        for row in block.head(top).iter_rows(named=True):
-            cells = [
-                *(row[name] for name in (*_BLOCK, "rank", "model", "layer", "recipe")),
-                *(_number(row[name]) for name in ("value", "chance")),
-                *(_delta(row, name) for name in names),
-                row["n_problems"],
-            ]
-            table.add_row(*(Text("–" if cell is None else str(cell)) for cell in cells))
-        table.add_section()
+    shown = block.with_row_index("row").filter((pl.col("row") < top) | pl.col("layer").is_null())
+    for row in shown.iter_rows(named=True):
+        layer = row["layer"]
+        cells = [
+            row["rank"],
+            row["model"] if layer is None else str(Site(row["model"], layer)),
+            row["recipe"],
+            *(_number(row[name]) for name in ("value", "chance")),
+            *(_delta(row, name) for name in names),
+        ]
+        table.add_row(*(Text("–" if cell is None else str(cell)) for cell in cells))
     return table
 
 
@@ -121,7 +138,7 @@ def _rows(cell: Cell, layer_free: Collection[str]) -> pl.DataFrame:
         board = board.join(deltas.select(*key, *_DELTA).rename(named), on=key, how="left")
     per_baseline = [name for name in board.columns if name.startswith(tuple(_DELTA))]
     chance = pl.col("chance_pr_auc") if primary == "pr_auc" else pl.lit(0.0)
-    layer = pl.lit(site.layer, pl.Int32)
+    layer = pl.lit(site.layer, pl.Int64)
     return board.select(
         pl.lit(setting).alias("setting"),
         "protocol",
@@ -159,4 +176,4 @@ def _delta(row: dict[str, Any], baseline: str) -> str | None:
     delta, low, high = (row[f"{name}_{baseline}"] for name in ("delta", "delta_low", "delta_high"))
     if delta is None:
         return None
-    return f"{delta:+.3f}" if low is None else f"{delta:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"{delta:+.2f}" if low is None else f"{delta:+.2f} [{low:+.2f}, {high:+.2f}]"

@@ -278,7 +278,8 @@ def _plan_blocks(
         .group_by(place, maintain_order=True)
         .agg(pl.col("layer").first())
     )
-    chosen = plans.join(best, on=[*place, "layer"]).filter(pl.col("seed") == pl.col("seed").min())
+    typed = plans.with_columns(pl.col("layer").cast(best.schema["layer"]))
+    chosen = typed.join(best, on=[*place, "layer"]).filter(pl.col("seed") == pl.col("seed").min())
     blocks = []
     for (setting, model, name, layer), block in chosen.sort(place, maintain_order=True).group_by(
         *place, "layer", maintain_order=True

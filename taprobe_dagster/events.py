@@ -79,23 +79,26 @@ def _data_version(record: dg.EventLogRecord | None) -> str:
 
 
 def cell_metadata(outcome: Outcome, description: Description) -> dict[str, dg.MetadataValue]:
-    """Everything the UI shows for one cell: metrics that plot, provenance, path, picture."""
+    """Everything the UI shows for one cell: identity first, then metrics, picture, provenance."""
     artifact = outcome.artifact
     metadata: dict[str, dg.MetadataValue] = {
+        "fingerprint": dg.MetadataValue.text(outcome.key.fingerprint),
+        "path": dg.MetadataValue.path(str(artifact.path)),
+        "is_reused": dg.MetadataValue.bool(outcome.is_reused),
+        "duration_s": dg.MetadataValue.float(outcome.duration_s),
+    }
+    if description.n_rows is not None:
+        metadata["dagster/row_count"] = dg.MetadataValue.int(description.n_rows)
+    metadata |= {
         name: dg.MetadataValue.float(float(value)) for name, value in description.metrics.items()
     }
+    if description.picture is not None:
+        metadata["picture"] = dg.MetadataValue.md(f"![{outcome.key.stage}]({description.picture})")
     metadata |= {
         name: dg.MetadataValue.text(str(value))
         for name, value in artifact.manifest.provenance.items()
         if value is not None
     }
-    metadata["fingerprint"] = dg.MetadataValue.text(outcome.key.fingerprint)
-    metadata["path"] = dg.MetadataValue.path(str(artifact.path))
-    metadata["upstream"] = dg.MetadataValue.json(list(artifact.manifest.upstream)[:_SHOWN_INPUTS])
-    metadata["is_reused"] = dg.MetadataValue.bool(outcome.is_reused)
-    metadata["duration_s"] = dg.MetadataValue.float(outcome.duration_s)
-    if description.n_rows is not None:
-        metadata["dagster/row_count"] = dg.MetadataValue.int(description.n_rows)
-    if description.picture is not None:
-        metadata["picture"] = dg.MetadataValue.md(f"![{outcome.key.stage}]({description.picture})")
+    upstream = list(artifact.manifest.upstream)
+    metadata["upstream"] = dg.MetadataValue.json(upstream[:_SHOWN_INPUTS])
     return metadata

@@ -37,8 +37,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 defect, 2 fixable by you, 3 unsound artifact, 130 interrupted.",
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+WIDTH_IN_FILES = 120
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return (
+        console
+        if console.is_terminal
+        else Console(stderr=stderr, highlight=False, soft_wrap=True, width=WIDTH_IN_FILES)
+    )
+
+
+out = _console()
+err = _console(stderr=True)
 
 StudyArgument = Annotated[
     Path | None,
@@ -215,4 +228,5 @@ def _name(key: ArtifactKey) -> str:
 def print_leaderboard(plan: Plan) -> None:
     """Print the best rows of the study's leaderboard."""
     frame = plan.store.open(plan.leaderboard()).read_table("leaderboard.parquet")
-    out.print(render_text(frame))
+    for table in render_text(frame):
+        out.print(table)

@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from taprobe_core import plots
+from taprobe_core.findings import main_protocol
 from taprobe_core.keys import parse_site, parse_trial
 from taprobe_core.pipeline.cells import Cell
 from taprobe_core.pipeline.fit import read_activations, read_scores
@@ -128,30 +129,29 @@ def _probe_fits(plan: Plan, cell: Cell) -> Description:
 def _deferral_plans(plan: Plan, cell: Cell) -> Description:
     key = plan.deferral_plans(parse_site(cell[0]), parse_trial(cell[1]))
     plans = plan.store.open(key).read_table("plans.parquet")
+    first = plans.filter(
+        protocol=plans["protocol"][0],
+        objective=plans["objective"][0],
+        objective_value=plans["objective_value"][0],
+    )
     metrics: dict[str, float | None] = {}
-    for row in plans.filter(protocol=plans["protocol"][0]).iter_rows(named=True):
-        name = f"{row['recipe']}/{row['objective']}_{row['objective_value']:g}"
-        metrics[f"deferral_rate/{name}"] = row["deferral_rate"]
-        metrics[f"accepted_error/{name}"] = row["accepted_error"]
+    for row in first.iter_rows(named=True):
+        metrics[f"deferral_rate/{row['recipe']}"] = row["deferral_rate"]
+        metrics[f"accepted_error/{row['recipe']}"] = row["accepted_error"]
     return Description(_present(metrics), plans.height)
 
 
 def _evaluation(plan: Plan, cell: Cell) -> Description:
     tables = read_evaluation(plan, parse_site(cell[0]), cell[1])
-    test = tables.metrics.filter(split="test")
+    protocol = main_protocol(tables.metrics)
+    test = tables.metrics.filter(split="test", protocol=protocol)
     metric = str(test["primary_metric"][0])
-    metrics: dict[str, float | None] = {
-        f"{metric}/{row['protocol']}/{row['recipe']}": row[metric]
-        for row in test.iter_rows(named=True)
-    }
-    for row in tables.deltas.iter_rows(named=True):
-        metrics[f"delta/{row['protocol']}/{row['recipe']}-{row['baseline']}"] = row["delta"]
-    rows = tables.deltas.with_columns(
-        label=pl.format(
-            "{} minus {} ({})", "recipe", "baseline", pl.col("protocol").cast(pl.String)
-        )
+    metrics = {row["recipe"]: row[metric] for row in test.iter_rows(named=True)}
+    rows = tables.deltas.filter(protocol=protocol).with_columns(
+        label=pl.format("{} minus {}", "recipe", "baseline")
     )
-    picture = plots.delta_intervals(rows, metric=metric, title=" · ".join(cell))
+    title = f"{' · '.join(cell)} · {protocol}"
+    picture = plots.delta_intervals(rows, metric=metric, title=title)
     return Description(_present(metrics), tables.metrics.height, plots.to_data_uri(picture))
 
 

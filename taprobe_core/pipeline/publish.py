@@ -132,7 +132,7 @@ def _example(plan: Plan, selected: pl.DataFrame) -> Example | None:
     )
     problem = rollouts.read_table("problems.parquet").filter(problem_id=problem_id)["problem"][0]
     return Example(
-        title=f"{site.model}, {setting}, problem {problem_id}",
+        title=f"{site.model}, {setting}, problem {problem_id!s}",
         recipe=f"{recipe}@L{site.layer:02d}",
         problem=problem,
         sentences=sentences,

@@ -1,10 +1,8 @@
 """Fit probes on folds, keep them as arrays, and score with them.
 
-inputs    the feature matrix of a recipe: learned on training rows, applied to any rows
+inputs    what a recipe reads, and the feature matrix from stored arrays
 words     term counts and their weights
-linear    ridge and logistic regression, solved to their optimum
-layers    ReLU layers and Adam's steps
-network   when a network stops: early stopping by problem
+pipeline  the scikit-learn pipeline of a recipe, its fit, its arrays
 fitted    a fitted probe: arrays in, scores out
 fit       one recipe over folds
 files     probes on disk

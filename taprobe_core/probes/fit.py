@@ -1,36 +1,33 @@
 """Fit one recipe on every fold and score its validation and test sentences.
 
-What is learned (scaling, terms, weights) is learned on the training problems of the fold. Text is
-counted and activations are converted once for all folds. What does not belong here: which folds
-(`splits`), which recipes and seeds (the study), keeping the result (`files`). Invariant: given the
-seed, the result depends on nothing else; no global state is set, folds run one after another.
+What is learned (scaling, terms, weights) is learned on the training problems of the fold. What does
+not belong here: which folds (`splits`), which recipes and seeds (the study), keeping the result
+(`files`). Invariant: given the seed, the result depends on nothing else; folds run one after
+another, and the number of BLAS threads, lowered meanwhile on small data, is given back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from taprobe_core.errors import DataError, NonFiniteError, NotEnoughDataError
 from taprobe_core.features import ProbeData
-from taprobe_core.probes.fitted import FittedProbe, Training
-from taprobe_core.probes.inputs import (
-    Arrays,
-    Matrix,
-    RawInputs,
-    apply_inputs,
-    learn_inputs,
-    read_inputs,
-)
-from taprobe_core.probes.linear import fit_logistic, fit_ridge
-from taprobe_core.probes.network import train_network
+from taprobe_core.probes.fitted import FittedProbe
+from taprobe_core.probes.inputs import input_frame, n_dense, transform_inputs
+from taprobe_core.probes.pipeline import extract_arrays, fit_pipeline
+from taprobe_core.probes.words import has_words
 from taprobe_core.splits import Fold, check_no_leakage
 from taprobe_core.study.config import ProbeRecipe, Target
 from taprobe_core.tables import PROTOCOLS, SCORES, SPLITS, check_table
+
+MAX_VALUES_ON_ONE_THREAD = 5_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,23 +58,29 @@ def fit_recipe(
         DataError: a fold names a problem without rows, or the recipe reads activations that
             `data` lacks.
         NotEnoughDataError: the training side of a fold has one class only, or no word.
-        NumericsError: a fit has no optimum in float64, or a network diverged.
+        NumericsError: a linear fit did not converge, or a network diverged.
         NonFiniteError: a score is NaN or infinite.
     """
     for fold in folds:
         _check_fold(fold, data)
-    raw = read_inputs(recipe, data)
+    frame = input_frame(recipe, data)
     y = data.target(target)
     probes, tables = [], []
-    for fold in folds:
-        probe = _fit_fold(recipe, target, data, raw, y, fold, seed)
-        probes.append(probe)
-        tables += [
-            _score(probe, data, raw, split, data.rows(side))
-            for split, side in (("val", fold.val), ("test", fold.test))
-        ]
+    with _threads(len(frame) * n_dense(frame)):
+        for fold in folds:
+            probe = _fit_fold(recipe, target, data, frame, y, fold, seed)
+            probes.append(probe)
+            tables += [
+                _score(probe, data, frame, split, data.rows(side))
+                for split, side in (("val", fold.val), ("test", fold.test))
+            ]
     where = f"recipe {recipe.name!r}, target {target}"
     return RecipeFit(check_table(pl.concat(tables), SCORES, where), probes)
+
+
+def _threads(n_values: int) -> AbstractContextManager[object]:
+    """Keep small products on one thread: handing them out takes longer than computing them."""
+    return nullcontext() if n_values > MAX_VALUES_ON_ONE_THREAD else threadpool_limits(1)
 
 
 def _check_fold(fold: Fold, data: ProbeData) -> None:
@@ -95,56 +98,37 @@ def _fit_fold(
     recipe: ProbeRecipe,
     target: Target,
     data: ProbeData,
-    raw: RawInputs,
+    frame: pl.DataFrame,
     y: NDArray[np.float64],
     fold: Fold,
     seed: int,
 ) -> FittedProbe:
     rows = data.rows(fold.train)
-    is_binary = target == "anchor_binary"
-    if is_binary and len(np.unique(y[rows])) < 2:
+    where = f"recipe {recipe.name!r}, {fold}"
+    if target == "anchor_binary" and len(np.unique(y[rows])) < 2:
         found = "anchors" if y[rows].all() else "no anchor"
         raise NotEnoughDataError(
             f"training needs two classes, found {found} among {len(rows)} sentences of problems "
             f"{list(fold.train)}",
-            f"recipe {recipe.name!r}, {fold}",
+            where,
             "use more problems, or lower labels.percentile",
         )
-    learned, terms = learn_inputs(raw, rows)
-    if terms is not None and not terms:
+    training_frame = frame[rows]
+    if "text" in recipe.features and not has_words(training_frame["text"].to_list()):
         raise NotEnoughDataError(
             f"no word of two letters among {len(rows)} sentences of problems {list(fold.train)}",
-            f"recipe {recipe.name!r}, {fold}",
+            where,
             "take text out of the recipe's features",
         )
-    X = apply_inputs(raw, learned, terms, rows)
-    solved, training = _solve(recipe, is_binary, X, y[rows], data.problem_id[rows], seed)
-    return FittedProbe(recipe, target, fold, seed, {**learned, **solved}, terms, training)
-
-
-def _solve(
-    recipe: ProbeRecipe,
-    is_binary: bool,
-    X: Matrix,
-    y: NDArray[np.float64],
-    problem_id: NDArray[np.int64],
-    seed: int,
-) -> tuple[Arrays, Training]:
-    if recipe.estimator == "mlp":
-        network = train_network(X, y, problem_id, recipe, is_binary, seed)
-        arrays: Arrays = {}
-        for depth, (weight, bias) in enumerate(network.layers):
-            arrays[f"weight_{depth}"], arrays[f"bias_{depth}"] = weight, bias
-        return arrays, Training(network.n_iter, network.is_converged, network.early_stopping)
-    fit = fit_logistic if is_binary else fit_ridge
-    line = fit(X, y, recipe.regularization)
-    return {"coef": line.coef, "intercept": np.array([line.intercept])}, Training(line.n_iter, True)
+    pipeline, training = fit_pipeline(recipe, target, training_frame, y[rows], seed, where)
+    arrays, terms = extract_arrays(pipeline)
+    return FittedProbe(recipe, target, fold, seed, arrays, terms, training)
 
 
 def _score(
-    probe: FittedProbe, data: ProbeData, raw: RawInputs, split: str, rows: NDArray[np.intp]
+    probe: FittedProbe, data: ProbeData, frame: pl.DataFrame, split: str, rows: NDArray[np.intp]
 ) -> pl.DataFrame:
-    score = probe.score(apply_inputs(raw, probe.arrays, probe.terms, rows))
+    score = probe.score(transform_inputs(frame[rows], probe.arrays, probe.terms))
     bad = np.flatnonzero(~np.isfinite(score))
     if bad.size:
         shown = [data.keys.row(int(row)) for row in rows[bad[:10]]]

@@ -8,6 +8,7 @@ from disk. What does not belong here: how the arrays were found (`fit`) and how 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,7 @@ from scipy.special import expit
 
 from taprobe_core.errors import DataError
 from taprobe_core.features import ProbeData
-from taprobe_core.probes.inputs import Arrays, Matrix, apply_inputs, read_inputs
-from taprobe_core.probes.layers import forward
+from taprobe_core.probes.inputs import Arrays, Matrix, input_frame, n_dense, transform_inputs
 from taprobe_core.splits import Fold
 from taprobe_core.study.config import ProbeRecipe, Target
 
@@ -26,8 +26,8 @@ class Training:
     """How a fit ended.
 
     Attributes:
-        n_iter: Newton steps, or epochs.
-        is_converged: False when a network reached its last epoch; a linear probe always is.
+        n_iter: epochs of a network, else solver steps; 1 for equations solved at once.
+        is_converged: False when a network used up `max_iter`; a linear probe always is.
         early_stopping: what a network did, in words; None for a linear probe.
     """
 
@@ -46,8 +46,9 @@ class FittedProbe:
         fold: the division it was fitted on.
         seed: the run's seed; a linear probe does not depend on it.
         arrays: `mean` and `scale` [feature] of activations and position; `idf` [term] of text;
-            `coef` [feature] and `intercept` [1] of a linear probe, or `weight_<i>` [in, out] and
-            `bias_<i>` [out] of a network. Features stand as terms, activations, position.
+            `coef` [feature] and `intercept` [1] of a linear probe; all these float64; `weight_<i>`
+            [in, out] and `bias_<i>` [out] of a network, float32. Features stand as terms,
+            activations, position.
         terms: the terms of `idf`, alphabetical; None without text.
         training: how the fit ended.
     """
@@ -73,29 +74,30 @@ class FittedProbe:
         Raises:
             DataError: `data` lacks activations, or has another d_model.
         """
-        raw = read_inputs(self.recipe, data, self.terms)
-        expected = len(self.arrays.get("mean", ()))
-        if raw.dense is not None and raw.dense.shape[1] != expected:
+        frame = input_frame(self.recipe, data)
+        found, expected = n_dense(frame), len(self.arrays.get("mean", ()))
+        if found != expected:
             raise DataError(
-                f"the data has {raw.dense.shape[1]} features, the probe was fitted on {expected}",
+                f"the data has {found} features, the probe was fitted on {expected}",
                 f"recipe {self.recipe.name!r}, {self.fold}",
                 "use activations of the model that the probe was fitted on",
             )
-        return self.score(apply_inputs(raw, self.arrays, self.terms))
+        return self.score(transform_inputs(frame, self.arrays, self.terms))
 
     def score(self, X: Matrix) -> NDArray[np.float32]:
-        """Score rows of the feature matrix, [row, feature] as `inputs.apply_inputs` makes it."""
+        """Score rows of the feature matrix, [row, feature], from `inputs.transform_inputs`."""
         if self.recipe.estimator == "mlp":
-            n_layers = len(self.recipe.hidden) + 1
-            layers = [
-                (
-                    self.arrays[f"weight_{depth}"].astype(np.float32),
-                    self.arrays[f"bias_{depth}"].astype(np.float32),
-                )
-                for depth in range(n_layers)
-            ]
-            output = forward(X.astype(np.float32), layers).astype(np.float64)
+            output = self._forward(X)
         else:
             output = X @ self.arrays["coef"] + self.arrays["intercept"][0]
         score = expit(output) if self.target == "anchor_binary" else output
         return np.asarray(score, dtype=np.float32)
+
+    def _forward(self, X: Matrix) -> NDArray[np.float64]:
+        """ReLU layers, and a linear one at the end."""
+        value: Any = X
+        for depth in range(len(self.recipe.hidden) + 1):
+            inputs = value if depth == 0 else np.maximum(value, 0)
+            value = inputs @ self.arrays[f"weight_{depth}"] + self.arrays[f"bias_{depth}"]
+        output: NDArray[np.float64] = value[:, 0]
+        return output

@@ -226,7 +226,9 @@ def test_runs_cover_the_deferred_and_count_each_bank_once(deferred):
 
 
 def test_decisions_do_not_depend_on_row_order():
-    scores, labels = _scores([(VAL, TEST)]), _labels(VAL, TEST)
+    other_val = {4: [(0.2, False), (0.4, True), (0.8, True)]}
+    scores = _scores([(VAL, TEST), (other_val, {3: TEST[2]})])
+    labels = _labels(VAL, TEST, other_val, {3: TEST[2]})
     shuffled = scores.sample(fraction=1.0, shuffle=True, seed=3)
     key = ["objective", "problem_id", "sentence_idx"]
     one, other = (plan_deferrals(each, labels, Deferral()) for each in (scores, shuffled))

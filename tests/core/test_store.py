@@ -20,6 +20,7 @@ from taprobe_core.store import (
     LocalBackend,
     Store,
     fingerprint,
+    integrity,
     library_versions,
     write_json,
     write_table,
@@ -334,3 +335,31 @@ def test_bytes_found_bad_are_replaced_by_the_next_commit(store: Store) -> None:
     again = store.commit(A, writing(1), provenance={})
     assert store.open(A) == again
     assert again.manifest.sequence == 2
+
+
+def test_each_file_is_hashed_once_per_process(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    real = integrity._sha256
+
+    def sha256(path: Path) -> str:
+        hashed.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(integrity, "_sha256", sha256)
+    names = ["one.bin", "table.parquet", "value.json"]
+    store.commit(A, writing(1), provenance={})
+    assert hashed == names
+    store.open(A).read_json("value.json")
+    assert hashed == names
+    monkeypatch.setattr(integrity, "_checked", {})
+    other = Store(tmp_path / "store")
+    artifact = other.find(A)
+    assert artifact is not None
+    artifact.read_json("value.json")
+    assert hashed == [*names, "value.json"]
+    other.open(A).read_table("table.parquet")
+    assert sorted(hashed) == sorted(names * 2)
+    assert all(verdict.is_sound for verdict in other.verify())
+    assert sorted(hashed) == sorted(names * 3)

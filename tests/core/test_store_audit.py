@@ -13,7 +13,7 @@ from taprobe_core.errors import (
     CorruptArtifactError,
     MissingArtifactError,
 )
-from taprobe_core.store import ArtifactKey, Store, fingerprint, write_json
+from taprobe_core.store import ArtifactKey, LocalBackend, Store, fingerprint, write_json
 from taprobe_core.store import draft as draft_module
 
 
@@ -176,7 +176,8 @@ def test_prune_keeps_the_newest_of_each_partition(store: Store) -> None:
 def test_prune_keeps_what_is_current(store: Store) -> None:
     keys = [put(store, "labels", version) for version in range(4)]
     store.adopt(keys[0])
-    assert store.prune(1) == sorted(keys[1:3])
+    for dry_run in (True, False):
+        assert store.prune(1, dry_run=dry_run) == sorted(keys[1:3])
     assert store.current("labels", ("p",)) == keys[0]
 
 
@@ -236,6 +237,23 @@ def test_prune_passes_over_a_partition_that_is_being_written(store: Store) -> No
         with pytest.raises(BusyArtifactError, match=rf"pid {os.getpid()}"):
             Store(store.open(keys[0]).path.parents[2], lock_timeout_s=0.05).adopt(keys[0])
     assert store.prune(1) == keys[:1]
+
+
+def test_prune_spares_what_became_current_meanwhile(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [put(store, "labels", version) for version in range(3)]
+    real = LocalBackend.stages
+
+    def stages(backend: LocalBackend) -> list[str]:
+        store.adopt(keys[0])
+        return real(backend)
+
+    listed = list(store.keys())
+    monkeypatch.setattr(store, "keys", lambda stage: iter(listed))
+    monkeypatch.setattr(LocalBackend, "stages", stages)
+    assert store.prune(1) == [keys[1]]
+    assert store.open(keys[0]).key == store.current("labels", ("p",))
 
 
 @pytest.mark.parametrize("keep", [0, -1])

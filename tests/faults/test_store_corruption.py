@@ -119,11 +119,18 @@ def test_every_extra_file_is_listed(store: Store, artifact: Artifact, tmp_path: 
     (artifact.path / "sub").mkdir()
     (artifact.path / "sub" / "probe.pkl").write_bytes(b"\x80\x04.")
     (artifact.path / "link").symlink_to(artifact.path / "v.json")
+    (artifact.path / "folder").symlink_to(artifact.path / "sub")
     (artifact.path / "v.json").unlink()
     (artifact.path / "v.json").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CorruptArtifactError) as caught:
         store.open(KEY)
-    for fault in ("link: unexpected", "sub/probe.pkl: unexpected", "v.json: not a regular file"):
+    assert "folder/" not in str(caught.value)
+    for fault in (
+        "folder: unexpected",
+        "link: unexpected",
+        "sub/probe.pkl: unexpected",
+        "v.json: not a regular file",
+    ):
         assert fault in str(caught.value)
 
 

@@ -143,7 +143,7 @@ def test_a_full_disk_inside_the_stage(tmp_path: Path, code: int) -> None:
 
     def fill(folder: Path) -> None:
         write(folder)
-        full = OSError(code, os.strerror(code), str(folder / "v.json"))
+        full = OSError(code, "refused", str(folder / "v.json"))
         raise RuntimeError("writer thread failed") from full
 
     with pytest.raises(DiskFullError, match=r"5 bytes needed, \d+ bytes free") as caught:
