@@ -94,7 +94,7 @@ def _block_table(block: pl.DataFrame, top: int) -> Table:
     head = block.row(0, named=True)
     title = f"{head['setting']} · {head['protocol']} · {head['n_problems']} test problems"
     table = Table(
-        title=title,
+        title=Text(title, style="bold"),
         title_justify="left",
         caption=_CAPTION,
         caption_justify="left",
