@@ -37,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 defect, 2 fixable by you, 3 unsound artifact, 130 interrupted.",
 )
-WIDTH_IN_FILES = 120
+WIDTH_IN_FILES = 140
 """Columns of a table that goes to a file or a pipe."""
 
 

@@ -3,8 +3,8 @@
 Counts come from the store where a stage has run, else from stated assumptions; every row says
 which. Nothing is computed, downloaded or loaded here.
 
-Source: a forward pass takes about 2 · (weights of the blocks) operations a token, and attention over
-T tokens 2 · T · d_model a token and layer (Kaplan et al. 2020, section 2.1, causal).
+Source: a forward pass takes about 2 · (weights of the blocks) operations a token, and attention
+over T tokens 2 · T · d_model a token and layer (Kaplan et al. 2020, section 2.1, causal).
 """
 
 from __future__ import annotations

@@ -7,11 +7,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from scipy.sparse import csr_matrix, hstack
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from scipy.sparse import csr_matrix
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from taprobe_core.errors import (
     CorruptArtifactError,
@@ -23,7 +20,9 @@ from taprobe_core.errors import (
     StaleArtifactError,
 )
 from taprobe_core.features import ProbeData
-from taprobe_core.probes import RecipeFit, fit_recipe, load_probes, save_probes
+from taprobe_core.probes import RecipeFit, Training, fit, fit_recipe, load_probes, save_probes
+from taprobe_core.probes.inputs import input_frame
+from taprobe_core.probes.pipeline import fit_pipeline
 from taprobe_core.splits import Fold, make_folds
 from taprobe_core.study.config import DEFAULT_RECIPES, ProbeRecipe, Splits, Target
 from taprobe_core.tables import SCORES, check_table
@@ -75,45 +74,23 @@ def folds(data: ProbeData) -> list[Fold]:
     return make_folds(data.problems, Splits())
 
 
-def _reference(recipe: ProbeRecipe, target: Target, data: ProbeData, fold: Fold) -> np.ndarray:
-    """Scores of every row by scikit-learn's own pipeline, solved tightly."""
-    train = data.rows(fold.train)
-    dense = [
-        {"activations": data.activations, "position": data.position}[name]
-        for name in ("activations", "position")
-        if name in recipe.features
-    ]
-    blocks = []
-    if "text" in recipe.features:
-        vectorizer = TfidfVectorizer(ngram_range=(1, 2), max_features=10_000)
-        vectorizer.fit([data.texts[row] for row in train])
-        blocks.append(vectorizer.transform(data.texts).toarray())
-    if dense:
-        columns = np.column_stack(dense).astype(np.float64)
-        blocks.append(StandardScaler().fit(columns[train]).transform(columns))
-    X, y = np.column_stack(blocks), data.target(target)
-    if target == "anchor_binary":
-        model = LogisticRegression(
-            class_weight="balanced", solver="newton-cholesky", tol=1e-12, max_iter=500
-        )
-        return make_pipeline(model).fit(X[train], y[train]).predict_proba(X)[:, 1]
-    return make_pipeline(Ridge(alpha=1.0)).fit(X[train], y[train]).predict(X)
-
-
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "recipe",
-    [recipe for recipe in RECIPES if recipe.estimator == "linear"],
-    ids=lambda recipe: recipe.name,
-)
-def test_linear_scores_are_those_of_the_scikit_learn_pipeline(
+@by_name
+def test_scores_are_those_of_the_fitted_pipeline(
     recipe: ProbeRecipe, target: Target, data: ProbeData, folds: list[Fold]
 ) -> None:
-    fit = fit_recipe(recipe, target, data, folds[:3], seed=0)
+    fold = folds[1]
+    frame, rows = input_frame(recipe, data), data.rows(fold.train)
+    pipeline, training = fit_pipeline(
+        recipe, target, frame[rows], data.target(target)[rows], 3, "test"
+    )
+    is_binary = target == "anchor_binary"
+    expected = pipeline.predict_proba(frame)[:, 1] if is_binary else pipeline.predict(frame)
 
-    for fold, probe in zip(folds, fit.probes, strict=False):
-        expected = _reference(recipe, target, data, fold)
-        np.testing.assert_allclose(probe.predict(data), expected, atol=2e-6)
+    probe = fit_recipe(recipe, target, data, [fold], seed=3).probes[0]
+
+    np.testing.assert_allclose(probe.predict(data), expected, atol=1e-6)
+    assert probe.training == training
 
 
 @by_name
@@ -225,14 +202,38 @@ def test_only_a_network_depends_on_the_seed(data: ProbeData, folds: list[Fold]) 
         assert first.equals(second) is not recipe.is_stochastic
 
 
-def test_how_training_ended_is_kept(data: ProbeData, folds: list[Fold]) -> None:
-    fit = fit_recipe(TEXT_MLP, "importance_abs", data, folds[:2], seed=0)
+def test_how_training_ended_is_kept(data: ProbeData, folds: list[Fold], tmp_path: Path) -> None:
+    save_probes(tmp_path, fit_recipe(TEXT_MLP, "importance_abs", data, folds[:2], seed=0))
 
-    lopo = fit.probes[1]
-    assert lopo.training.n_iter == 5
-    assert not lopo.training.is_converged
-    assert lopo.training.early_stopping == "on: 1 of 5 training problems held out"
-    assert str(fit.probes[0].training.early_stopping).startswith("off: 4 training problems")
+    for probe in load_probes(tmp_path):
+        n_rows = len(data.rows(probe.fold.train))
+        assert probe.training == Training(
+            5, False, f"on: 10 % of {n_rows} training rows held out, watched by R^2"
+        )
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(10**9, {1}), (0, None)])
+def test_small_data_is_fitted_on_one_thread(
+    limit: int,
+    expected: set[int] | None,
+    data: ProbeData,
+    folds: list[Fold],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info()}
+
+    seen = []
+    monkeypatch.setattr(fit, "MAX_VALUES_ON_ONE_THREAD", limit)
+    monkeypatch.setattr(
+        fit, "fit_pipeline", lambda *args: (seen.append(threads()), fit_pipeline(*args))[1]
+    )
+    with threadpool_limits(2):
+        fit_recipe(RECIPES[2], "importance_abs", data, folds[:1], seed=0)
+        after = threads()
+
+    assert seen == [expected or after]
+    assert after != {1}
 
 
 def test_one_class_in_training_names_fold_and_problems(data: ProbeData) -> None:
@@ -345,8 +346,7 @@ def test_sparse_and_dense_rows_score_alike(saved: Path) -> None:
     n = len(probe.arrays["coef"])
     X = np.random.default_rng(0).normal(size=(4, n))
 
-    sparse = csr_matrix(hstack([csr_matrix(X[:, :5]), csr_matrix(X[:, 5:])]))
-    np.testing.assert_allclose(probe.score(sparse), probe.score(X), atol=1e-6)
+    np.testing.assert_allclose(probe.score(csr_matrix(X)), probe.score(X), atol=1e-6)
 
 
 def test_a_fit_holds_one_probe_per_fold(data: ProbeData, folds: list[Fold]) -> None:
