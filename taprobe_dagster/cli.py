@@ -115,4 +115,4 @@ def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) 
 
 def main() -> None:
     """Entry point of the `taprobe` command."""
-    sys.exit(guarded(lambda: app(standalone_mode=False)))
+    sys.exit(guarded(app))

@@ -22,7 +22,7 @@ from dagster._core.storage.tags import (
 )
 
 from taprobe_core.errors import TaprobeError
-from taprobe_core.pipeline import Cell, CellFilter, Plan, cells_of, key_of
+from taprobe_core.pipeline import Cell, CellFilter, Plan, cells_of, is_complete, key_of
 from taprobe_dagster.assets import OPS
 from taprobe_dagster.partitions import boxes, partition_key
 
@@ -52,12 +52,13 @@ class Launch:
 def wanted_cells(
     instance: dg.DagsterInstance, plan: Plan, stage: str, cells: Sequence[Cell]
 ) -> list[Cell]:
-    """Cells that are absent from the store, or that the event log does not show as present."""
+    """Cells that are not whole in the store, or that the event log does not show as present."""
     logged = _logged_versions(instance, stage)
     wanted = []
     for cell in cells:
         key = key_of(plan, stage, cell)
-        if logged.get(partition_key(stage, cell)) != key.fingerprint or not plan.store.find(key):
+        is_logged = logged.get(partition_key(stage, cell)) == key.fingerprint
+        if not (is_logged and is_complete(plan, stage, cell)):
             wanted.append(cell)
     return wanted
 

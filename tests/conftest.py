@@ -1,13 +1,50 @@
-"""Fixtures shared by all tests: the optional real rollouts and real tokenizers."""
+"""Fixtures shared by all tests: a small study, built once, and the optional real files."""
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import yaml
+
+if TYPE_CHECKING:
+    from taprobe_core.pipeline import Cell, Outcome
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+SMALL = """
+name: small
+rollouts:
+  source: {kind: demo, n_problems: 6, n_rollouts: 12}
+models:
+  tiny:
+    rollouts_dir: tiny
+    checkpoint: {kind: stand_in, architecture: qwen2, n_layers: 2, d_model: 16}
+    n_layers: 2
+    dtype: float32
+  other:
+    rollouts_dir: other
+    checkpoint: {kind: stand_in, architecture: llama, n_layers: 3, d_model: 16}
+    n_layers: 3
+    dtype: float32
+    layers: [0, 2]
+settings: [correct_base_solution, incorrect_base_solution]
+seeds: [0, 1]
+probes:
+  recipes:
+    - {name: position_baseline, features: [position]}
+    - {name: text_only_baseline, features: [text]}
+    - {name: linear_probe, features: [activations]}
+splits: {protocols: [lopo]}
+evaluation: {n_bootstrap: 50}
+"""
 
 
 def _folder(variable: str, default: Path) -> Path:
@@ -27,3 +64,80 @@ def real_rollouts() -> Path:
 def real_tokenizers() -> Path:
     """A folder of fast tokenizers, one sub-folder per model of the real rollouts."""
     return _folder("TAPROBE_TOKENIZERS", SHARED / "tokenizers")
+
+
+@pytest.fixture(scope="session")
+def small_text() -> str:
+    """A study of two tiny models, two settings and two seeds on the demo world, as YAML."""
+    return SMALL
+
+
+@dataclass(frozen=True)
+class Built:
+    """A study that has run: its file, its data folder, and what each stage left behind."""
+
+    study: Path
+    data: Path
+    outcomes: dict[str, list[tuple[Cell, Outcome]]] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The small study with its first model alone, run without Dagster; read it, do not change it.
+
+    Every stage runs once here; imports are local because few tests pay for torch.
+    """
+    from taprobe_core.pipeline import STAGES, cells_of, open_plan, run_stage
+
+    values = yaml.safe_load(SMALL)
+    del values["models"]["other"]
+    folder = tmp_path_factory.mktemp("built")
+    made = Built(folder / "one_model.yaml", folder / "data")
+    made.study.write_text(yaml.safe_dump(values))
+    plan = open_plan(made.study, made.data)
+    for stage in STAGES:
+        made.outcomes[stage] = list(run_stage(plan, stage, cells_of(plan.study, stage)))
+    return made
+
+
+@pytest.fixture
+def copied(built: Built, tmp_path: Path) -> Path:
+    """A data folder with everything that `built` holds, free to be damaged."""
+    return Path(shutil.copytree(built.data, tmp_path / "data"))
+
+
+@dataclass(frozen=True)
+class Said:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def taprobe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Callable[..., Said]]:
+    """The `taprobe` command in this process, on `tmp_path / "data"`."""
+    from taprobe_dagster.cli import main
+
+    monkeypatch.setenv("TAPROBE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "dagster"))
+    monkeypatch.setenv("DAGSTER_DISABLE_TELEMETRY", "1")
+    monkeypatch.delenv("TAPROBE_STUDY", raising=False)
+    loggers = [logging.getLogger(name) for name in ("taprobe_core", "dagster")]
+    before = [(each, each.level, each.propagate, list(each.handlers)) for each in loggers]
+
+    def command(*words: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["taprobe", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return Said(int(ended.value.code or 0), said.out, said.err)
+
+    yield command
+    for logger, level, propagate, handlers in before:
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, handlers

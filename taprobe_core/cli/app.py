@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,9 +18,9 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from taprobe_core.errors import TaprobeError
+from taprobe_core.errors import ConfigError, TaprobeError
 from taprobe_core.leaderboard import render_text
-from taprobe_core.pipeline import DIMENSIONS, Plan, open_plan
+from taprobe_core.pipeline import DIMENSIONS, Cell, Plan, dimension_keys, open_plan
 from taprobe_core.pipeline.cells import key_of
 from taprobe_core.pipeline.forecast import Assumptions, forecast, plan_summary
 from taprobe_core.pipeline.publish import ensure_study_report
@@ -65,17 +65,22 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a scrip
 
 
 def guarded(command: Callable[[], Any]) -> int:
-    """Run a command and return its exit code; a user's error is printed without a traceback."""
+    """Run a command and return its exit code; a user's error is printed without a traceback.
+
+    Args:
+        command: the typer application, in its standalone mode: it prints wrong arguments itself
+            and ends by SystemExit, with 130 where it was interrupted.
+    """
     try:
         command()
     except TaprobeError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}")
         return EXIT_FIXABLE
-    except KeyboardInterrupt:
-        err.print("interrupted; everything finished is kept, run the same command to go on")
-        return EXIT_INTERRUPTED
     except SystemExit as stop:
-        return int(stop.code or 0)
+        code = int(stop.code or 0)
+        if code == EXIT_INTERRUPTED:
+            err.print("interrupted; everything finished is kept, run the same command to go on")
+        return code
     return 0
 
 
@@ -163,8 +168,10 @@ def verify(
             out.print(f"[red]unsound[/] {_name(verdict.key)}\n  {escape(str(verdict.error))}")
         out.print(f"{len(verdicts)} artifacts, {len(verdicts) - len(unsound)} sound")
     if discard:
+        # What only lacks an input is sound in itself; a run makes the input again.
         for verdict in unsound:
-            store.discard(verdict.key)
+            if verdict.is_discardable:
+                store.discard(verdict.key)
     if unsound:
         raise typer.Exit(EXIT_UNSOUND)
 
@@ -177,7 +184,7 @@ def lineage(
 ) -> None:
     """Show what an artifact was made from, up to dataset revision and checkpoint."""
     plan = open_plan(study)
-    key = key_of(plan, _stage(stage), _cell_of(stage, cell or []))
+    key = key_of(plan, stage, checked_cell(plan, stage, cell or []))
     for line in plan.store.lineage(key).render():
         out.print(escape(line))
 
@@ -208,17 +215,27 @@ def report(study: StudyArgument = None) -> None:
     out.print(str(outcome.artifact.path / "report.html"))
 
 
-def _stage(stage: str) -> str:
+def checked_cell(plan: Plan, stage: str, keys: Sequence[str]) -> Cell:
+    """Return the cell of these partition keys.
+
+    Raises:
+        ConfigError: the study has no such stage or key, or the stage takes another number of keys.
+    """
+    where = f"study {plan.study.name}"
     if stage not in DIMENSIONS:
-        raise typer.BadParameter(f"no stage {stage!r}; use one of {', '.join(DIMENSIONS)}")
-    return stage
-
-
-def _cell_of(stage: str, cell: list[str]) -> tuple[str, ...]:
+        raise ConfigError(f"no stage {stage!r}", where, f"use one of {', '.join(DIMENSIONS)}")
     wanted = DIMENSIONS[stage]
-    if len(cell) != len(wanted):
-        raise typer.BadParameter(f"{stage} takes {len(wanted)} keys ({', '.join(wanted)})")
-    return tuple(cell)
+    if len(keys) != len(wanted):
+        raise ConfigError(
+            f"{len(keys)} keys of a cell of {stage}",
+            "the command",
+            f"give {len(wanted)}: {', '.join(wanted) or 'this stage has one artifact per study'}",
+        )
+    for dimension, key in zip(wanted, keys, strict=True):
+        known = dimension_keys(plan.study, dimension)
+        if key not in known:
+            raise ConfigError(f"no {dimension} {key!r}", where, f"use one of {', '.join(known)}")
+    return tuple(keys)
 
 
 def _name(key: ArtifactKey) -> str:

@@ -7,10 +7,10 @@ from typing import Annotated
 import polars as pl
 import typer
 
-from taprobe_core.cli.app import JsonOption, StudyOption, app, print_frame
+from taprobe_core.cli.app import JsonOption, StudyOption, app, checked_cell, print_frame
 from taprobe_core.deferral import relabel_runs
-from taprobe_core.keys import parse_site, parse_trial
-from taprobe_core.pipeline import open_plan
+from taprobe_core.errors import ConfigError
+from taprobe_core.pipeline import key_of, open_plan
 
 
 @app.command(name="plan")
@@ -24,7 +24,8 @@ def plan_(
 ) -> None:
     """Show deferral plans; with --recipe, the runs of sentences to relabel."""
     plan = open_plan(study)
-    artifact = plan.store.open(plan.deferral_plans(parse_site(site), parse_trial(trial)))
+    key = key_of(plan, "deferral_plans", checked_cell(plan, "deferral_plans", (site, trial)))
+    artifact = plan.store.open(key)
     if not recipe:
         plans = artifact.read_table("plans.parquet").filter(protocol=protocol)
         print_frame(plans, f"deferral plans of {site} {trial} ({protocol})", as_json)
@@ -34,5 +35,9 @@ def plan_(
     )
     if decisions.is_empty():
         known = artifact.read_table("plans.parquet")["recipe"].unique().sort().to_list()
-        raise typer.BadParameter(f"no recipe {recipe!r} under {protocol}; use one of {known}")
+        raise ConfigError(
+            f"no plan of recipe {recipe!r} under {protocol!r}",
+            f"{site} {trial}",
+            f"use one of the recipes {', '.join(known)} and a protocol of the study",
+        )
     print_frame(relabel_runs(decisions), f"sentences to relabel: {recipe} ({protocol})", as_json)

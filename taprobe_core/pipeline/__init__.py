@@ -8,6 +8,7 @@ from taprobe_core.pipeline.cells import (
     CellFilter,
     cells_of,
     dimension_keys,
+    is_complete,
     key_of,
     missing_cells,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "data_root",
     "describe",
     "dimension_keys",
+    "is_complete",
     "key_of",
     "missing_cells",
     "open_plan",

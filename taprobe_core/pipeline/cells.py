@@ -45,6 +45,9 @@ PARENTS: Mapping[str, tuple[str, ...]] = {
 """The stages each stage reads. Where two stages have different dimensions, a model stands for all
 its sites and a setting for all its trials."""
 
+_PARTS = {"activations": "activation_shards", "probe_fits": "fits"}
+"""Stages whose artifact is an index, with the stage of the parts that it lists."""
+
 
 def dimension_keys(study: Study, dimension: str) -> tuple[str, ...]:
     """Partition keys of one dimension, in the order of the study."""
@@ -100,8 +103,23 @@ def key_of(plan: Plan, stage: str, cell: Sequence[str]) -> ArtifactKey:
     return keys[stage]()
 
 
+def is_complete(plan: Plan, stage: str, cell: Cell) -> bool:
+    """Whether the store holds a cell's artifact, at today's fingerprint, and all its parts.
+
+    The artifacts of activations and fits are indexes: a part that is gone (discarded as corrupt,
+    say) leaves the index in place, but the cell has to run again.
+    """
+    artifact = plan.store.find(key_of(plan, stage, cell))
+    if artifact is None:
+        return False
+    if stage not in _PARTS:
+        return True
+    parts = [key for key in artifact.manifest.upstream_keys if key.stage == _PARTS[stage]]
+    return all(plan.store.backend.sizes(key) is not None for key in parts)
+
+
 def missing_cells(plan: Plan, stage: str, cells: Sequence[Cell]) -> Iterator[Cell]:
-    """Cells whose artifact, at today's fingerprint, the store does not hold."""
+    """Cells whose artifact, at today's fingerprint, the store does not hold whole."""
     for cell in cells:
-        if plan.store.find(key_of(plan, stage, cell)) is None:
+        if not is_complete(plan, stage, cell):
             yield cell

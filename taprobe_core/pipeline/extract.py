@@ -66,9 +66,10 @@ def _ensure_model(plan: Plan, model: str, cells: list[Cell]) -> Iterator[Outcome
         if missing:
             loaded = loaded or _load(plan, model)
             _extract_setting(plan, model, setting, missing, loaded)
+        extracted = {layer for layers in missing.values() for layer in layers}
         for site in sites:
             outcome = _commit_index(plan, site, setting)
-            is_reused = outcome.is_reused and not missing
+            is_reused = outcome.is_reused and site.layer not in extracted
             yield Outcome(outcome.artifact, is_reused, time.monotonic() - start)
 
 

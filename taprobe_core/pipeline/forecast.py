@@ -101,7 +101,8 @@ def _measured(plan: Plan, model: str, setting: str) -> dict[str, Any] | None:
 
 def _assumed(plan: Plan, assumptions: Assumptions) -> dict[str, Any]:
     rollouts = plan.study.rollouts
-    n_problems = len(rollouts.problem_ids or ()) or PUBLISHED_PROBLEMS
+    known = getattr(rollouts.source, "n_problems", PUBLISHED_PROBLEMS)  # the demo states it
+    n_problems = len(rollouts.problem_ids or ()) or known
     n_problems = min(n_problems, rollouts.max_problems or n_problems)
     n_sentences = n_problems * assumptions.sentences_per_problem
     return {

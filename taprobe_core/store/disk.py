@@ -20,12 +20,10 @@ from taprobe_core.errors import ArtifactError, DiskFullError, TaprobeError
 TEMPORARY = ".tmp-"
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# Parquet and safetensors writers report an errno only in the text of their own exceptions.
-_FULL_TEXT = re.compile(
-    r"\(os error ({})\)|No space left on device|Disk quota exceeded".format(
-        "|".join(str(code) for code in sorted(_FULL))
-    )
-)
+# Parquet and safetensors writers are no OSError; they give the code in the text alone.
+_CODE_TEXT = re.compile(r"\(os error (\d+)\)")
+_FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded")
+_FILE_LIBRARIES = ("polars", "safetensors")
 
 
 def temporary_name(label: str) -> str:
@@ -97,7 +95,7 @@ def disk_errors(
     except Exception as error:
         if is_disk_full(error):
             raise disk_full(where, estimate_bytes, free_bytes, str(error)) from error
-        if _is_local(error):
+        if is_system_error(error):
             raise ArtifactError(
                 f"the artifact could not be read or written: {error}",
                 where,
@@ -128,16 +126,24 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return True
-        if _FULL_TEXT.search(str(error)):
+        if _code_in_text(error) in _FULL or _FULL_TEXT.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def _is_local(error: Exception) -> bool:
-    # Network libraries derive their errors from OSError, mostly without an errno.
-    return (
-        isinstance(error, OSError)
-        and error.errno is not None
-        and not isinstance(error, ConnectionError | TimeoutError)
-    )
+def is_system_error(error: BaseException) -> bool:
+    """Tell whether an error is the operating system's, about a file, whoever reported it.
+
+    Network errors are not: their libraries derive them from `OSError`, mostly without a code.
+    """
+    if isinstance(error, OSError):
+        is_network = isinstance(error, ConnectionError | TimeoutError)
+        return error.errno is not None and not is_network
+    library = type(error).__module__.split(".")[0]
+    return library in _FILE_LIBRARIES and _code_in_text(error) is not None
+
+
+def _code_in_text(error: BaseException) -> int | None:
+    found = _CODE_TEXT.search(str(error))
+    return int(found[1]) if found else None

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from taprobe_core.errors import ArtifactError, CorruptArtifactError, NonFiniteError
 from taprobe_core.store.canonical import NotJsonError, canonical_json
+from taprobe_core.store.disk import is_system_error
 from taprobe_core.store.manifest import DISCARD
 
 if TYPE_CHECKING:
@@ -52,13 +53,12 @@ def read_table(path: Path) -> pl.DataFrame:
 
     Raises:
         CorruptArtifactError: the file is not Parquet.
+        ArtifactError: the file cannot be read.
     """
     try:
         return pl.read_parquet(path, glob=False, hive_partitioning=False)
     except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
-        raise CorruptArtifactError(
-            f"file is not Parquet ({_first_line(error)})", str(path), DISCARD
-        ) from None
+        raise _refusal(error, path, "Parquet") from None
 
 
 def write_tensors(
@@ -93,15 +93,14 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
     Raises:
         CorruptArtifactError: the file is not safetensors.
+        ArtifactError: the file cannot be read.
     """
     from safetensors.torch import load_file  # torch takes seconds to import
 
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
     except SafetensorError as error:
-        raise CorruptArtifactError(
-            f"file is not safetensors ({_first_line(error)})", str(path), DISCARD
-        ) from None
+        raise _refusal(error, path, "safetensors") from None
     return tensors
 
 
@@ -168,9 +167,7 @@ def read_json(path: Path) -> Any:
             path.read_bytes(), parse_constant=_finite_float, parse_float=_finite_float
         )
     except (ValueError, RecursionError) as error:
-        raise CorruptArtifactError(
-            f"file is not JSON ({_first_line(error)})", str(path), DISCARD
-        ) from None
+        raise _refusal(error, path, "JSON") from None
 
 
 def _check_suffix(path: Path, suffix: str) -> None:
@@ -213,5 +210,9 @@ def _finite_float(text: str) -> float:
     return number
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _refusal(error: Exception, path: Path, form: str) -> ArtifactError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if is_system_error(error):
+        # A disk that fails to read says nothing about the bytes; discarding them would be wrong.
+        return ArtifactError(f"file cannot be read ({reason})", str(path), "check the disk")
+    return CorruptArtifactError(f"file is not {form} ({reason})", str(path), DISCARD)

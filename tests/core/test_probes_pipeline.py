@@ -140,18 +140,21 @@ def test_a_network_that_diverges_is_an_error() -> None:
     _, frame, y = _rows(30, 3)
 
     with pytest.raises(NumericsError, match="non-finite parameter weights"):
-        fit_pipeline(_network(early_stopping=False), "importance_abs", frame, y * 1e250, 0, "x")
+        fit_pipeline(_network(early_stopping=False), "importance_abs", frame, y * 1e308, 0, "x")
 
 
-@pytest.mark.parametrize("target", ["anchor_binary", "importance_abs"])
-@pytest.mark.parametrize("early_stopping", [True, False])
+@pytest.mark.parametrize(
+    ("target", "early_stopping"),
+    [("anchor_binary", True), ("importance_abs", True), ("importance_abs", False)],
+)
 def test_a_network_says_whether_patience_or_the_last_epoch_ended_it(
     target: Target, early_stopping: bool
 ) -> None:
     _, frame, y = _rows(60, 3)
+    noise = np.random.default_rng(1).permutation(y) * (1.0 if target == "anchor_binary" else 0.01)
     short, long = (
         fit_pipeline(
-            _network(max_iter=max_iter, early_stopping=early_stopping), target, frame, y, 0, "x"
+            _network(max_iter=max_iter, early_stopping=early_stopping), target, frame, noise, 0, "x"
         )[1]
         for max_iter in (5, 5000)
     )

@@ -14,7 +14,7 @@ words = st.sampled_from(["so", "we", "Add", "carry", "x", "=", "12", "wait,", "g
 texts = st.lists(st.lists(words, max_size=8).map(" ".join), min_size=1, max_size=12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(texts)
 def test_few_terms_weigh_as_scikit_learn_weighs_them(texts: list[str]) -> None:
     training = [*texts, "so we"]
@@ -46,6 +46,7 @@ def test_terms_cannot_be_chosen_before_any_were_seen() -> None:
         FrequentTerms().transform(csr_matrix(np.ones((2, 3))))
 
 
+@settings(max_examples=20, deadline=None)
 @given(texts)
 def test_words_are_what_the_pipeline_counts(texts: list[str]) -> None:
     if has_words(texts):

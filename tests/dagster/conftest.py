@@ -15,37 +15,10 @@ from taprobe_dagster.definitions import build_defs
 from taprobe_dagster.launch import execute, launches_of
 from taprobe_dagster.resources import Workbench
 
-SMALL = """
-name: small
-rollouts:
-  source: {kind: demo, n_problems: 6, n_rollouts: 12}
-models:
-  tiny:
-    rollouts_dir: tiny
-    checkpoint: {kind: stand_in, architecture: qwen2, n_layers: 2, d_model: 16}
-    n_layers: 2
-    dtype: float32
-  other:
-    rollouts_dir: other
-    checkpoint: {kind: stand_in, architecture: llama, n_layers: 3, d_model: 16}
-    n_layers: 3
-    dtype: float32
-    layers: [0, 2]
-settings: [correct_base_solution, incorrect_base_solution]
-seeds: [0, 1]
-probes:
-  recipes:
-    - {name: position_baseline, features: [position]}
-    - {name: text_only_baseline, features: [text]}
-    - {name: linear_probe, features: [activations]}
-splits: {protocols: [lopo]}
-evaluation: {n_bootstrap: 50}
-"""
-
 
 @pytest.fixture(scope="session")
-def study() -> Study:
-    return parse_study(SMALL, "small.yaml")
+def study(small_text: str) -> Study:
+    return parse_study(small_text, "small.yaml")
 
 
 @pytest.fixture(scope="session")

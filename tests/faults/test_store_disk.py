@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from polars.exceptions import ComputeError
+from safetensors import SafetensorError
 
 from taprobe_core.errors import ArtifactError, DiskFullError
 from taprobe_core.store import (
@@ -19,6 +21,7 @@ from taprobe_core.store import (
     LocalBackend,
     Store,
     fingerprint,
+    read_table,
     write_json,
 )
 from taprobe_core.store.disk import disk_errors, is_disk_full
@@ -180,6 +183,36 @@ def test_other_errors_of_the_system_inside_the_stage(tmp_path: Path) -> None:
         Store(tmp_path).commit(OLD, fail, provenance={})
     assert type(caught.value) is ArtifactError
     assert list(tmp_path.rglob(".tmp-*")) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SafetensorError("I/O error: Input/output error (os error 5)"), ComputeError("(os error 30)")],
+)
+def test_errors_of_the_system_that_file_libraries_wrap(error: Exception) -> None:
+    with pytest.raises(ArtifactError, match="os error") as caught, disk_errors("here"):
+        raise error
+    assert type(caught.value) is ArtifactError
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [SafetensorError("bad header"), RuntimeError("(os error 111)")])
+def test_other_errors_pass_unchanged(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, disk_errors("here"):
+        raise error
+    assert caught.value is error
+
+
+def test_a_disk_that_cannot_be_read_is_not_taken_for_corruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ComputeError("Input/output error (os error 5)")
+
+    monkeypatch.setattr("polars.read_parquet", fail)
+    with pytest.raises(ArtifactError, match="cannot be read") as caught:
+        read_table(tmp_path / "t.parquet")
+    assert type(caught.value) is ArtifactError
 
 
 @pytest.mark.parametrize(
