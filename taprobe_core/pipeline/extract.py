@@ -23,7 +23,7 @@ from taprobe_core.activations import ActivationShard, extract
 from taprobe_core.checkpoints import LoadedModel, load_base_model, pick_device, resolve_checkpoint
 from taprobe_core.checkpoints.loading import ATTENTION
 from taprobe_core.keys import Site
-from taprobe_core.pipeline.outcome import Outcome, Writer, commit_once
+from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.text import dataset_provenance
 from taprobe_core.store import ArtifactKey, write_table, write_tensors
@@ -162,7 +162,7 @@ def _commit_index(plan: Plan, site: Site, setting: str) -> Outcome:
     texts = plan.store.open(spans).read_table("texts.parquet")
     shards = _shard_keys(plan, site, setting, texts)
 
-    def build() -> Writer:
+    def write(folder: Path) -> None:
         manifests = [plan.store.open(key).manifest for key in shards]
         table = pl.DataFrame(
             {
@@ -172,7 +172,7 @@ def _commit_index(plan: Plan, site: Site, setting: str) -> Outcome:
                 "max_abs": [float(manifest.provenance["max_abs"]) for manifest in manifests],
             }
         )
-        return lambda folder: write_table(folder / "shards.parquet", table)
+        write_table(folder / "shards.parquet", table)
 
     provenance = {
         **dataset_provenance(plan, site.model, setting),
@@ -181,5 +181,5 @@ def _commit_index(plan: Plan, site: Site, setting: str) -> Outcome:
         "pooling": plan.study.activations.pooling,
     }
     return commit_once(
-        plan.store, plan.activations(site, setting), build, provenance, [spans, *shards]
+        plan.store, plan.activations(site, setting), write, provenance, [spans, *shards]
     )

@@ -17,7 +17,7 @@ import polars as pl
 
 from taprobe_core.features import ProbeData, join_features
 from taprobe_core.keys import Site, Trial
-from taprobe_core.pipeline.outcome import Outcome, Writer, commit_once
+from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.probes import fit_recipe, save_probes
 from taprobe_core.splits import make_folds
@@ -114,7 +114,7 @@ def _ensure_cell(plan: Plan, site: Site, trial: Trial, bench: _Bench) -> Outcome
     recipes = plan.study.probes.recipes
     outcomes = [_ensure_fit(plan, site, trial, recipe, bench) for recipe in recipes]
 
-    def build() -> Writer:
+    def write(folder: Path) -> None:
         table = pl.DataFrame(
             {
                 "recipe": [recipe.name for recipe in recipes],
@@ -123,12 +123,12 @@ def _ensure_cell(plan: Plan, site: Site, trial: Trial, bench: _Bench) -> Outcome
                 "fit_fingerprint": [outcome.key.fingerprint for outcome in outcomes],
             }
         )
-        return lambda folder: write_table(folder / "fits.parquet", table)
+        write_table(folder / "fits.parquet", table)
 
     outcome = commit_once(
         plan.store,
         plan.probe_fits(site, trial),
-        build,
+        write,
         {"site": str(site), "trial": str(trial), "target": plan.study.probes.target},
         [outcome.key for outcome in outcomes],
     )
@@ -147,18 +147,14 @@ def _ensure_fit(
     if recipe.reads_activations:
         upstream.append(plan.activations(site, setting))
 
-    def build() -> Writer:
+    def write(folder: Path) -> None:
         data = bench.data(recipe)
         folds = make_folds(data.problems, plan.study.splits)
         fit = fit_recipe(recipe, plan.study.probes.target, data, folds, trial.seed)
-
-        def write(folder: Path) -> None:
-            save_probes(folder, fit)
-            write_table(folder / "scores.parquet", fit.scores)
-
-        return write
+        save_probes(folder, fit)
+        write_table(folder / "scores.parquet", fit.scores)
 
     provenance = {"recipe": recipe.name, "target": plan.study.probes.target, "setting": setting}
     return commit_once(
-        plan.store, plan.fit(site, setting, recipe, trial.seed), build, provenance, upstream
+        plan.store, plan.fit(site, setting, recipe, trial.seed), write, provenance, upstream
     )

@@ -1,7 +1,8 @@
 """What a study will cost, before it costs anything: cells, tokens, bytes, floating-point work.
 
 Counts come from the store where a stage has run, else from stated assumptions; every row says
-which. Nothing is computed, downloaded or loaded here.
+which. No weights are fetched or loaded here; to tell what is present already, a hub revision is
+resolved and a tokenizer fetched, and without a network the assumptions stand in.
 
 Source: a forward pass takes about 2 · (weights of the blocks) operations a token, and attention
 over T tokens 2 · T · d_model a token and layer (Kaplan et al. 2020, section 2.1, causal).

@@ -11,7 +11,7 @@ from taprobe_core.evaluation import EvaluationTables, evaluate
 from taprobe_core.keys import Site, Trial
 from taprobe_core.leaderboard import build_leaderboard
 from taprobe_core.pipeline.fit import read_scores
-from taprobe_core.pipeline.outcome import Outcome, Writer, commit_once
+from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.store import write_table
 
@@ -29,22 +29,18 @@ def ensure_deferral_plans(plan: Plan, site: Site, trial: Trial) -> Outcome:
     """
     fits = plan.probe_fits(site, trial)
 
-    def build() -> Writer:
+    def write(folder: Path) -> None:
         plan.store.open(fits)
         tables = plan_deferrals(
             read_scores(plan, site, trial),
             _labels(plan, site, trial.setting),
             plan.study.deferral,
         )
-
-        def write(folder: Path) -> None:
-            write_table(folder / "plans.parquet", tables.plans)
-            write_table(folder / "decisions.parquet", tables.decisions)
-
-        return write
+        write_table(folder / "plans.parquet", tables.plans)
+        write_table(folder / "decisions.parquet", tables.decisions)
 
     provenance = {"site": str(site), "trial": str(trial)}
-    return commit_once(plan.store, plan.deferral_plans(site, trial), build, provenance, [fits])
+    return commit_once(plan.store, plan.deferral_plans(site, trial), write, provenance, [fits])
 
 
 def ensure_evaluation(plan: Plan, site: Site, setting: str) -> Outcome:
@@ -61,7 +57,7 @@ def ensure_evaluation(plan: Plan, site: Site, setting: str) -> Outcome:
         *(plan.deferral_plans(site, trial) for trial in trials),
     ]
 
-    def build() -> Writer:
+    def write(folder: Path) -> None:
         for key in upstream:
             plan.store.open(key)
         tables = evaluate(
@@ -76,17 +72,13 @@ def ensure_evaluation(plan: Plan, site: Site, setting: str) -> Outcome:
             .with_columns(seed=pl.lit(trial.seed, pl.Int64))
             for trial in trials
         )
-
-        def write(folder: Path) -> None:
-            write_table(folder / "metrics.parquet", tables.metrics)
-            write_table(folder / "problem_metrics.parquet", tables.problem_metrics)
-            write_table(folder / "deltas.parquet", tables.deltas)
-            write_table(folder / "plans.parquet", plans)
-
-        return write
+        write_table(folder / "metrics.parquet", tables.metrics)
+        write_table(folder / "problem_metrics.parquet", tables.problem_metrics)
+        write_table(folder / "deltas.parquet", tables.deltas)
+        write_table(folder / "plans.parquet", plans)
 
     provenance = {"site": str(site), "setting": setting, "seeds": list(plan.study.seeds)}
-    return commit_once(plan.store, plan.evaluation(site, setting), build, provenance, upstream)
+    return commit_once(plan.store, plan.evaluation(site, setting), write, provenance, upstream)
 
 
 def read_evaluation(plan: Plan, site: Site, setting: str) -> EvaluationTables:
@@ -111,17 +103,17 @@ def ensure_leaderboard(plan: Plan) -> Outcome:
     """
     cells = [(site, setting) for site in plan.study.sites for setting in plan.study.settings]
 
-    def build() -> Writer:
+    def write(folder: Path) -> None:
         board = build_leaderboard(
             [(site, setting, read_evaluation(plan, site, setting)) for site, setting in cells],
             recipes=plan.study.probes.recipes,
         )
-        return lambda folder: write_table(folder / "leaderboard.parquet", board)
+        write_table(folder / "leaderboard.parquet", board)
 
     return commit_once(
         plan.store,
         plan.leaderboard(),
-        build,
+        write,
         {"study": plan.study.name},
         [plan.evaluation(site, setting) for site, setting in cells],
     )

@@ -40,25 +40,30 @@ class Outcome:
 def commit_once(
     store: Store,
     key: ArtifactKey,
-    build: Callable[[], Writer],
+    write: Writer,
     provenance: Mapping[str, Any],
     upstream: Sequence[ArtifactKey] = (),
 ) -> Outcome:
-    """Return the artifact of `key`, building it only if the store lacks it.
+    """Return the artifact of `key`, computing it only if the store lacks it.
 
     Args:
         store: where the artifact stands.
         key: its key.
-        build: computes the result and returns the function that writes it into a folder. Called
-            only when needed; errors pass through and leave the store as it was.
+        write: computes the result and writes it into the empty folder it is given. Called only
+            when needed, and under the lock of its partition: a second process that wants the same
+            artifact waits for the first and reuses it. Errors leave the store as it was.
         provenance: what the manifest should say beside the key.
         upstream: keys the result was computed from.
     """
     start = time.monotonic()
-    found = store.adopt(key)
-    if found is not None:
-        return Outcome(found, True, time.monotonic() - start)
-    artifact = store.commit(key, build(), provenance=provenance, upstream=upstream)
+    written: list[Path] = []
+
+    def compute(folder: Path) -> None:
+        write(folder)
+        written.append(folder)
+
+    artifact = store.commit(key, compute, provenance=provenance, upstream=upstream)
     seconds = time.monotonic() - start
-    _log.info("%s %s: computed in %.1f s", key.stage, "/".join(key.partition), seconds)
-    return Outcome(artifact, False, seconds)
+    if written:
+        _log.info("%s %s: computed in %.1f s", key.stage, "/".join(key.partition), seconds)
+    return Outcome(artifact, not written, seconds)

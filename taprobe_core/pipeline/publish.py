@@ -11,7 +11,7 @@ from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline.cells import cells_of, key_of
 from taprobe_core.pipeline.fit import read_scores
 from taprobe_core.pipeline.judge import read_evaluation
-from taprobe_core.pipeline.outcome import Outcome, Writer, commit_once
+from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.report import Example, ReportData, render_report
 from taprobe_core.selection import select_on_validation
@@ -28,16 +28,12 @@ def ensure_study_report(plan: Plan) -> Outcome:
         MissingArtifactError: the leaderboard, or what it ranks, is not there yet.
     """
 
-    def build() -> Writer:
+    def write(folder: Path) -> None:
         page = render_report(_gather(plan))
-        return lambda folder: _write_page(folder, page)
+        (folder / "report.html").write_text(page, encoding="utf-8")
 
     provenance = {"study": plan.study.name}
-    return commit_once(plan.store, plan.study_report(), build, provenance, [plan.leaderboard()])
-
-
-def _write_page(folder: Path, page: str) -> None:
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    return commit_once(plan.store, plan.study_report(), write, provenance, [plan.leaderboard()])
 
 
 def _gather(plan: Plan) -> ReportData:

@@ -7,7 +7,7 @@ from typing import Any
 
 from taprobe_core.checkpoints import load_tokenizer
 from taprobe_core.labels import make_labels
-from taprobe_core.pipeline.outcome import Outcome, Writer, commit_once
+from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.rollouts import max_rollouts, read_rollouts
 from taprobe_core.spans import make_spans
@@ -32,18 +32,14 @@ def ensure_rollouts(plan: Plan, model: str, setting: str) -> Outcome:
         NotEnoughDataError: no problem can be read.
     """
 
-    def build() -> Writer:
+    def write(folder: Path) -> None:
         tables = read_rollouts(plan.source, plan.model(model), plan.study.rollouts, setting)
-
-        def write(folder: Path) -> None:
-            write_table(folder / "problems.parquet", tables.problems)
-            write_table(folder / "sentences.parquet", tables.sentences)
-            write_table(folder / "skipped.parquet", tables.skipped)
-
-        return write
+        write_table(folder / "problems.parquet", tables.problems)
+        write_table(folder / "sentences.parquet", tables.sentences)
+        write_table(folder / "skipped.parquet", tables.skipped)
 
     key = plan.rollouts(model, setting)
-    return commit_once(plan.store, key, build, dataset_provenance(plan, model, setting))
+    return commit_once(plan.store, key, write, dataset_provenance(plan, model, setting))
 
 
 def ensure_labels(plan: Plan, model: str, setting: str) -> Outcome:
@@ -55,16 +51,18 @@ def ensure_labels(plan: Plan, model: str, setting: str) -> Outcome:
     """
     rollouts = plan.rollouts(model, setting)
 
-    def build() -> Writer:
+    def write(folder: Path) -> None:
         sentences = plan.store.open(rollouts).read_table("sentences.parquet")
-        labels = make_labels(sentences, plan.study.labels, n_max=max_rollouts(plan.study.rollouts))
-        return lambda folder: write_table(folder / "labels.parquet", labels)
+        n_max = max_rollouts(plan.study.rollouts)
+        write_table(
+            folder / "labels.parquet", make_labels(sentences, plan.study.labels, n_max=n_max)
+        )
 
     provenance = {
         **dataset_provenance(plan, model, setting),
         **plan.study.labels.model_dump(mode="json"),
     }
-    return commit_once(plan.store, plan.labels(model, setting), build, provenance, [rollouts])
+    return commit_once(plan.store, plan.labels(model, setting), write, provenance, [rollouts])
 
 
 def ensure_spans(plan: Plan, model: str, setting: str) -> Outcome:
@@ -77,10 +75,9 @@ def ensure_spans(plan: Plan, model: str, setting: str) -> Outcome:
     """
     rollouts = plan.rollouts(model, setting)
 
-    def build() -> Writer:
+    def write(folder: Path) -> None:
         source = plan.store.open(rollouts)
-        spec = plan.model(model)
-        tokenizer, _ = load_tokenizer(spec)
+        tokenizer, _ = load_tokenizer(plan.model(model))
         tables = make_spans(
             source.read_table("problems.parquet"),
             source.read_table("sentences.parquet"),
@@ -88,17 +85,13 @@ def ensure_spans(plan: Plan, model: str, setting: str) -> Outcome:
             text_view=plan.study.spans.text_view,
             on_bad_problem=plan.study.rollouts.on_bad_problem,
         )
-
-        def write(folder: Path) -> None:
-            write_table(folder / "texts.parquet", tables.texts)
-            write_table(folder / "spans.parquet", tables.spans)
-            write_table(folder / "skipped.parquet", tables.skipped)
-
-        return write
+        write_table(folder / "texts.parquet", tables.texts)
+        write_table(folder / "spans.parquet", tables.spans)
+        write_table(folder / "skipped.parquet", tables.skipped)
 
     provenance = {
         **dataset_provenance(plan, model, setting),
         "text_view": plan.study.spans.text_view,
         "tokenizer_sha256": plan.checkpoint(model)["tokenizer_sha256"],
     }
-    return commit_once(plan.store, plan.spans(model, setting), build, provenance, [rollouts])
+    return commit_once(plan.store, plan.spans(model, setting), write, provenance, [rollouts])

@@ -40,7 +40,7 @@ CHANGES: dict[str, tuple[tuple[str | int, ...], Any, set[str]]] = {
     "device": (("activations", "device"), "cpu", set()),
     "regularization": (("probes", "recipes", 2, "regularization"), 2, FROM_FITS),
     "target": (("probes", "target"), "importance_abs", FROM_FITS),
-    "split": (("splits", "val_fraction"), 0.3, FROM_FITS),
+    "split": (("splits", "val_fraction"), 0.2, FROM_FITS),
     "budgets": (("deferral", "budgets"), [0.1], FROM_PLANS),
     "bootstrap": (("evaluation", "n_bootstrap"), 51, FROM_EVALUATION),
     "description": (("description",), "another", {"report"}),
@@ -157,7 +157,7 @@ def test_a_fit_is_shared_by_all_that_it_does_not_depend_on(plan: Plan) -> None:
 
 
 def test_an_unknown_model_is_named_with_the_known_ones(plan: Plan) -> None:
-    with pytest.raises(ConfigError, match="no model 'timy' in study small\nFix: .*tiny"):
+    with pytest.raises(ConfigError, match=r"no model 'timy' in study small\nFix: .*tiny"):
         plan.rollouts("timy", "correct_base_solution")
 
 
