@@ -12,14 +12,14 @@ source files once. Running the stages belongs in the sibling modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache, cached_property
+from collections.abc import Callable, Mapping
+from functools import cache, cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from taprobe_core.checkpoints import checkpoint_identity, tokenizer_sha256
 from taprobe_core.demo import DemoWorld
-from taprobe_core.errors import ConfigError
+from taprobe_core.errors import ConfigError, TaprobeError
 from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline.world import ensure_demo_world
 from taprobe_core.rollouts import RolloutSource, content_digest, open_source
@@ -40,6 +40,29 @@ CODE_VERSIONS: Mapping[str, str] = {
     "study_report": "1",
 }
 """Raised by hand when a stage's results change; every fingerprint below it then changes too."""
+
+
+T = TypeVar("T")
+
+
+def _asked_once(method: Callable[..., T]) -> Callable[..., T]:
+    """Cache a method of a plan, and its errors too: an unreachable hub takes half a minute a try."""
+
+    @cache
+    def ask(*arguments: Any) -> T | TaprobeError:
+        try:
+            return method(*arguments)
+        except TaprobeError as error:
+            return error
+
+    @wraps(method)
+    def answer(*arguments: Any) -> T:
+        found = ask(*arguments)
+        if isinstance(found, TaprobeError):
+            raise found
+        return found
+
+    return answer
 
 
 class Plan:
@@ -93,7 +116,7 @@ class Plan:
             return model.model_copy(update={"tokenizer": str(self.demo.tokenizer_folder)})
         return model
 
-    @cache
+    @_asked_once
     def checkpoint(self, model: str) -> Mapping[str, str]:
         """Identity of the model's checkpoint and tokenizer, without loading weights."""
         spec = self.model(model)
@@ -102,7 +125,7 @@ class Plan:
             "tokenizer_sha256": tokenizer_sha256(spec),
         }
 
-    @cache
+    @_asked_once
     def dataset_version(self, model: str, setting: str) -> str:
         """Digest of the source files of one model and setting."""
         return content_digest(self.source, self.model(model), self.study.rollouts, setting)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from taprobe_core.errors import ConfigError
+from taprobe_core.errors import ConfigError, SourceUnavailableError
 from taprobe_core.keys import Site
 from taprobe_core.pipeline import (
     DIMENSIONS,
@@ -159,6 +159,23 @@ def test_a_fit_is_shared_by_all_that_it_does_not_depend_on(plan: Plan) -> None:
 def test_an_unknown_model_is_named_with_the_known_ones(plan: Plan) -> None:
     with pytest.raises(ConfigError, match=r"no model 'timy' in study small\nFix: .*tiny"):
         plan.rollouts("timy", "correct_base_solution")
+
+
+def test_what_cannot_be_reached_is_asked_for_once(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def unreachable(*arguments: object) -> str:
+        asked.append(arguments)
+        raise SourceUnavailableError("no network")
+
+    monkeypatch.setattr("taprobe_core.pipeline.plan.content_digest", unreachable)
+    fresh = Plan(plan.study, plan.store, plan.data_root)
+    for stage in STAGES:
+        with pytest.raises(SourceUnavailableError, match="no network"):
+            key_of(fresh, stage, cells_of(fresh.study, stage)[0])
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(
