@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import dagster as dg
 from dagster._core.definitions.data_version import DATA_VERSION_TAG
+from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.events import DagsterEventType, StepMaterializationData
 from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
@@ -101,6 +102,7 @@ def execute(defs: dg.Definitions, instance: dg.DagsterInstance, launch: Launch) 
 
     Raises:
         TaprobeError: what a stage raised.
+        KeyboardInterrupt: Ctrl-C, which Dagster turns into an error of its own while a step runs.
     """
     job = defs.resolve_implicit_global_asset_job_def()
     try:
@@ -114,6 +116,8 @@ def execute(defs: dg.Definitions, instance: dg.DagsterInstance, launch: Launch) 
         if isinstance(failure.__cause__, TaprobeError):
             raise failure.__cause__ from None
         raise
+    except DagsterExecutionInterruptedError:
+        raise KeyboardInterrupt from None
     return sum(
         not event.materialization.metadata["is_reused"].value for event in _materializations(result)
     )

@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 def _asked_once(method: Callable[..., T]) -> Callable[..., T]:
-    """Cache a method of a plan, and its errors too: an unreachable hub takes half a minute a try."""
+    """Cache a plan's method, and its errors too: an unreachable hub costs half a minute a try."""
 
     @cache
     def ask(*arguments: Any) -> T | TaprobeError:
