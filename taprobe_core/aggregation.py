@@ -81,7 +81,7 @@ def summarise(
     Returns:
         `EvaluationTables.metrics`.
     """
-    in_problem = per_problem.group_by(*ROW, "problem_id").agg(
+    in_problem = per_problem.group_by(*ROW, "problem_id", maintain_order=True).agg(
         pl.col(*names).mean(),
         pl.col("n_sentences", "n_anchors").first(),
         pl.col("seed").n_unique().alias("n_seeds"),
@@ -92,7 +92,7 @@ def summarise(
     ]
     means = (
         in_problem.with_columns(pl.Series("chance_pr_auc", chance, pl.Float64))
-        .group_by(ROW)
+        .group_by(ROW, maintain_order=True)
         .agg(
             pl.len().cast(pl.Int64).alias("n_problems"),
             pl.col("n_seeds").max().cast(pl.Int64),
@@ -115,9 +115,14 @@ def summarise(
 
 def _spread(per_problem: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
     # Folds inside a problem first, so that each seed's mean weighs problems as the mean does.
-    in_problem = per_problem.group_by(*ROW, "seed", "problem_id").agg(pl.col(*names).mean())
-    by_seed = in_problem.group_by(*ROW, "seed").agg(pl.col(*names).mean())
+    in_problem = _means(per_problem, [*ROW, "seed", "problem_id"], names)
+    by_seed = _means(in_problem, [*ROW, "seed"], names)
     return by_seed.group_by(ROW).agg(pl.col(*names).std(ddof=1).name.suffix("_std"))
+
+
+def _means(frame: pl.DataFrame, key: Sequence[str], names: Sequence[str]) -> pl.DataFrame:
+    # In order: the next mean adds these up, and its last bit depends on the order.
+    return frame.group_by(key, maintain_order=True).agg(pl.col(*names).mean())
 
 
 def _pooled(scored: pl.DataFrame) -> pl.DataFrame:

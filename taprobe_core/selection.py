@@ -94,7 +94,9 @@ def select_on_validation(
 def _units(cells: Sequence[Cell], metric: str) -> pl.DataFrame:
     """One row per problem and fold of every candidate: seeds averaged."""
     return pl.concat(
-        tables.problem_metrics.group_by("recipe", "protocol", "split", "fold", "problem_id")
+        tables.problem_metrics.group_by(
+            "recipe", "protocol", "split", "fold", "problem_id", maintain_order=True
+        )
         .agg(pl.col(metric).mean().alias("value"), pl.col("n_sentences", "n_anchors").first())
         .with_columns(
             pl.lit(setting).alias("setting"),

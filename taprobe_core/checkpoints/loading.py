@@ -85,6 +85,7 @@ def load_base_model(files: CheckpointFiles, model: Model, device: torch.device) 
         ModelError: transformers cannot load the checkpoint, or it does not fit on the device.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModel
 
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, model.dtype)
@@ -100,8 +101,12 @@ def load_base_model(files: CheckpointFiles, model: Model, device: torch.device) 
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except (
+        *(OSError, ValueError, KeyError, RuntimeError, ImportError),
+        StrictDataclassError,  # a configuration at odds with itself
+    ) as error:
+        said = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        reason = (str(said).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"a checkpoint that transformers cannot load ({reason})",
             where,

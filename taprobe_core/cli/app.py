@@ -13,10 +13,12 @@ from typing import Annotated, Any
 
 import polars as pl
 import typer
+from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from taprobe_core.errors import ConfigError, TaprobeError
 from taprobe_core.leaderboard import render_text
@@ -86,7 +88,9 @@ def guarded(command: Callable[[], Any]) -> int:
 
 def show_progress() -> None:
     """Show the library's progress on stderr, one line an event."""
-    handler = RichHandler(console=err, show_path=False, show_level=False, markup=False)
+    handler = RichHandler(
+        console=err, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S"
+    )
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("taprobe_core")
     logger.handlers = [handler]
@@ -99,9 +103,15 @@ def print_frame(frame: pl.DataFrame, title: str, as_json: bool = False) -> None:
     if as_json:
         out.print_json(json.dumps(frame.to_dicts(), default=str))
         return
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
     for name, dtype in frame.schema.items():
-        table.add_column(name, justify="right" if dtype.is_numeric() else "left")
+        is_number = dtype.is_numeric()
+        table.add_column(
+            name,
+            justify="right" if is_number else "left",
+            overflow="fold",
+            no_wrap=not is_number,
+        )
     for row in frame.iter_rows():
         table.add_row(*(_cell(value) for value in row))
     out.print(table)
@@ -127,9 +137,14 @@ def check(study: StudyArgument = None, as_json: JsonOption = False) -> None:
         out.print_json(json.dumps({**summary, "forecast": sizes.to_dicts()}, default=str))
         return
     out.print(f"study [bold]{escape(plan.study.name)}[/] is valid; data folder {plan.data_root}")
-    print_frame(pl.DataFrame(summary["stages"]), "cells (present = at today's fingerprint)")
-    print_frame(pl.DataFrame(summary["models"]), "models")
+    stages, models = pl.DataFrame(summary["stages"]), pl.DataFrame(summary["models"])
+    print_frame(stages.drop("note"), "cells (present = at today's fingerprint)")
+    print_frame(models.drop("note"), "models")
     print_frame(sizes, "forecast of extraction")
+    for note in (
+        pl.concat([stages["note"], models["note"]]).drop_nulls().unique(maintain_order=True)
+    ):
+        out.print(f"note: {escape(note)}")
 
 
 @app.command()

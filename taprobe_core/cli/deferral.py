@@ -12,6 +12,21 @@ from taprobe_core.deferral import relabel_runs
 from taprobe_core.errors import ConfigError
 from taprobe_core.pipeline import key_of, open_plan
 
+_SHOWN = (
+    "recipe",
+    "objective",
+    "objective_value",
+    "deferral_rate",
+    "accepted_error",
+    "all_negative_error",
+    "n_anchors",
+    "n_missed_anchors",
+    "n_banks",
+    "n_banks_all",
+    "meets_objective_on_test",
+)
+"""Columns for a reader; `--json` prints them all."""
+
 
 @app.command(name="plan")
 def plan_(
@@ -28,7 +43,8 @@ def plan_(
     artifact = plan.store.open(key)
     if not recipe:
         plans = artifact.read_table("plans.parquet").filter(protocol=protocol)
-        print_frame(plans, f"deferral plans of {site} {trial} ({protocol})", as_json)
+        shown = plans if as_json else plans.select(_SHOWN)
+        print_frame(shown, f"deferral plans of {site} {trial} ({protocol})", as_json)
         return
     decisions = artifact.read_table("decisions.parquet").filter(
         pl.col("recipe") == recipe, pl.col("protocol") == protocol

@@ -36,7 +36,11 @@ def choose_problems(n_problems: int, seed: int) -> list[Problem]:
             chosen.append(candidate)
         if len(chosen) == n_problems:
             return sorted(chosen)
-    raise PlanError(f"the demo has {len(chosen)} open problems, not {n_problems}")
+    raise PlanError(
+        f"the demo has {len(chosen)} open problems, not {n_problems}",
+        "rollouts.source.n_problems",
+        f"ask for {len(chosen)} or fewer",
+    )
 
 
 def true_importance(

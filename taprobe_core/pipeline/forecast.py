@@ -119,8 +119,8 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
 
     Returns:
         `stages`: per stage the number of cells and how many are present at today's fingerprint
-        (null when it cannot be told here, for example offline). `models`: per model its
-        checkpoint, layers and whether its files are on this machine.
+        (null when it cannot be told here, for example offline; `note` says why). `models`: per
+        model its checkpoint, layers and whether its files are on this machine.
     """
     return {
         "study": plan.study.name,
@@ -134,7 +134,7 @@ def _stage_summary(plan: Plan, stage: str) -> dict[str, Any]:
     cells = cells_of(plan.study, stage)
     try:
         n_present = len(cells) - sum(1 for _ in missing_cells(plan, stage, cells))
-        note = ""
+        note = None
     except TaprobeError as error:
         n_present, note = None, error.what
     return {"stage": stage, "n_cells": len(cells), "n_present": n_present, "note": note}
@@ -150,10 +150,11 @@ def _model_summary(plan: Plan, model: str) -> dict[str, Any]:
         "dtype": spec.dtype,
     }
     try:
-        identity = plan.checkpoint(model)
+        summary["tokenizer"] = plan.checkpoint(model)["tokenizer_sha256"][:12]
         summary["is_present"] = True
-        summary["note"] = f"tokenizer {identity['tokenizer_sha256'][:12]}"
+        summary["note"] = None
     except TaprobeError as error:
+        summary["tokenizer"] = None
         summary["is_present"] = False
         summary["note"] = error.what
     return summary

@@ -98,11 +98,12 @@ def test_a_summary_of_a_finished_study(plan: Plan) -> None:
     assert [row["stage"] for row in summary["stages"]] == list(STAGES)
     for row in summary["stages"]:
         assert row["n_cells"] == row["n_present"] == len(cells_of(plan.study, row["stage"]))
-        assert row["note"] == ""
+        assert row["note"] is None
     (model,) = summary["models"]
     assert model["is_present"]
     assert model["checkpoint"] == "stand_in"
-    assert model["note"].startswith("tokenizer ")
+    assert model["note"] is None
+    assert model["tokenizer"] == plan.checkpoint("tiny")["tokenizer_sha256"][:12]
     assert model["layers_read"] == 2
 
 

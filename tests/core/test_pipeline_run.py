@@ -14,6 +14,7 @@ import yaml
 from taprobe_core.activations import Extracted
 from taprobe_core.checkpoints import LoadedModel
 from taprobe_core.errors import ConfigError, MissingArtifactError, NonFiniteError
+from taprobe_core.evaluation import evaluate
 from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline import (
     STAGES,
@@ -363,3 +364,13 @@ def test_torch_keeps_its_random_state(own: Plan) -> None:
     before = torch.random.get_rng_state()
     list(run_stage(own, "activations", [(str(SITE), CORRECT)]))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_an_evaluation_is_the_same_to_the_last_bit(plan: Plan) -> None:
+    trials = [Trial(CORRECT, seed) for seed in plan.study.seeds]
+    scores = {trial.seed: read_scores(plan, SITE, trial) for trial in trials}
+    labels = table(plan, "labels", ("tiny", CORRECT), "labels.parquet")
+    stored = table(plan, "evaluation", (str(SITE), CORRECT), "metrics.parquet")
+    for _ in range(20):
+        tables = evaluate(scores, labels, plan.study.evaluation, plan.study.probes.target)
+        assert tables.metrics.equals(stored)
