@@ -130,10 +130,10 @@ def _commit_shard(
             "/".join(key.partition),
             shard.max_abs,
         )
-    plan.store.commit(
+    plan.commit(
         key,
         write,
-        provenance={
+        {
             **provenance,
             "layer": shard.layer,
             "dtype_stored": shard.dtype,
@@ -180,6 +180,4 @@ def _commit_index(plan: Plan, site: Site, setting: str) -> Outcome:
         "layer": site.layer,
         "pooling": plan.study.activations.pooling,
     }
-    return commit_once(
-        plan.store, plan.activations(site, setting), write, provenance, [spans, *shards]
-    )
+    return commit_once(plan, plan.activations(site, setting), write, provenance, [spans, *shards])

@@ -126,7 +126,7 @@ def _ensure_cell(plan: Plan, site: Site, trial: Trial, bench: _Bench) -> Outcome
         write_table(folder / "fits.parquet", table)
 
     outcome = commit_once(
-        plan.store,
+        plan,
         plan.probe_fits(site, trial),
         write,
         {"site": str(site), "trial": str(trial), "target": plan.study.probes.target},
@@ -156,5 +156,5 @@ def _ensure_fit(
 
     provenance = {"recipe": recipe.name, "target": plan.study.probes.target, "setting": setting}
     return commit_once(
-        plan.store, plan.fit(site, setting, recipe, trial.seed), write, provenance, upstream
+        plan, plan.fit(site, setting, recipe, trial.seed), write, provenance, upstream
     )

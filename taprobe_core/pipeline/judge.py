@@ -40,7 +40,7 @@ def ensure_deferral_plans(plan: Plan, site: Site, trial: Trial) -> Outcome:
         write_table(folder / "decisions.parquet", tables.decisions)
 
     provenance = {"site": str(site), "trial": str(trial)}
-    return commit_once(plan.store, plan.deferral_plans(site, trial), write, provenance, [fits])
+    return commit_once(plan, plan.deferral_plans(site, trial), write, provenance, [fits])
 
 
 def ensure_evaluation(plan: Plan, site: Site, setting: str) -> Outcome:
@@ -78,7 +78,7 @@ def ensure_evaluation(plan: Plan, site: Site, setting: str) -> Outcome:
         write_table(folder / "plans.parquet", plans)
 
     provenance = {"site": str(site), "setting": setting, "seeds": list(plan.study.seeds)}
-    return commit_once(plan.store, plan.evaluation(site, setting), write, provenance, upstream)
+    return commit_once(plan, plan.evaluation(site, setting), write, provenance, upstream)
 
 
 def read_evaluation(plan: Plan, site: Site, setting: str) -> EvaluationTables:
@@ -111,7 +111,7 @@ def ensure_leaderboard(plan: Plan) -> Outcome:
         write_table(folder / "leaderboard.parquet", board)
 
     return commit_once(
-        plan.store,
+        plan,
         plan.leaderboard(),
         write,
         {"study": plan.study.name},

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taprobe_core.store import Artifact, ArtifactKey, Store
+from taprobe_core.pipeline.plan import Plan
+from taprobe_core.store import Artifact, ArtifactKey
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class Outcome:
 
 
 def commit_once(
-    store: Store,
+    plan: Plan,
     key: ArtifactKey,
     write: Writer,
     provenance: Mapping[str, Any],
@@ -47,8 +48,8 @@ def commit_once(
     """Return the artifact of `key`, computing it only if the store lacks it.
 
     Args:
-        store: where the artifact stands.
-        key: its key.
+        plan: the plan that the key is of.
+        key: the artifact's key.
         write: computes the result and writes it into the empty folder it is given. Called only
             when needed, and under the lock of its partition: a second process that wants the same
             artifact waits for the first and reuses it. Errors leave the store as it was.
@@ -62,7 +63,7 @@ def commit_once(
         write(folder)
         written.append(folder)
 
-    artifact = store.commit(key, compute, provenance=provenance, upstream=upstream)
+    artifact = plan.commit(key, compute, provenance, upstream)
     seconds = time.monotonic() - start
     if written:
         _log.info("%s %s: computed in %.1f s", key.stage, "/".join(key.partition), seconds)

@@ -12,7 +12,7 @@ source files once. Running the stages belongs in the sibling modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from taprobe_core.errors import ConfigError, TaprobeError
 from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline.world import ensure_demo_world
 from taprobe_core.rollouts import RolloutSource, content_digest, open_source
-from taprobe_core.store import ArtifactKey, Store, fingerprint
+from taprobe_core.store import Artifact, ArtifactKey, Store, fingerprint
 from taprobe_core.study import DemoSource, Model, ProbeRecipe, Study
 
 CODE_VERSIONS: Mapping[str, str] = {
@@ -79,6 +79,7 @@ class Plan:
         self.study = study
         self.store = store
         self.data_root = data_root
+        self._configs: dict[ArtifactKey, Mapping[str, Any]] = {}
 
     @property
     def checkpoints_root(self) -> Path:
@@ -277,6 +278,28 @@ class Plan:
             self.leaderboard(),
         )
 
+    def commit(
+        self,
+        key: ArtifactKey,
+        write: Callable[[Path], None],
+        provenance: Mapping[str, Any],
+        upstream: Sequence[ArtifactKey] = (),
+        estimate_bytes: int = 0,
+    ) -> Artifact:
+        """Commit an artifact of this plan; its manifest also gets code version and config slice.
+
+        Arguments and errors are those of `Store.commit`.
+        """
+        return self.store.commit(
+            key,
+            write,
+            provenance=provenance,
+            upstream=upstream,
+            estimate_bytes=estimate_bytes,
+            code_version=CODE_VERSIONS[key.stage],
+            config=self._configs[key],
+        )
+
     def _key(
         self,
         stage: str,
@@ -285,6 +308,8 @@ class Plan:
         *upstream: ArtifactKey,
     ) -> ArtifactKey:
         upstream_prints = [key.fingerprint for key in upstream]
-        return ArtifactKey(
+        key = ArtifactKey(
             stage, partition, fingerprint(stage, CODE_VERSIONS[stage], config, upstream_prints)
         )
+        self._configs[key] = config
+        return key

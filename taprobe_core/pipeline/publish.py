@@ -33,7 +33,7 @@ def ensure_study_report(plan: Plan) -> Outcome:
         (folder / "report.html").write_text(page, encoding="utf-8")
 
     provenance = {"study": plan.study.name}
-    return commit_once(plan.store, plan.study_report(), write, provenance, [plan.leaderboard()])
+    return commit_once(plan, plan.study_report(), write, provenance, [plan.leaderboard()])
 
 
 def _gather(plan: Plan) -> ReportData:

@@ -39,7 +39,7 @@ def ensure_rollouts(plan: Plan, model: str, setting: str) -> Outcome:
         write_table(folder / "skipped.parquet", tables.skipped)
 
     key = plan.rollouts(model, setting)
-    return commit_once(plan.store, key, write, dataset_provenance(plan, model, setting))
+    return commit_once(plan, key, write, dataset_provenance(plan, model, setting))
 
 
 def ensure_labels(plan: Plan, model: str, setting: str) -> Outcome:
@@ -62,7 +62,7 @@ def ensure_labels(plan: Plan, model: str, setting: str) -> Outcome:
         **dataset_provenance(plan, model, setting),
         **plan.study.labels.model_dump(mode="json"),
     }
-    return commit_once(plan.store, plan.labels(model, setting), write, provenance, [rollouts])
+    return commit_once(plan, plan.labels(model, setting), write, provenance, [rollouts])
 
 
 def ensure_spans(plan: Plan, model: str, setting: str) -> Outcome:
@@ -94,4 +94,4 @@ def ensure_spans(plan: Plan, model: str, setting: str) -> Outcome:
         "text_view": plan.study.spans.text_view,
         "tokenizer_sha256": plan.checkpoint(model)["tokenizer_sha256"],
     }
-    return commit_once(plan.store, plan.spans(model, setting), write, provenance, [rollouts])
+    return commit_once(plan, plan.spans(model, setting), write, provenance, [rollouts])

@@ -11,6 +11,7 @@ import yaml
 from taprobe_core.errors import ConfigError, SourceUnavailableError
 from taprobe_core.keys import Site
 from taprobe_core.pipeline import (
+    CODE_VERSIONS,
     DIMENSIONS,
     STAGES,
     CellFilter,
@@ -20,6 +21,7 @@ from taprobe_core.pipeline import (
     dimension_keys,
     key_of,
     open_plan,
+    run_stage,
 )
 from taprobe_core.store import ArtifactKey, Store
 from taprobe_core.study import ProbeRecipe, Study, parse_study
@@ -231,3 +233,13 @@ def test_the_data_folder(
     monkeypatch.setenv("TAPROBE_DATA", variable)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert data_root(argument) == expected(tmp_path)
+
+
+def test_a_manifest_names_code_version_and_the_slice_of_the_study(plan: Plan) -> None:
+    site, setting = plan.study.sites[0], plan.study.settings[0]
+    (done,) = run_stage(plan, "rollouts", [(site.model, setting)])
+    (labelled,) = run_stage(plan, "labels", [(site.model, setting)])
+    for _, outcome in (done, labelled):
+        manifest = outcome.artifact.manifest
+        assert manifest.code_version == CODE_VERSIONS[outcome.key.stage]
+    assert labelled[1].artifact.manifest.config == plan.study.labels.model_dump(mode="json")
