@@ -1,6 +1,6 @@
 """`taprobe ui`: the daemon and the web server, as children that die with their parent.
 
-The web server listens on the loopback address only. Sharing is by SSH tunnel.
+The web server listens on the loopback address only, behind `guard`. Sharing is by SSH tunnel.
 
 Concept: https://docs.dagster.io/deployment/execution/webserver
 """
@@ -29,7 +29,7 @@ def serve(port: int) -> None:
     err.print(f"http://127.0.0.1:{port}  (DAGSTER_HOME {home}; Ctrl-C stops)")
     commands = [
         ["dagster._daemon", "run", "-w", str(WORKSPACE)],
-        ["dagster_webserver", "-h", "127.0.0.1", "-p", str(port), "-w", str(WORKSPACE)],
+        ["taprobe_dagster.guard", str(WORKSPACE), str(port)],
     ]
     children = [
         subprocess.Popen([sys.executable, "-m", *command], preexec_fn=_die_with_parent)  # noqa: S603
