@@ -62,13 +62,16 @@ def _ensure_model(plan: Plan, model: str, cells: list[Cell]) -> Iterator[Outcome
     loaded: LoadedModel | None = None
     for setting, sites in by_setting.items():
         start = time.monotonic()
-        missing = _missing_layers(plan, model, setting, sites)
+        artifact = plan.store.open(plan.spans(model, setting))
+        texts = artifact.read_table("texts.parquet")
+        missing = _missing_layers(plan, setting, sites, texts)
         if missing:
             loaded = loaded or _load(plan, model)
-            _extract_setting(plan, model, setting, missing, loaded)
+            spans = artifact.read_table("spans.parquet")
+            _extract_setting(plan, model, setting, texts, spans, missing, loaded)
         extracted = {layer for layers in missing.values() for layer in layers}
         for site in sites:
-            outcome = _commit_index(plan, site, setting)
+            outcome = _commit_index(plan, site, setting, texts)
             is_reused = outcome.is_reused and site.layer not in extracted
             yield Outcome(outcome.artifact, is_reused, time.monotonic() - start)
 
@@ -81,10 +84,9 @@ def _shard_keys(plan: Plan, site: Site, setting: str, texts: pl.DataFrame) -> li
 
 
 def _missing_layers(
-    plan: Plan, model: str, setting: str, sites: Sequence[Site]
+    plan: Plan, setting: str, sites: Sequence[Site], texts: pl.DataFrame
 ) -> dict[int, list[int]]:
     """Problem id -> layers that no shard holds yet; problems without any are left out."""
-    texts = plan.store.open(plan.spans(model, setting)).read_table("texts.parquet")
     missing: dict[int, list[int]] = defaultdict(list)
     for site in sites:
         keys = _shard_keys(plan, site, setting, texts)
@@ -101,10 +103,14 @@ def _load(plan: Plan, model: str) -> LoadedModel:
 
 
 def _extract_setting(
-    plan: Plan, model: str, setting: str, missing: dict[int, list[int]], loaded: LoadedModel
+    plan: Plan,
+    model: str,
+    setting: str,
+    texts: pl.DataFrame,
+    spans: pl.DataFrame,
+    missing: dict[int, list[int]],
+    loaded: LoadedModel,
 ) -> None:
-    artifact = plan.store.open(plan.spans(model, setting))
-    texts, spans = artifact.read_table("texts.parquet"), artifact.read_table("spans.parquet")
     provenance = _provenance(plan, model, setting, loaded)
     storage = plan.study.activations.storage
     for problem_id, shards, progress in extract(loaded.module, texts, spans, missing, storage):
@@ -157,9 +163,8 @@ def _provenance(plan: Plan, model: str, setting: str, loaded: LoadedModel) -> di
     }
 
 
-def _commit_index(plan: Plan, site: Site, setting: str) -> Outcome:
+def _commit_index(plan: Plan, site: Site, setting: str, texts: pl.DataFrame) -> Outcome:
     spans = plan.spans(site.model, setting)
-    texts = plan.store.open(spans).read_table("texts.parquet")
     shards = _shard_keys(plan, site, setting, texts)
 
     def write(folder: Path) -> None:
