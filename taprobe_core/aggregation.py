@@ -20,11 +20,6 @@ ROW = ("recipe", "protocol", "split")
 """Key of a summary row."""
 
 
-def metric_names(recall_at: Sequence[int]) -> list[str]:
-    """Return the metric columns, in table order."""
-    return ["pr_auc", "spearman", *(f"recall_at_{k}" for k in recall_at)]
-
-
 def chance_pr_auc(n_sentences: int, n_anchors: int) -> float:
     """Return the expected PR-AUC of a random ranking without ties.
 

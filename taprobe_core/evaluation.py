@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from taprobe_core.aggregation import metric_names, problem_values, summarise
+from taprobe_core.aggregation import problem_values, summarise
 from taprobe_core.comparison import Comparison, compare
 from taprobe_core.errors import DataError, LabelError, NotEnoughDataError
-from taprobe_core.metrics import problem_metrics
+from taprobe_core.metrics import metric_names, problem_metrics
 from taprobe_core.study.config import Evaluation, Target
 from taprobe_core.tables import DELTAS
 
@@ -87,7 +87,9 @@ def evaluate(
     # Scores of signed importance do not rank anchors: a large negative importance makes one too.
     pool = scored.clear() if target == "importance_signed" else scored
     return EvaluationTables(
-        metrics=summarise(per_problem, pool, metric_names(evaluation.recall_at), primary),
+        metrics=summarise(
+            per_problem, pool, metric_names(evaluation.recall_at, _has_truth(scored)), primary
+        ),
         problem_metrics=per_problem,
         deltas=_deltas(per_problem, evaluation, primary),
     )
@@ -122,6 +124,8 @@ def _join(scores_by_seed: Mapping[int, pl.DataFrame], labels: pl.DataFrame) -> p
         ["problem_id", "sentence_idx"],
         ["importance_abs", "importance_signed", "is_anchor"],
     )
+    if not labels["is_true_anchor"].null_count():
+        wanted += ["true_importance", "is_true_anchor"]
     scored = scores.join(labels.select(*key, *wanted), on=key, how="left", maintain_order="left")
     partial = (
         scored.group_by(_UNIT)
@@ -145,6 +149,10 @@ def _join(scores_by_seed: Mapping[int, pl.DataFrame], labels: pl.DataFrame) -> p
     return scored
 
 
+def _has_truth(scored: pl.DataFrame) -> bool:
+    return "is_true_anchor" in scored.columns
+
+
 def _per_problem(scored: pl.DataFrame, recall_at: Sequence[int], target: Target) -> pl.DataFrame:
     units = scored.select(_UNIT).unique().sort(_UNIT).with_row_index("unit")
     # One call for all units: each stands in for a problem. Ties are broken by sentence order.
@@ -155,9 +163,10 @@ def _per_problem(scored: pl.DataFrame, recall_at: Sequence[int], target: Target)
         "importance_signed",
         "is_anchor",
         "score",
+        *(["true_importance", "is_true_anchor"] if _has_truth(scored) else []),
     )
     measured = problem_metrics(frame, recall_at, target)
-    names = metric_names(recall_at)
+    names = metric_names(recall_at, _has_truth(scored))
     return (
         units.with_columns(pl.col("unit").cast(pl.Int64))
         .join(measured, left_on="unit", right_on="problem_id", how="left")

@@ -41,6 +41,7 @@ def make_labels(sentences: pl.DataFrame, labels: Labels, n_max: int = 100) -> pl
     the counterfactual one, that keeping it helps for the resampling one. Anchors and n_sentences
     are over the kept sentences. Counts are those of the resampled rollouts whatever the field; the
     standard error is the field's own, null for forced importance, whose rollouts are others.
+    `is_true_anchor` marks by the same rule what the true importance would mark, if it is known.
 
     Args:
         sentences: `tables.SENTENCES`, in any order.
@@ -67,6 +68,7 @@ def make_labels(sentences: pl.DataFrame, labels: Labels, n_max: int = 100) -> pl
             dtype=pl.Boolean,
         ),
         _status(labels.field).alias("label_status"),
+        pl.Series("is_true_anchor", _true_anchors(kept, labels), dtype=pl.Boolean),
     )
     return tables.check_table(rows.select(tables.LABELS.columns.keys()), tables.LABELS, "labels")
 
@@ -177,6 +179,14 @@ def _check_complete(kept: pl.DataFrame, field: str) -> None:
         first + (", ..." if missing.height > 5 else ""),
         f"choose another labels.field, or leave problems {problems} out with rollouts.problem_ids",
     )
+
+
+def _true_anchors(kept: pl.DataFrame, labels: Labels) -> npt.NDArray[np.bool_] | list[None]:
+    """Anchors of the true importance, by the same rule; all null unless it is known throughout."""
+    true = kept["true_importance"]
+    if true.null_count():
+        return [None] * kept.height
+    return _anchors_by_problem(kept["problem_id"].to_numpy(), true.abs().to_numpy(), labels)
 
 
 def _anchors_by_problem(

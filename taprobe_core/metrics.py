@@ -101,7 +101,8 @@ def problem_metrics(
 
     Args:
         frame: one row per sentence, in sentence order, with problem_id, importance_abs,
-            importance_signed, is_anchor and score.
+            importance_signed, is_anchor and score; with true_importance and is_true_anchor where
+            the truth is known.
         recall_at: values of k.
         target: what the scores predict. Spearman compares with signed importance when it is
             `importance_signed`, else with absolute importance. Scores of signed importance do not
@@ -109,7 +110,9 @@ def problem_metrics(
 
     Returns:
         One row per problem, ascending: problem_id, n_sentences, n_anchors (Int64), pr_auc,
-        spearman, recall_at_<k> ... (Float64, NaN where undefined).
+        spearman, recall_at_<k> ... (Float64, NaN where undefined). With the truth also
+        true_pr_auc, the scores against the true anchors, and oracle_pr_auc, what the absolute true
+        importance as a score reaches against the labelled anchors.
     """
     ordered = frame.sort("problem_id", maintain_order=True)
     problem_id = ordered["problem_id"].to_numpy()
@@ -120,6 +123,8 @@ def problem_metrics(
     ranks_anchors = target != "importance_signed"
     correlate = absolute if ranks_anchors else signed
     starts = np.flatnonzero(np.diff(problem_id, prepend=-1))
+    has_truth = "is_true_anchor" in frame.columns
+    true = ordered.select("is_true_anchor", pl.col("true_importance").abs()) if has_truth else None
     records = []
     for start, stop in zip(starts, np.append(starts, len(problem_id))[1:], strict=True):
         part = slice(int(start), int(stop))
@@ -134,8 +139,14 @@ def problem_metrics(
             record[f"recall_at_{k}"] = (
                 recall_at_k(absolute[part], score[part], k) if ranks_anchors else float("nan")
             )
+        if true is not None:
+            true_anchor, effect = (column.to_numpy()[part] for column in true)
+            record["true_pr_auc"] = (
+                pr_auc(true_anchor, score[part]) if ranks_anchors else float("nan")
+            )
+            record["oracle_pr_auc"] = pr_auc(anchor[part], effect)
         records.append(record)
-    return pl.DataFrame(records, schema=_schema(recall_at))
+    return pl.DataFrame(records, schema=_schema(recall_at, has_truth))
 
 
 def pooled_pr_auc(frame: pl.DataFrame) -> float:
@@ -150,8 +161,14 @@ def pooled_pr_auc(frame: pl.DataFrame) -> float:
     return pr_auc(frame["is_anchor"].to_numpy(), frame["score"].to_numpy())
 
 
-def _schema(recall_at: Sequence[int]) -> dict[str, type[pl.DataType]]:
-    floats = ["pr_auc", "spearman", *(f"recall_at_{k}" for k in recall_at)]
+def metric_names(recall_at: Sequence[int], has_truth: bool) -> list[str]:
+    """Return the metric columns, in table order."""
+    truth = ["true_pr_auc", "oracle_pr_auc"] if has_truth else []
+    return ["pr_auc", "spearman", *(f"recall_at_{k}" for k in recall_at), *truth]
+
+
+def _schema(recall_at: Sequence[int], has_truth: bool) -> dict[str, type[pl.DataType]]:
+    floats = metric_names(recall_at, has_truth)
     counts = ["problem_id", "n_sentences", "n_anchors"]
     return {**dict.fromkeys(counts, pl.Int64), **dict.fromkeys(floats, pl.Float64)}
 

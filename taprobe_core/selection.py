@@ -38,6 +38,8 @@ _SCHEMA = pl.Schema(
         "metric": pl.String(),
         "value": pl.Float64(),
         "chance": pl.Float64(),
+        "oracle": pl.Float64(),
+        "true_value": pl.Float64(),
         "n_candidates": pl.Int64(),
         "chosen": pl.List(pl.String()),
         "baseline": pl.String(),
@@ -70,7 +72,8 @@ def select_on_validation(
     Returns:
         One row per setting × model × protocol × recipe × baseline: the chosen candidates' test
         mean `value` beside `chance`, `chosen` (`recipe@Lnn`, distinct), `n_candidates`, and the
-        paired comparison with the baseline. A baseline that reads activations is chosen likewise.
+        paired comparison with the baseline. Where the truth is known, `oracle` is what the true
+        importance itself reaches and `true_value` the choice's PR-AUC against the true anchors. A baseline that reads activations is chosen likewise.
         Empty when no recipe reads activations.
     """
     reading = {recipe.name for recipe in recipes if recipe.reads_activations}
@@ -97,7 +100,11 @@ def _units(cells: Sequence[Cell], metric: str) -> pl.DataFrame:
         tables.problem_metrics.group_by(
             "recipe", "protocol", "split", "fold", "problem_id", maintain_order=True
         )
-        .agg(pl.col(metric).mean().alias("value"), pl.col("n_sentences", "n_anchors").first())
+        .agg(
+            pl.col(metric).mean().alias("value"),
+            pl.col("n_sentences", "n_anchors").first(),
+            pl.col("^(true|oracle)_pr_auc$").mean(),
+        )
         .with_columns(
             pl.lit(setting).alias("setting"),
             pl.lit(site.model).alias("model"),
@@ -156,6 +163,8 @@ def _row(
         "metric": metric,
         "value": own["value"].mean(),
         "chance": (sum(levels) / len(levels) if levels else None) if metric == "pr_auc" else 0.0,
+        "oracle": _mean(own, "oracle_pr_auc") if metric == "pr_auc" else None,
+        "true_value": _mean(own, "true_pr_auc"),
         "n_candidates": own["n_candidates"].max(),
         "chosen": chosen.to_series().unique().sort().to_list(),
         "baseline": baseline,
@@ -164,3 +173,7 @@ def _row(
             own.select("problem_id", "value"), other.select("problem_id", "value"), evaluation
         )._asdict(),
     }
+
+
+def _mean(frame: pl.DataFrame, name: str) -> Any:
+    return frame[name].mean() if name in frame.columns else None

@@ -85,13 +85,17 @@ SENTENCES = pa.DataFrameSchema(
         "different_trajectories_fraction": _column(pl.Float64, _within(0, 1), nullable=True),
         "overdeterminedness": _column(pl.Float64, _within(0, 1), nullable=True),
         "summary": _column(pl.String, nullable=True),
+        "true_importance": _column(pl.Float64, _within(-1, 1), nullable=True),
     },
     strict=True,
     ordered=True,
     unique=["problem_id", "sentence_idx"],
     name="sentences",
 )
-"""One row per sentence (chunk in the dataset) with the published measures as found."""
+"""One row per sentence (chunk in the dataset) with the published measures as found.
+
+`true_importance` is the counterfactual importance (accuracy) that infinitely many rollouts would
+give; only the demo worlds know it."""
 
 SKIPPED = pa.DataFrameSchema(
     {
@@ -123,13 +127,17 @@ LABELS = pa.DataFrameSchema(
         "n_dissimilar_correct": _column(pl.Int64, _at_least(0), nullable=True),
         "importance_se": _column(pl.Float64, _at_least(0), nullable=True),
         "label_status": _column(pl.Enum(LABEL_STATUS)),
+        "true_importance": _column(pl.Float64, _within(-1, 1), nullable=True),
+        "is_true_anchor": _column(pl.Boolean, nullable=True),
     },
     strict=True,
     ordered=True,
     unique=["problem_id", "sentence_idx"],
     name="labels",
 )
-"""One row per labelled sentence. Counts are reconstructed; null where no count fits."""
+"""One row per labelled sentence. Counts are reconstructed; null where no count fits.
+
+The last two are null for rollouts whose truth nobody knows, which is all but the demo's."""
 
 TEXTS = pa.DataFrameSchema(
     {

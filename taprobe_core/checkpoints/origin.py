@@ -26,8 +26,9 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RevisionResolutionError,
 )
 
+from taprobe_core.demo import BUNDLE
 from taprobe_core.errors import ConfigError, DiskFullError, ModelMissingError
-from taprobe_core.study import resolve_folder
+from taprobe_core.study import DemoCheckpoint, PretrainedCheckpoint, resolve_folder
 
 CONFIG_FILES = ("config.json",)
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
@@ -95,6 +96,22 @@ class HubRepository:
 
 
 Origin = LocalFolder | HubRepository
+
+
+def checkpoint_origin(checkpoint: PretrainedCheckpoint | DemoCheckpoint, model: str) -> Origin:
+    """Find a checkpoint that is not built on this machine.
+
+    Args:
+        checkpoint: of the study.
+        model: the model's rollouts folder, for messages.
+
+    Raises:
+        ConfigError: as `locate`.
+        ModelMissingError: as `locate`.
+    """
+    if isinstance(checkpoint, DemoCheckpoint):
+        return LocalFolder(BUNDLE / checkpoint.name)
+    return locate(checkpoint.path, checkpoint.revision, f"model {model}, checkpoint")
 
 
 def locate(name: str, revision: str | None, where: str) -> Origin:

@@ -21,13 +21,12 @@ from taprobe_core.checkpoints.origin import (
     TOKENIZER_FILES,
     WEIGHT_FILES,
     HubRepository,
-    Origin,
-    locate,
+    checkpoint_origin,
 )
 from taprobe_core.checkpoints.stand_in import build_stand_in, embedding_rows, stand_in_identity
 from taprobe_core.checkpoints.tokenizer import vocabulary_size
 from taprobe_core.errors import ModelMismatchError
-from taprobe_core.study import Model, PretrainedCheckpoint, StandInCheckpoint
+from taprobe_core.study import Model, StandInCheckpoint
 
 
 def resolve_checkpoint(model: Model, build_root: Path) -> CheckpointFiles:
@@ -51,7 +50,7 @@ def resolve_checkpoint(model: Model, build_root: Path) -> CheckpointFiles:
         folder = inspect_folder(path, f"remove {path}; it is built again")
         identity = stand_in_identity(checkpoint, rows)
     else:
-        origin = _origin(model, checkpoint)
+        origin = checkpoint_origin(checkpoint, model.rollouts_dir)
         path = origin.fetch((*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES))
         folder = inspect_folder(path, origin.remedy, origin.listing())
         identity = (
@@ -78,15 +77,10 @@ def checkpoint_identity(model: Model) -> dict[str, str]:
     checkpoint = model.checkpoint
     if isinstance(checkpoint, StandInCheckpoint):
         return stand_in_identity(checkpoint, embedding_rows(vocabulary_size(model)))
-    origin = _origin(model, checkpoint)
+    origin = checkpoint_origin(checkpoint, model.rollouts_dir)
     if isinstance(origin, HubRepository):
         return _hub_identity(origin)
     return _folder_identity(inspect_folder(origin.path, origin.remedy))
-
-
-def _origin(model: Model, checkpoint: PretrainedCheckpoint) -> Origin:
-    where = f"model {model.rollouts_dir}, checkpoint"
-    return locate(checkpoint.path, checkpoint.revision, where)
 
 
 def _hub_identity(origin: HubRepository) -> dict[str, str]:

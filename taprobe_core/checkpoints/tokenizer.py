@@ -20,10 +20,16 @@ from taprobe_core.checkpoints.folder import (
     refuse_code,
     stated_number,
 )
-from taprobe_core.checkpoints.origin import CONFIG_FILES, TOKENIZER_FILES, Origin, locate
+from taprobe_core.checkpoints.origin import (
+    CONFIG_FILES,
+    TOKENIZER_FILES,
+    Origin,
+    checkpoint_origin,
+    locate,
+)
 from taprobe_core.checkpoints.quiet import quiet_transformers
 from taprobe_core.errors import ConfigError, ModelError, ModelMismatchError, ModelMissingError
-from taprobe_core.study import Model, PretrainedCheckpoint
+from taprobe_core.study import Model, StandInCheckpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -114,8 +120,8 @@ def _origin(model: Model) -> Origin:
     where = f"model {model.rollouts_dir}"
     if model.tokenizer is not None:
         return locate(model.tokenizer, None, f"{where}, tokenizer")
-    if isinstance(model.checkpoint, PretrainedCheckpoint):
-        return locate(model.checkpoint.path, model.checkpoint.revision, f"{where}, checkpoint")
+    if not isinstance(model.checkpoint, StandInCheckpoint):
+        return checkpoint_origin(model.checkpoint, model.rollouts_dir)
     raise ConfigError(
         "a stand-in checkpoint without a tokenizer",
         f"{where}, tokenizer",
@@ -180,9 +186,8 @@ def _load(path: Path, special: Mapping[str, str], remedy: str) -> PreTrainedToke
 def _check_rows(model: Model, files: CheckpointFiles | None, path: Path, largest_id: int) -> None:
     if files is not None:
         folder = files.folder
-    elif isinstance(model.checkpoint, PretrainedCheckpoint):
-        where = f"model {model.rollouts_dir}, checkpoint"
-        origin = locate(model.checkpoint.path, model.checkpoint.revision, where)
+    elif not isinstance(model.checkpoint, StandInCheckpoint):
+        origin = checkpoint_origin(model.checkpoint, model.rollouts_dir)
         folder = origin.fetch(CONFIG_FILES)
     else:
         return  # a stand-in's embedding is made to fit the tokenizer

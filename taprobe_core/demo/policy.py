@@ -96,42 +96,57 @@ class Policy:
         return self._branches[state]
 
 
-class PolicySampler:
-    """The policy as a `trace.Sampler`: base traces and exact resampling after any prefix."""
+def drawn_trace(problem: Problem, rng: random.Random) -> Trace:
+    """Draw one whole solution of the policy."""
+    drawn = list(policy(problem).walk(State(), rng))
+    texts = [branch.text for branch, _ in drawn]
+    separators = ["", *(separator for _, separator in drawn[1:])]
+    return told_trace(problem, texts, separators)
 
-    def trace(self, problem: Problem, rng: random.Random) -> Trace:
-        """Draw one whole solution."""
-        drawn = list(policy(problem).walk(State(), rng))
-        kinds = [branch.after.stage for branch, _ in drawn]
-        sentences = tuple(
-            Sentence(
-                text=branch.text,
-                separator=separator if index else "",
-                function_tag=KINDS[kinds[index]].tag,
-                depends_on=uses,
-                summary=KINDS[kinds[index]].summary,
-            )
-            for index, ((branch, separator), uses) in enumerate(
-                zip(drawn, dependencies(kinds), strict=True)
-            )
+
+def told_trace(problem: Problem, texts: Sequence[str], separators: Sequence[str]) -> Trace:
+    """Return the trace of these sentences, with the tag and the uses of each.
+
+    Args:
+        problem: the problem.
+        texts: a whole solution, sentence by sentence.
+        separators: what stands before each sentence.
+
+    Raises:
+        DataError: the policy could not have said this, or it does not end in an answer.
+    """
+    states = policy(problem).replay(texts)
+    if states[-1].stage != "answer":
+        raise DataError(
+            f"the trace ends after {states[-1].stage!r}",
+            f"problem {problem.id}",
+            "give a whole solution",
         )
-        value = drawn[-1][0].after.value
-        return Trace(sentences, ending(value), str(value), value == problem.answer)
+    kinds = [state.stage for state in states[1:]]
+    sentences = tuple(
+        Sentence(text, separator, KINDS[kind].tag, uses, KINDS[kind].summary)
+        for text, separator, kind, uses in zip(
+            texts, separators, kinds, dependencies(kinds), strict=True
+        )
+    )
+    value = states[-1].value
+    return Trace(sentences, ending(value), str(value), value == problem.answer)
 
-    def continuations(
-        self, problem: Problem, prefix: Sequence[str], n: int, rng: random.Random
-    ) -> list[Continuation]:
-        """Draw `n` independent rests after `prefix`, which must be the policy's own.
 
-        A rest begins with a blank, as after a prompt that ends in a sentence, unless `prefix` is
-        empty.
+def drawn_rollouts(
+    problem: Problem, prefix: Sequence[str], n: int, rng: random.Random
+) -> list[Continuation]:
+    """Draw `n` independent rests after `prefix`, which must be the policy's own.
 
-        Raises:
-            DataError: the policy could not have said `prefix`.
-        """
-        solver = policy(problem)
-        state = solver.replay(prefix)[-1]
-        return [_continuation(solver, state, " " if prefix else "", rng) for _ in range(n)]
+    A rest begins with a blank, as after a prompt that ends in a sentence, unless `prefix` is
+    empty.
+
+    Raises:
+        DataError: the policy could not have said `prefix`.
+    """
+    solver = policy(problem)
+    state = solver.replay(prefix)[-1]
+    return [_continuation(solver, state, " " if prefix else "", rng) for _ in range(n)]
 
 
 def _continuation(solver: Policy, state: State, lead: str, rng: random.Random) -> Continuation:
@@ -144,6 +159,18 @@ def _continuation(solver: Policy, state: State, lead: str, rng: random.Random) -
     return Continuation(
         "".join(parts), parts[1], str(state.value), state.value == solver.problem.answer
     )
+
+
+def drawn_answers(
+    problem: Problem, prefix: Sequence[str], n: int, rng: random.Random
+) -> list[Continuation]:
+    """Draw `n` answers that are forced after `prefix`: those of rests that remain unsaid.
+
+    Raises:
+        DataError: the policy could not have said `prefix`.
+    """
+    rests = drawn_rollouts(problem, prefix, n, rng)
+    return [Continuation(f"{rest.answer}}}.", "", rest.answer, rest.is_correct) for rest in rests]
 
 
 def ending(value: int) -> str:

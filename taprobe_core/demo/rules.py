@@ -1,12 +1,15 @@
 """The rules of the demo's reasoner: from a state, every next kind of sentence and its chance.
 
-    setup, facts?, opening, doubt?, PLAN, x in two steps, conclusion?, bridge?, y, z in two steps,
-    check?, then approval / Wait and redo / false alarm, answer
+    setup, facts?, opening, more?, doubt?, PLAN, x in two steps, conclusion?, nod?, bridge?,
+    reminder?, y, reminder?, z in two steps,
+    check?, then approval, second look? / Wait and redo / false alarm, recap?, answer
 
-The plan decides the outcome, products may slip, and a check may notice either: so few sentences
-matter, and it is known which. What does not belong here: words (`wording`), drawing and solving
-(`policy`). Invariant: a state is a function of the text so far; no rule depends on anything that
-the text does not show.
+The plan decides the outcome, products may slip, and the first check may notice either: so few
+sentences matter, and it is known which. A reminder repeats the plan in its own words, and a nod or
+a second approval repeats the first: the same sentence decides everything in one place and nothing
+in another, so its words alone do not tell. What does not belong here: words (`wording`), drawing
+and solving (`policy`). Invariant: a state is a function of the text so far; no rule depends on
+anything that the text does not show.
 """
 
 from __future__ import annotations
@@ -19,10 +22,13 @@ from taprobe_core.demo.task import Problem
 RIGHT_PLAN = {"Compute": 0.80, "Find": 0.55, "Evaluate": 0.35}
 """Chance of the right plan, by the verb of the statement."""
 
-FACTS, DOUBT, CONCLUSION, BRIDGE, CHECK = 0.6, 0.35, 0.7, 0.25, 0.75
+FACTS, MORE, DOUBT, CONCLUSION, NOD, BRIDGE, CHECK = 0.5, 0.35, 0.35, 0.6, 0.35, 0.25, 0.75
 """Chances that the optional sentences are spoken."""
 
-NOTICE_ORDER, NOTICE_SLIP, FALSE_ALARM, MOVE = 0.35, 0.6, 0.10, 0.5
+REMINDER, SECOND_LOOK, RECAP = 0.5, 0.3, 0.3
+"""Chances of the optional sentences that repeat what has been said."""
+
+NOTICE_ORDER, NOTICE_SLIP, FALSE_ALARM, MOVE = 0.40, 0.6, 0.20, 0.5
 """Chances, at a check, to see the wrong order or a slip, to doubt a right order, to give it up."""
 
 LARGE_PRODUCT, SLIP_LARGE, SLIP_SMALL = 15, 0.10, 0.03
@@ -101,6 +107,11 @@ def _after_facts(_problem: Problem, state: State) -> list[Move]:
 
 
 def _after_opening(problem: Problem, state: State) -> list[Move]:
+    more = _say(MORE, state._replace(stage="more"))
+    return [more, *_scaled(1 - MORE, _after_more(problem, state))]
+
+
+def _after_more(problem: Problem, state: State) -> list[Move]:
     doubt = _say(DOUBT, state._replace(stage="doubt"))
     return [doubt, *_scaled(1 - DOUBT, _plan(problem, state))]
 
@@ -133,7 +144,21 @@ def _after_x(problem: Problem, state: State) -> list[Move]:
 
 
 def _after_conclusion(problem: Problem, state: State) -> list[Move]:
-    return [_say(BRIDGE, state._replace(stage="bridge")), *_scaled(1 - BRIDGE, _y(problem, state))]
+    return [_say(NOD, state._replace(stage="nod")), *_scaled(1 - NOD, _after_nod(problem, state))]
+
+
+def _after_nod(problem: Problem, state: State) -> list[Move]:
+    bridge = _say(BRIDGE, state._replace(stage="bridge"))
+    return [bridge, *_scaled(1 - BRIDGE, _after_bridge(problem, state))]
+
+
+def _after_bridge(problem: Problem, state: State) -> list[Move]:
+    return [_reminder("y", state), *_scaled(1 - REMINDER, _y(problem, state))]
+
+
+def _reminder(before: str, state: State) -> Move:
+    plan = "in_order" if state.in_order else "products"
+    return _say(REMINDER, state._replace(stage=f"reminder_{before}_{plan}"))
 
 
 def _y(problem: Problem, state: State) -> list[Move]:
@@ -143,6 +168,10 @@ def _y(problem: Problem, state: State) -> list[Move]:
 
 
 def _after_y(problem: Problem, state: State) -> list[Move]:
+    return [_reminder("z", state), *_scaled(1 - REMINDER, _z(problem, state))]
+
+
+def _z(problem: Problem, state: State) -> list[Move]:
     if state.in_order:
         return _sum(state, "z_sum", state.value, problem.e)
     return _product(state._replace(y=state.value), "z_product", problem.e, problem.f)
@@ -158,7 +187,7 @@ def _z_from_sum(problem: Problem, state: State) -> list[Move]:
 
 def _after_z(problem: Problem, state: State) -> list[Move]:
     check = _say(CHECK, state._replace(stage="check"))
-    return [check, *_scaled(1 - CHECK, _answer(problem, state))]
+    return [check, *_scaled(1 - CHECK, _after_second_approval(problem, state))]
 
 
 def _after_check(_problem: Problem, state: State) -> list[Move]:
@@ -177,6 +206,20 @@ def _after_check(_problem: Problem, state: State) -> list[Move]:
         _say(NOTICE_SLIP, wait, **state.slip._asdict()),
         _say(1 - FALSE_ALARM - NOTICE_SLIP, approval),
     ]
+
+
+def _after_approval(problem: Problem, state: State) -> list[Move]:
+    again = _say(SECOND_LOOK, state._replace(stage="second_check"))
+    return [again, *_scaled(1 - SECOND_LOOK, _after_second_approval(problem, state))]
+
+
+def _after_second_check(_problem: Problem, state: State) -> list[Move]:
+    return [_say(1.0, state._replace(stage="second_approval"))]
+
+
+def _after_second_approval(problem: Problem, state: State) -> list[Move]:
+    recap = _say(RECAP, state._replace(stage="recap"))
+    return [recap, *_scaled(1 - RECAP, _answer(problem, state))]
 
 
 def _after_alarm(_problem: Problem, state: State) -> list[Move]:
@@ -216,6 +259,7 @@ _RULES: dict[str, Callable[[Problem, State], list[Move]]] = {
     "setup": _after_setup,
     "facts": _after_facts,
     "opening": _after_opening,
+    "more": _after_more,
     "doubt": _plan,
     **dict.fromkeys(
         ("plan_products", "plan_in_order", "wait_order", "wait_slip", "move"), _first_step
@@ -224,12 +268,18 @@ _RULES: dict[str, Callable[[Problem, State], list[Move]]] = {
     "x_sum": _x_from_sum,
     **dict.fromkeys(("x_from_product", "x_from_sum"), _after_x),
     "conclusion": _after_conclusion,
-    "bridge": _y,
+    "nod": _after_nod,
+    "bridge": _after_bridge,
+    **dict.fromkeys(("reminder_y_products", "reminder_y_in_order"), _y),
     "y": _after_y,
+    **dict.fromkeys(("reminder_z_products", "reminder_z_in_order"), _z),
     "z_product": _z_from_product,
     "z_sum": _z_from_sum,
     **dict.fromkeys(("z_from_product", "z_from_sum"), _after_z),
     "check": _after_check,
     "alarm": _after_alarm,
-    **dict.fromkeys(("approval", "stay"), _answer),
+    "approval": _after_approval,
+    "second_check": _after_second_check,
+    **dict.fromkeys(("second_approval", "stay"), _after_second_approval),
+    "recap": _answer,
 }

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from taprobe_core.demo.policy import PolicySampler
+from taprobe_core.demo.policy import drawn_trace
 from taprobe_core.demo.task import N_TASKS, problem
 from taprobe_core.demo.trace import seeded
-from taprobe_core.study.config import DemoSource
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 """Special tokens; their ids are 0, 1 and 2."""
@@ -33,12 +32,12 @@ _PIECES = (
 division that large models' byte-level tokenizers use."""
 
 
-def train_tokenizer(folder: Path, source: DemoSource, *, vocab_size: int = VOCAB_SIZE) -> None:
+def train_tokenizer(folder: Path, seed: int, *, vocab_size: int = VOCAB_SIZE) -> None:
     """Train on traces of the policy; write `tokenizer.json` and `tokenizer_config.json`.
 
     Args:
         folder: where the two files go; created if absent.
-        source: its seed decides the training traces.
+        seed: decides the training traces.
         vocab_size: at most this many tokens, special tokens and all 256 bytes included.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -55,16 +54,16 @@ def train_tokenizer(folder: Path, source: DemoSource, *, vocab_size: int = VOCAB
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(source), trainer)
+    tokenizer.train_from_iterator(_texts(seed), trainer)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "tokenizer.json", tokenizer.to_str(pretty=False))
     _write(folder / "tokenizer_config.json", json.dumps(_config(), indent=2))
 
 
-def _texts(source: DemoSource) -> list[str]:
-    rng = seeded(source.seed, "tokenizer")
+def _texts(seed: int) -> list[str]:
+    rng = seeded(seed, "tokenizer")
     drawn = [problem(rng.randrange(N_TASKS)) for _ in range(N_TRAINING_TRACES)]
-    traces = [PolicySampler().trace(some, rng) for some in drawn]
+    traces = [drawn_trace(some, rng) for some in drawn]
     return [
         some.prompt + trace.thinking + trace.ending
         for some, trace in zip(drawn, traces, strict=True)

@@ -1,17 +1,14 @@
 """What a reasoner gives: traces, and continuations of their prefixes.
 
-`Sampler` is the seam between the demo's files and whoever reasons in them: the stochastic policy,
-or a trained model. Which files are written belongs in `writer`. Invariant: a text is its
-sentences with their separators, so that joining them by one blank is another view of the same
-sentences.
+Who reasons, the stochastic policy or a trained model, belongs elsewhere; so do files. Invariant: a
+text is its sentences with their separators, so that joining them by one blank is another view of
+the same sentences.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from taprobe_core.demo.task import Problem
 
@@ -74,18 +71,30 @@ class Continuation:
     is_correct: bool
 
 
-class Sampler(Protocol):
-    """Reasons about the demo's problems; equal generators give equal results."""
+@dataclass(frozen=True, slots=True)
+class Reasoned:
+    """What one reasoner has to say about one problem.
 
-    def trace(self, problem: Problem, rng: random.Random) -> Trace:
-        """Draw one whole solution."""
-        ...
+    Attributes:
+        problem: the problem.
+        trace: the base trace.
+        rollouts: per sentence, the rests that were resampled with this sentence removed.
+        forced: per sentence, the answers that were forced before this sentence.
+    """
 
-    def continuations(
-        self, problem: Problem, prefix: Sequence[str], n: int, rng: random.Random
-    ) -> list[Continuation]:
-        """Draw `n` independent rests after the sentences `prefix` (joined by one blank)."""
-        ...
+    problem: Problem
+    trace: Trace
+    rollouts: list[list[Continuation]]
+    forced: list[list[Continuation]]
+
+    @property
+    def texts(self) -> list[str]:
+        """The sentences of the base trace."""
+        return [sentence.text for sentence in self.trace.sentences]
+
+
+FORCED_ANSWER = "\n</think>\n\nTherefore, the final answers is \\boxed{"
+"""What forces an answer, in the dataset's own words."""
 
 
 def seeded(*parts: str | int) -> random.Random:

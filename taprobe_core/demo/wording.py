@@ -1,10 +1,11 @@
 """A kind of sentence -> its surface forms, tag, summary and what it depends on.
 
 Each kind has two or three forms, some alike and some not, so that a resampled sentence may say the
-same in other words and the similarity filter has work to do. When a kind is spoken belongs in
-`rules`. Invariants: forms of one kind carry the same numbers; no two kinds that may stand at the
-same place share a form, so the text tells what was decided; every sentence has 10 characters or
-more and exactly one closing mark, at its end.
+same in other words and the similarity filter has work to do. Kinds that matter share their forms
+with kinds that do not: a plan with its reminders, an approval with a nod, an alarm with a doubt.
+When a kind is spoken belongs in `rules`. Invariants: forms of one kind carry the same numbers; no
+two kinds that may stand at the same place share a form, so the text so far tells what was decided;
+every sentence has 10 characters or more and exactly one closing mark, at its end.
 """
 
 from __future__ import annotations
@@ -35,7 +36,22 @@ def _computation(summary: str, uses: str, paragraph: float, *forms: str) -> Kind
     return Kind("active_computation", summary, tuple(uses.split()), paragraph, forms)
 
 
+def _reminder(plan: str, forms: tuple[str, ...]) -> Kind:
+    return Kind("plan_generation", f"recall: {plan}", ("plan",), 0.4, forms)
+
+
 _FIRST = "setup plan wait_slip"
+
+_PRODUCTS = (
+    "I will do the products first and then the sums.",
+    "The plan is to multiply before adding.",
+)
+_IN_ORDER = (
+    "I will work from left to right.",
+    "The plan is to take everything in the order it is written.",
+)
+_APPROVAL = ("That looks right.", "Everything is consistent.", "Yes, all of this is fine.")
+_CHECK = ("Let me check the steps once more.", "I should look at this again.")
 
 KINDS: dict[str, Kind] = {
     "setup": Kind(
@@ -66,32 +82,33 @@ KINDS: dict[str, Kind] = {
         0.3,
         ("Okay, let me go step by step.", "Alright, this should not take long."),
     ),
+    "more": Kind(
+        "unknown",
+        "say what is asked",
+        (),
+        0.2,
+        ("There are three lines to work out.", "Only the value of z is asked for."),
+    ),
     "doubt": Kind(
         "uncertainty_management",
         "unsure about order",
         ("setup",),
         0.5,
-        ("Hmm, which order is right?", "Hmm, I am not sure where to start."),
+        ("Hmm, which order is right?", "Wait, how do I read this?"),
     ),
     "plan_products": Kind(
         "plan_generation",
         "plan: products first",
         ("setup",),
         0.7,
-        (
-            "I will do the products first and then the sums.",
-            "The plan is to multiply before adding.",
-        ),
+        _PRODUCTS,
     ),
     "plan_in_order": Kind(
         "plan_generation",
         "plan: left to right",
         ("setup",),
         0.7,
-        (
-            "I will work from left to right.",
-            "The plan is to take everything in the order it is written.",
-        ),
+        _IN_ORDER,
     ),
     "x_product": _computation(
         "product in x",
@@ -131,6 +148,11 @@ KINDS: dict[str, Kind] = {
     "bridge": Kind(
         "unknown", "turn to z", (), 0.7, ("Now for the second part.", "Good, on to the rest.")
     ),
+    "nod": Kind("self_checking", "x looks right", ("x",), 0.1, _APPROVAL),
+    "reminder_y_products": _reminder("products first", _PRODUCTS),
+    "reminder_y_in_order": _reminder("left to right", _IN_ORDER),
+    "reminder_z_products": _reminder("products first", _PRODUCTS),
+    "reminder_z_in_order": _reminder("left to right", _IN_ORDER),
     "y": _computation(
         "value of y",
         "setup x",
@@ -171,7 +193,7 @@ KINDS: dict[str, Kind] = {
         "check the steps",
         ("z",),
         0.7,
-        ("Let me check the steps once more.", "I should look at this again."),
+        _CHECK,
     ),
     "wait_order": Kind(
         "uncertainty_management",
@@ -192,7 +214,7 @@ KINDS: dict[str, Kind] = {
         "doubt the order",
         ("plan", "check"),
         0.7,
-        ("Wait, is this really the right order?", "Hmm, maybe the order was wrong."),
+        ("Hmm, which order is right?", "Wait, how do I read this?"),
     ),
     "stay": Kind(
         "uncertainty_management",
@@ -206,14 +228,23 @@ KINDS: dict[str, Kind] = {
         "switch to left-to-right",
         ("alarm",),
         0.1,
-        ("I should go from left to right instead.", "It is better to follow the written order."),
+        _IN_ORDER,
     ),
     "approval": Kind(
         "self_checking",
         "steps look right",
         ("check",),
         0.1,
-        ("That looks right.", "Everything is consistent.", "Yes, all of this is fine."),
+        _APPROVAL,
+    ),
+    "second_check": Kind("self_checking", "check once more", ("check", "z"), 0.7, _CHECK),
+    "second_approval": Kind("self_checking", "still right", ("second_check",), 0.1, _APPROVAL),
+    "recap": Kind(
+        "result_consolidation",
+        "recall the lines",
+        ("x", "y", "z"),
+        0.5,
+        ("All three lines are done now.", "This was the last of the three lines."),
     ),
     "answer": Kind(
         "final_answer_emission",

@@ -1,136 +1,73 @@
-"""Traces and resampled rollouts -> files in the dataset's own layout.
+"""What reasoners gave -> files in the dataset's own layout.
 
     <model>/<sampling>/<setting>/problem_<id>/
         problem.json  base_solution.json  chunks.json  chunks_labeled.json
         chunk_<i>/solutions.json
+    <model>/<sampling>/<setting>_forced_answer/problem_<id>/chunk_<i>/solutions.json
 
 The same loader reads these files and the published ones. Labels are computed by `importance` from
-the rollouts written beside them, so they can be recomputed from the files to the last bit. Two
-things are left out: `forced_*` keys, because nothing was sampled after a forced answer, and
+the rollouts written beside them, so they can be recomputed from the files to the last bit. One key
+is the demo's own: `true_importance`, which published labels cannot have. One is left out:
 `full_cot` of rollouts, which is prompt + prefix_without_chunk + rollout and would double the size.
 
-What does not belong here: who reasons (a `Sampler`), and publishing the folder atomically, which
-the caller does. Invariant: bytes depend on the arguments alone; a problem's files do not depend on
-which other models, settings or problems are written.
+What does not belong here: who reasons, and publishing the folder atomically, which the caller does.
+Invariant: a problem's files depend on its own entry alone.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from taprobe_core.demo.policy import PolicySampler
+from taprobe_core.demo.labelling import TRUE_IMPORTANCE, exact_importance, measures
 from taprobe_core.demo.task import Problem
-from taprobe_core.demo.trace import Continuation, Sampler, Trace, seeded
-from taprobe_core.demo.truth import choose_problems
-from taprobe_core.errors import ConfigError, NotEnoughDataError
-from taprobe_core.importance import Rollout, published_measures, trigram_masked_dissimilar
-from taprobe_core.study.config import DemoSource
+from taprobe_core.demo.trace import Continuation, Reasoned, Trace
 
-SETTINGS = {"correct_base_solution": True, "incorrect_base_solution": False}
-"""The demo's settings, and whether their base traces end in the right answer."""
-
-MAX_TRIES = 1000
-"""Whole traces drawn in search of one with the wanted grade."""
-
-_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+FORCED_SUFFIX = "_forced_answer"
+"""What the dataset appends to a setting's name for its forced branch."""
 
 
-def write_demo_rollouts(
-    folder: Path,
-    source: DemoSource,
-    model_dirs: Sequence[str],
-    sampling: str,
-    settings: Sequence[str],
-    *,
-    sampler_of: Callable[[str], Sampler] | None = None,
-) -> None:
-    """Write the demo's rollouts into the empty folder `folder`.
+class Entry(NamedTuple):
+    """What one model has to say about one problem in one setting."""
 
-    All models and settings share the problems; a model folder's name seeds its draws, so two names
-    are two models. Repeated names are written once.
+    model_dir: str
+    setting: str
+    reasoned: Reasoned
+
+
+def write_rollouts(folder: Path, sampling: str, entries: Iterable[Entry]) -> None:
+    """Write entries into the empty folder `folder`.
 
     Args:
         folder: existing empty folder, or one to create.
-        source: number of problems, rollouts per sentence, and seed.
-        model_dirs: model folders.
         sampling: sampling folder.
-        settings: names from `SETTINGS`.
-        sampler_of: who reasons, by model folder; the policy for every model if left out.
-
-    Raises:
-        ConfigError: unknown setting, a name that is not one folder, or `folder` is not empty.
-        NotEnoughDataError: a sampler gave no base trace of the wanted grade in `MAX_TRIES` tries.
+        entries: each (model, setting, problem) once.
     """
-    _check(folder, [*model_dirs, sampling], settings)
-    problems = choose_problems(source.n_problems, source.seed)
-    for model_dir in dict.fromkeys(model_dirs):
-        sampler = sampler_of(model_dir) if sampler_of else PolicySampler()
-        for setting in dict.fromkeys(settings):
-            target = folder / model_dir / sampling / setting
-            for problem in problems:
-                _write_problem(
-                    target / f"problem_{problem.id}", problem, sampler, source, model_dir, setting
-                )
+    for model_dir, setting, reasoned in entries:
+        below = folder / model_dir / sampling
+        name = f"problem_{reasoned.problem.id}"
+        _write_problem(below / setting / name, reasoned)
+        if any(reasoned.forced):
+            _write_banks(below / f"{setting}{FORCED_SUFFIX}" / name, reasoned, reasoned.forced)
 
 
-def _check(folder: Path, names: Sequence[str], settings: Sequence[str]) -> None:
-    unknown = sorted(set(settings) - set(SETTINGS))
-    if unknown:
-        raise ConfigError(
-            f"the demo has no setting {unknown}", "settings", f"choose from {sorted(SETTINGS)}"
-        )
-    for name in names:
-        if not _FOLDER.fullmatch(name):
-            raise ConfigError(
-                f"{name!r} cannot be a folder of the demo",
-                "models.*.rollouts_dir or rollouts.sampling",
-                "use letters, digits, '.', '_' and '-', starting with a letter or digit",
-            )
-    if folder.is_dir() and next(folder.iterdir(), None) is not None:
-        raise ConfigError("the demo's folder is not empty", str(folder), "empty or remove it")
-
-
-def _write_problem(
-    folder: Path,
-    problem: Problem,
-    sampler: Sampler,
-    source: DemoSource,
-    model_dir: str,
-    setting: str,
-) -> None:
-    seed = (source.seed, model_dir, setting, problem.id)
-    trace = _base_trace(problem, sampler, seed, SETTINGS[setting])
-    texts = [sentence.text for sentence in trace.sentences]
-    banks = [
-        sampler.continuations(problem, texts[:i], source.n_rollouts, seeded(*seed, i))
-        for i in range(len(texts))
-    ]
+def _write_problem(folder: Path, reasoned: Reasoned) -> None:
+    problem, trace = reasoned.problem, reasoned.trace
     _write_json(folder / "problem.json", _problem_row(problem))
     _write_json(folder / "base_solution.json", _base_row(problem, trace))
     _write_json(folder / "chunks.json", _chunks_row(problem, trace))
-    _write_json(folder / "chunks_labeled.json", _labeled_rows(trace, banks))
+    _write_json(folder / "chunks_labeled.json", _labeled_rows(reasoned))
+    _write_banks(folder, reasoned, reasoned.rollouts)
+
+
+def _write_banks(
+    folder: Path, reasoned: Reasoned, banks: Sequence[Sequence[Continuation]]
+) -> None:
     for i, bank in enumerate(banks):
-        rows = _solution_rows(texts, i, bank)
+        rows = _solution_rows(reasoned.texts, i, bank)
         _write_json(folder / f"chunk_{i}" / "solutions.json", rows, indent=None)
-
-
-def _base_trace(
-    problem: Problem, sampler: Sampler, seed: tuple[str | int, ...], wanted: bool
-) -> Trace:
-    rng = seeded(*seed, "base")
-    for _ in range(MAX_TRIES):
-        trace = sampler.trace(problem, rng)
-        if trace.is_correct == wanted:
-            return trace
-    raise NotEnoughDataError(
-        f"no {'correct' if wanted else 'incorrect'} base trace in {MAX_TRIES} tries",
-        f"problem {problem.id}",
-        "give another seed, or a sampler with an accuracy between 0.25 and 0.75",
-    )
 
 
 def _problem_row(problem: Problem) -> dict[str, str]:
@@ -163,13 +100,10 @@ def _chunks_row(problem: Problem, trace: Trace) -> dict[str, Any]:
     }
 
 
-def _labeled_rows(trace: Trace, banks: Sequence[Sequence[Continuation]]) -> list[dict[str, Any]]:
-    rollouts = [
-        [Rollout(rest.answer, rest.is_correct, rest.first_sentence) for rest in bank]
-        for bank in banks
-    ]
-    texts = [sentence.text for sentence in trace.sentences]
-    measures = published_measures(texts, rollouts, trigram_masked_dissimilar)
+def _labeled_rows(reasoned: Reasoned) -> list[dict[str, Any]]:
+    rows = zip(
+        reasoned.trace.sentences, measures(reasoned), exact_importance(reasoned), strict=True
+    )
     return [
         {
             "chunk": sentence.text,
@@ -178,8 +112,9 @@ def _labeled_rows(trace: Trace, banks: Sequence[Sequence[Continuation]]) -> list
             "depends_on": [str(earlier) for earlier in sentence.depends_on],
             **measured,
             "summary": sentence.summary,
+            TRUE_IMPORTANCE: exact,
         }
-        for index, (sentence, measured) in enumerate(zip(trace.sentences, measures, strict=True))
+        for index, (sentence, measured, exact) in enumerate(rows)
     ]
 
 

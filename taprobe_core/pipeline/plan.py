@@ -24,20 +24,20 @@ from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline.world import ensure_demo_world
 from taprobe_core.rollouts import RolloutSource, content_digest, open_source
 from taprobe_core.store import Artifact, ArtifactKey, Store, fingerprint
-from taprobe_core.study import DemoSource, Model, ProbeRecipe, Study
+from taprobe_core.study import DemoSource, Model, PolicySource, ProbeRecipe, StandInCheckpoint, Study
 
 CODE_VERSIONS: Mapping[str, str] = {
-    "rollouts": "1",
-    "labels": "1",
+    "rollouts": "2",
+    "labels": "2",
     "spans": "1",
     "activation_shards": "1",
     "activations": "1",
     "fits": "1",
     "probe_fits": "1",
     "deferral_plans": "1",
-    "evaluation": "1",
+    "evaluation": "2",
     "leaderboard": "1",
-    "study_report": "1",
+    "study_report": "2",
 }
 """Raised by hand when a stage's results change; every fingerprint below it then changes too."""
 
@@ -90,7 +90,7 @@ class Plan:
     def demo(self) -> DemoWorld | None:
         """The demo world, built on first use; None when the study has another source."""
         source = self.study.rollouts.source
-        if not isinstance(source, DemoSource):
+        if not isinstance(source, DemoSource | PolicySource):
             return None
         return ensure_demo_world(self.study, source, self.data_root / "demo")
 
@@ -101,7 +101,7 @@ class Plan:
 
     @cache
     def model(self, key: str) -> Model:
-        """The model of a key, with the demo's own tokenizer filled in.
+        """The model of a key; a stand-in without a tokenizer gets the demo's.
 
         Raises:
             ConfigError: the study has no such model.
@@ -113,7 +113,8 @@ class Plan:
                 f"use one of {list(self.study.models)}",
             )
         model = self.study.models[key]
-        if self.demo is not None and model.tokenizer is None:
+        has_own = not isinstance(model.checkpoint, StandInCheckpoint)
+        if self.demo is not None and model.tokenizer is None and not has_own:
             return model.model_copy(update={"tokenizer": str(self.demo.tokenizer_folder)})
         return model
 

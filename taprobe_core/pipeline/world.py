@@ -1,32 +1,45 @@
-"""The demo world on disk: built once per data folder, whole or not at all."""
+"""The demo world on disk: written once per data folder, whole or not at all."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from taprobe_core.demo import DEMO_CODE_VERSION, DemoWorld, demo_world
+from taprobe_core.demo import BUNDLE, DEMO_CODE_VERSION, DemoWorld, write_demo_world
+from taprobe_core.demo.bundle import MANIFEST, file_sha256, verify_files
+from taprobe_core.demo.world import write_policy_world
 from taprobe_core.store import fingerprint
 from taprobe_core.store.disk import disk_errors
-from taprobe_core.study import DemoSource, Study
+from taprobe_core.study import DemoSource, PolicySource, Study
 
 _log = logging.getLogger(__name__)
 
 
-def ensure_demo_world(study: Study, source: DemoSource, root: Path) -> DemoWorld:
-    """Return the demo world of a study, building it under `root` on first use.
+def ensure_demo_world(study: Study, source: DemoSource | PolicySource, root: Path) -> DemoWorld:
+    """Return the demo world of a study, writing it under `root` on first use.
 
     Args:
-        study: names the model folders, the settings and the sampling folder.
-        source: size and seed of the world.
+        study: names the policy's model folders, settings and sampling folder.
+        source: which world, and its size.
         root: folder of all demo worlds; the world's own folder is named by its fingerprint.
 
     Raises:
         ConfigError: a setting that the demo does not have.
+        PlanError: more problems or rollouts than are bundled.
+        CorruptArtifactError: a bundled file is not what was built.
         DiskFullError: no space left.
         ArtifactError: the folder cannot be written.
     """
+    if isinstance(source, DemoSource):
+
+        def unpack(folder: Path) -> None:
+            verify_files(BUNDLE)
+            write_demo_world(folder, source)
+
+        return _once(root, _bundled_config(source), unpack)
     model_dirs = sorted({model.rollouts_dir for model in study.models.values()})
     config = {
         "source": source.model_dump(mode="json"),
@@ -34,19 +47,33 @@ def ensure_demo_world(study: Study, source: DemoSource, root: Path) -> DemoWorld
         "sampling": study.rollouts.sampling,
         "settings": list(study.settings),
     }
+
+    def draw(folder: Path) -> None:
+        write_policy_world(folder, source, model_dirs, study.rollouts.sampling, study.settings)
+
+    return _once(root, config, draw)
+
+
+def _bundled_config(source: DemoSource) -> dict[str, Any]:
+    return {
+        "source": source.model_dump(mode="json"),
+        "bundle": file_sha256(BUNDLE / MANIFEST),
+    }
+
+
+def _once(root: Path, config: dict[str, Any], write: Callable[[Path], None]) -> DemoWorld:
     folder = root / fingerprint("demo", DEMO_CODE_VERSION, config, [])
-    world = DemoWorld(folder / "rollouts", folder / "tokenizer")
     if folder.is_dir():
-        return world
-    _log.info("demo world: sampling rollouts of the demo's reasoner, once")
+        return DemoWorld.at(folder)
+    _log.info("demo world: writing its rollouts, once")
     with disk_errors(str(root)):
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=root) as temporary:
             built = Path(temporary) / "world"
-            demo_world(built, source, model_dirs, study.rollouts.sampling, study.settings)
+            write(built)
             try:
                 built.rename(folder)
             except OSError:
                 if not folder.is_dir():  # otherwise another process built the same world first
                     raise
-    return world
+    return DemoWorld.at(folder)

@@ -161,6 +161,7 @@ def _sentence(fields: Fields, problem_id: int, index: int) -> dict[str, Any]:
         "depends_on": fields.indices("depends_on"),
         **{name: fields.number(name, *bounds) for name, bounds in MEASURES.items()},
         "summary": fields.text("summary"),
+        "true_importance": fields.number("true_importance", -1.0, 1.0),
     }
 
 

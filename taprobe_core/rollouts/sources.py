@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Protocol
 
 from taprobe_core.errors import ConfigError, DataError
-from taprobe_core.study.config import DemoSource, HubSource, Rollouts, resolve_folder
+from taprobe_core.study.config import DemoSource, HubSource, PolicySource, Rollouts, resolve_folder
 
 FILE_NAMES = ("problem.json", "base_solution.json", "chunks_labeled.json")
 """The files that every problem must have."""
@@ -121,12 +121,12 @@ def open_source(rollouts: Rollouts, demo_folder: Path | None = None) -> RolloutS
         from taprobe_core.rollouts.hub import HubRollouts
 
         return HubRollouts(source.repo, source.revision)
-    if isinstance(source, DemoSource):
+    if isinstance(source, DemoSource | PolicySource):
         if demo_folder is None:
             raise ConfigError(
                 "the demo world has not been written",
                 "rollouts.source.kind",
-                "write it with write_demo_rollouts and pass its folder",
+                "write it with `ensure_demo_world` and pass its folder",
             )
         stated = source.model_dump(mode="json")
         return FolderRollouts(demo_folder, {key: str(value) for key, value in stated.items()})
@@ -136,7 +136,8 @@ def open_source(rollouts: Rollouts, demo_folder: Path | None = None) -> RolloutS
 def max_rollouts(rollouts: Rollouts) -> int:
     """Return the most rollouts a sentence can have: the bound for reconstructing counts."""
     source = rollouts.source
-    return source.n_rollouts if isinstance(source, DemoSource) else PUBLISHED_ROLLOUTS
+    has_own = isinstance(source, DemoSource | PolicySource)
+    return source.n_rollouts if has_own else PUBLISHED_ROLLOUTS
 
 
 def checked_path(part: str) -> str:

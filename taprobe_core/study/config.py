@@ -30,6 +30,7 @@ from taprobe_core.study.fields import (
 )
 from taprobe_core.study.models import (
     Checkpoint,
+    DemoCheckpoint,
     Layers,
     Model,
     PretrainedCheckpoint,
@@ -41,6 +42,7 @@ __all__ = [
     "Activations",
     "Checkpoint",
     "Deferral",
+    "DemoCheckpoint",
     "DemoSource",
     "Evaluation",
     "HubSource",
@@ -48,6 +50,7 @@ __all__ = [
     "Layers",
     "MirrorSource",
     "Model",
+    "PolicySource",
     "PretrainedCheckpoint",
     "ProbeRecipe",
     "Probes",
@@ -81,15 +84,31 @@ class MirrorSource(StudyPart):
 
 
 class DemoSource(StudyPart):
-    """Rollouts of the embedded demo world, written in the dataset's own layout on first use."""
+    """Rollouts of the bundled reasoners: the first problems, the first rollouts of each sentence.
+
+    They are unpacked in the dataset's own layout on first use.
+    """
 
     kind: Literal["demo"]
+    n_problems: Annotated[int, Field(ge=4)] = 20
+    n_rollouts: Annotated[int, Field(ge=2)] = 100
+
+
+class PolicySource(StudyPart):
+    """Rollouts of the policy that taught the bundled reasoners, drawn at any size on first use.
+
+    Every model folder is a model of its own; there are no weights that said these texts.
+    """
+
+    kind: Literal["policy"]
     n_problems: Annotated[int, Field(ge=4, le=200)] = 16
     n_rollouts: Annotated[int, Field(ge=2, le=1000)] = 100
     seed: Seed = 0
 
 
-Source = Annotated[HubSource | MirrorSource | DemoSource, Field(discriminator="kind")]
+Source = Annotated[
+    HubSource | MirrorSource | DemoSource | PolicySource, Field(discriminator="kind")
+]
 
 
 class Rollouts(StudyPart):
@@ -263,8 +282,8 @@ class Study(StudyPart):
     @model_validator(mode="after")
     def _tokenizers_exist(self) -> Self:
         for key, model in self.models.items():
-            has_own = isinstance(model.checkpoint, PretrainedCheckpoint) or model.tokenizer
-            if not has_own and not isinstance(self.rollouts.source, DemoSource):
+            has_own = model.tokenizer or not isinstance(model.checkpoint, StandInCheckpoint)
+            if not has_own and not isinstance(self.rollouts.source, DemoSource | PolicySource):
                 raise study_fault(
                     "a stand-in checkpoint without a tokenizer",
                     f"set models.{key}.tokenizer to a tokenizer folder or a hub id",

@@ -57,7 +57,16 @@ class PretrainedCheckpoint(StudyPart):
     revision: CommitSha | None = None
 
 
-Checkpoint = Annotated[StandInCheckpoint | PretrainedCheckpoint, Field(discriminator="kind")]
+class DemoCheckpoint(StudyPart):
+    """A reasoner that comes with the library, trained on the demo's problems."""
+
+    kind: Literal["demo"]
+    name: Literal["tiny-qwen2", "tiny-llama"]
+
+
+Checkpoint = Annotated[
+    StandInCheckpoint | PretrainedCheckpoint | DemoCheckpoint, Field(discriminator="kind")
+]
 
 
 class Model(StudyPart):

@@ -1,0 +1,344 @@
+"""Train the demo's reasoners and sample everything from them: one folder, from one seed.
+
+    tokenizer, training, gates            per reasoner, the tokenizer shared
+    base traces, rollouts, forced answers 20 problems, right and wrong, 100 rests a sentence
+    truth                                 2,000 rests a sentence, some traces
+    manifest                              recipe, figures, hashes (`audit`)
+
+Each step writes one file, whole or not at all, and is left out when its file is there: a build that
+was stopped goes on where it was. What does not belong here: how a step works. Invariant: apart from
+training, every file depends on recipe and weights alone, on any device.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taprobe_core.demo import sampling
+from taprobe_core.demo.bundle import ROLLOUTS, TRUTH, Record, write_records
+from taprobe_core.demo.gates import failed_gates, measure_gates
+from taprobe_core.demo.labelling import measures
+from taprobe_core.demo.reading import read_answer, read_continuation, read_trace
+from taprobe_core.demo.settings import SETTINGS
+from taprobe_core.demo.task import N_TASKS, Problem, problem
+from taprobe_core.demo.tokenizer import train_tokenizer
+from taprobe_core.demo.trace import FORCED_ANSWER, Reasoned, Trace, seeded
+from taprobe_core.demo.training import Architecture, Training, train_reasoner, training_examples
+from taprobe_core.demo.truth import choose_problems
+from taprobe_core.errors import ConfigError, NotEnoughDataError
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger(__name__)
+
+RECIPE, GATES, STEPS = "recipe.json", "gates.json", "steps.jsonl"
+
+MAX_ANSWER_TOKENS = 16
+"""Tokens of a forced answer, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a build makes.
+
+    Attributes:
+        seed: of everything.
+        reasoners: architectures by name; the name is the model folder, and seeds its draws.
+        training: schedule of every reasoner.
+        n_problems: problems, the same for all reasoners and settings.
+        n_candidates: whole solutions sampled in search of a right and a wrong base trace.
+        n_rollouts: resampled rests per sentence.
+        n_forced: forced answers per sentence.
+        n_truth: rests per sentence for the truth.
+        n_truth_problems: traces per setting that have it.
+        n_gate: whole solutions for the gates.
+    """
+
+    seed: int = 0
+    reasoners: dict[str, Architecture] = field(
+        default_factory=lambda: {
+            "tiny-qwen2": Architecture("qwen2"),
+            "tiny-llama": Architecture("llama"),
+        }
+    )
+    training: Training = field(default_factory=Training)
+    n_problems: int = 20
+    n_candidates: int = 64
+    n_rollouts: int = 100
+    n_forced: int = 20
+    n_truth: int = 2000
+    n_truth_problems: int = 1
+    n_gate: int = 4000
+
+
+def recipe_of(stored: dict[str, Any]) -> Recipe:
+    """Return the recipe that a manifest holds."""
+    reasoners = {name: Architecture(**shape) for name, shape in stored["reasoners"].items()}
+    training = Training(**stored["training"])
+    return Recipe(**{**stored, "reasoners": reasoners, "training": training})
+
+
+def build_demo(folder: Path, recipe: Recipe, device: torch.device) -> None:
+    """Make, or go on making, all files but the manifest.
+
+    Args:
+        folder: created if absent; may hold a part of the same build.
+        recipe: what to make.
+        device: where to train and sample.
+
+    Raises:
+        ConfigError: the folder holds another build.
+        NotEnoughDataError: a reasoner fails its gates, or gives no base trace of some grade.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _same_recipe(folder, recipe)
+    build = _Build(folder, recipe, device)
+    for name in recipe.reasoners:
+        build.train(name)
+    for name in recipe.reasoners:
+        build.check_gates(name)
+        build.sample(name)
+        build.measure_truth(name)
+
+
+def base_traces(
+    reasoner: sampling.Reasoner, recipe: Recipe, name: str, problems: Sequence[Problem]
+) -> dict[str, list[Trace]]:
+    """Sample base traces: per setting, each problem's first one of its grade.
+
+    Args:
+        reasoner: who reasons.
+        recipe: seed and number of candidates.
+        name: of the reasoner, a part of the streams' names.
+        problems: the problems.
+
+    Raises:
+        NotEnoughDataError: no candidate of a grade that the policy could have said.
+    """
+    streams = [
+        sampling.uniforms(
+            recipe.n_candidates, sampling.MAX_NEW_TOKENS, recipe.seed, name, some.id, "base"
+        )
+        for some in problems
+    ]
+    candidates = reasoner.complete([some.prompt for some in problems], streams)
+    found: dict[str, list[Trace]] = {setting: [] for setting in SETTINGS}
+    for some, texts in zip(problems, candidates, strict=True):
+        traces = [trace for text in texts if (trace := read_trace(some, text))]
+        for setting, grade in SETTINGS.items():
+            first = next((trace for trace in traces if trace.is_correct == grade), None)
+            if first is None:
+                raise NotEnoughDataError(
+                    f"no {'right' if grade else 'wrong'} base trace in {len(texts)} candidates",
+                    f"{name}, problem {some.id}",
+                    "raise n_candidates, or train the reasoner longer",
+                )
+            found[setting].append(first)
+    return found
+
+
+class Resampler:
+    """Samples what follows the prefixes of base traces.
+
+    Args:
+        reasoner: who reasons.
+        seed: of the recipe.
+        place: reasoner and setting, parts of the streams' names.
+    """
+
+    def __init__(self, reasoner: sampling.Reasoner, seed: int, *place: str) -> None:
+        self.reasoner = reasoner
+        self.name = (seed, *place)
+
+    def rests(
+        self, at: Sequence[tuple[Problem, Trace, int]], n: int, purpose: str
+    ) -> list[list[str]]:
+        """Sample `n` rests per (problem, base trace, removed sentence).
+
+        Args:
+            at: where.
+            n: how many.
+            purpose: "rollouts", "truth" or "forced", a part of the streams' names.
+        """
+        is_forced = purpose == "forced"
+        length = MAX_ANSWER_TOKENS if is_forced else sampling.MAX_NEW_TOKENS
+        prompts = []
+        for some, trace, index in at:
+            prefix = " ".join(sentence.text for sentence in trace.sentences[:index])
+            prompts.append(some.prompt + prefix + (FORCED_ANSWER if is_forced else ""))
+        streams = [
+            sampling.uniforms(n, length, *self.name, some.id, index, purpose)
+            for some, _, index in at
+        ]
+        return self.reasoner.complete(prompts, streams, stop="}" if is_forced else None)
+
+
+class _Build:
+    """One build in progress; what several steps need is made once."""
+
+    def __init__(self, folder: Path, recipe: Recipe, device: torch.device) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.device = device
+        self._traces: dict[str, dict[str, list[Trace]]] = {}
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        return choose_problems(self.recipe.n_problems, self.recipe.seed)
+
+    @cached_property
+    def examples(self) -> Any:
+        return training_examples(self.recipe.training.n_traces, self.recipe.seed)
+
+    def train(self, name: str) -> None:
+        def write(folder: Path) -> None:
+            from tokenizers import Tokenizer
+
+            train_tokenizer(folder, self.recipe.seed)
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            # Two names are two models, whatever their shapes.
+            seed = seeded(self.recipe.seed, name).getrandbits(32)
+            train_reasoner(
+                folder,
+                self.recipe.reasoners[name],
+                self.recipe.training,
+                tokenizer,
+                self.examples,
+                seed,
+                self.device,
+            )
+
+        self._step(name, write)
+
+    def check_gates(self, name: str) -> None:
+        def write(path: Path) -> None:
+            rng, n = seeded(self.recipe.seed, "gates"), self.recipe.n_gate
+            asked = [problem(rng.randrange(N_TASKS)) for _ in range(n)]
+            rows = sampling.uniforms(n, sampling.MAX_NEW_TOKENS, self.recipe.seed, name, "gates")
+            texts = self._reasoner(name).complete(
+                [some.prompt for some in asked], [row[None] for row in rows]
+            )
+            measured = measure_gates(asked, [text for (text,) in texts])
+            _write_json(path, measured)
+
+        self._step(f"{name}/{GATES}", write)
+        measured = json.loads((self.folder / name / GATES).read_text(encoding="utf-8"))
+        if faults := failed_gates(measured):
+            raise NotEnoughDataError(
+                f"the reasoner has not learned enough: {'; '.join(faults)}",
+                str(self.folder / name),
+                "train longer (n_steps), and build in a new folder",
+            )
+
+    def sample(self, name: str) -> None:
+        def write(path: Path) -> None:
+            write_records(path, self._records(name))
+
+        self._step(f"{name}/{ROLLOUTS}", write)
+
+    def measure_truth(self, name: str) -> None:
+        def write(path: Path) -> None:
+            _write_json(path, list(self._truths(name)))
+
+        self._step(f"{name}/{TRUTH}", write)
+
+    def _records(self, name: str) -> Iterator[Record]:
+        for setting in SETTINGS:
+            resampler, at = self._places(name, setting, len(self.problems))
+            rests = iter(resampler.rests(at, self.recipe.n_rollouts, "rollouts"))
+            answers = iter(resampler.rests(at, self.recipe.n_forced, "forced"))
+            for some, trace in zip(self.problems, self._base(name)[setting], strict=True):
+                reasoned = Reasoned(some, trace, [], [])
+                for _ in trace.sentences:
+                    reasoned.rollouts.append([read_continuation(some, t) for t in next(rests)])
+                    reasoned.forced.append([read_answer(some, text) for text in next(answers)])
+                yield Record(setting, reasoned, measures(reasoned))
+
+    def _truths(self, name: str) -> Iterator[dict[str, Any]]:
+        n = self.recipe.n_truth_problems
+        for setting in SETTINGS:
+            resampler, at = self._places(name, setting, n)
+            rests = iter(resampler.rests(at, self.recipe.n_truth, "truth"))
+            for some, trace in zip(self.problems[:n], self._base(name)[setting], strict=False):
+                banks = [
+                    [read_continuation(some, text) for text in next(rests)]
+                    for _ in trace.sentences
+                ]
+                yield {
+                    "setting": setting,
+                    "problem_id": some.id,
+                    "n_rollouts": self.recipe.n_truth,
+                    "measures": measures(Reasoned(some, trace, banks, [])),
+                }
+
+    def _places(
+        self, name: str, setting: str, n_problems: int
+    ) -> tuple[Resampler, list[tuple[Problem, Trace, int]]]:
+        traces = self._base(name)[setting]
+        at = [
+            (some, trace, index)
+            for some, trace in list(zip(self.problems, traces, strict=True))[:n_problems]
+            for index in range(len(trace.sentences))
+        ]
+        return Resampler(self._reasoner(name), self.recipe.seed, name, setting), at
+
+    def _base(self, name: str) -> dict[str, list[Trace]]:
+        if name not in self._traces:
+            self._traces[name] = base_traces(
+                self._reasoner(name), self.recipe, name, self.problems
+            )
+        return self._traces[name]
+
+    def _reasoner(self, name: str) -> sampling.Reasoner:
+        return sampling.Reasoner(self.folder / name, self.device)
+
+    def _step(self, name: str, write: Callable[[Path], None]) -> None:
+        target = self.folder / name
+        if target.exists():
+            return
+        _log.info("%s ...", name)
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix=".building-", dir=self.folder) as temporary:
+            made = Path(temporary) / target.name
+            write(made)
+            shutil.move(made, target)
+        record = {
+            "step": name,
+            "seconds": round(time.monotonic() - began, 1),
+            "device": _device_name(self.device),
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        }
+        with (self.folder / STEPS).open("a", encoding="utf-8") as steps:
+            steps.write(json.dumps(record) + "\n")
+        _log.info("%s: %.0f s", name, record["seconds"])
+
+
+def _same_recipe(folder: Path, recipe: Recipe) -> None:
+    path, wanted = folder / RECIPE, json.dumps(asdict(recipe), indent=2)
+    if not path.exists():
+        if next(folder.iterdir(), None) is not None:
+            raise ConfigError("the folder is not empty", str(folder), "name a new folder")
+        path.write_text(wanted, encoding="utf-8")
+    elif path.read_text(encoding="utf-8") != wanted:
+        raise ConfigError("the folder holds another build", str(path), "name a new folder")
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,168 @@
+"""A trained reasoner -> texts, the same on every device.
+
+A draw is the first token whose cumulative probability exceeds a uniform number. The numbers come
+from a named stream, not from a device, and the network is computed in double precision
+(`network`): two devices then disagree about a cumulative probability by about 1e-13, and so about
+a token once in 1e13 draws or so. In single precision it would be once in some million, and one
+token changes all that follow.
+
+Invariant: a text depends on weights, prompt, temperature and stream alone, not on what is sampled
+beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Tokenizer
+
+from taprobe_core.demo.network import Memory, Network
+from taprobe_core.demo.tokenizer import BOS, EOS
+
+TEMPERATURE = 1.0
+"""Logits are divided by this; nothing is cut off (top p is 1)."""
+
+MAX_NEW_TOKENS = 448
+"""A text that has not ended by then breaks off; the policy's longest takes about 400."""
+
+_DROPPED_SHARE = 0.2
+_WORDS = 53
+
+
+def uniforms(n: int, length: int, *name: str | int) -> npt.NDArray[np.float64]:
+    """Return the first `n` rows of the stream called `name`.
+
+    Args:
+        n: rows; a smaller n gives the first rows of a larger one.
+        length: numbers in a row.
+        name: any parts.
+
+    Returns:
+        [n, length] in [0, 1), multiples of 2**-53.
+    """
+    digest = hashlib.sha256("/".join(map(str, name)).encode()).digest()
+    # Raw words: their stream is fixed for good, which that of higher-level draws is not.
+    words = np.random.PCG64(int.from_bytes(digest, "big")).random_raw(n * length)
+    return ((words >> np.uint64(64 - _WORDS)) * 2.0**-_WORDS).reshape(n, length)
+
+
+class Reasoner:
+    """A trained reasoner that samples in double precision.
+
+    Args:
+        folder: weights and tokenizer.
+        device: where to compute; it must know float64.
+        batch_size: texts that are sampled together; what is sampled does not depend on it.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, batch_size: int = 2048) -> None:
+        self.network = Network(folder, device)
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.device = device
+        self.batch_size = batch_size
+
+    @torch.inference_mode()
+    def complete(
+        self,
+        prompts: Sequence[str],
+        streams: Sequence[npt.NDArray[np.float64]],
+        stop: str | None = None,
+    ) -> list[list[str]]:
+        """Sample texts after each prompt.
+
+        Args:
+            prompts: texts without BOS, which is put before each.
+            streams: per prompt, [n_texts, n_tokens] in [0, 1): one number decides one token; all
+                have the same n_tokens.
+            stop: a text ends with the first token that contains this, as it does with EOS.
+
+        Returns:
+            Per prompt, its n_texts texts, without EOS. A text that used up its numbers breaks off.
+        """
+        bos, ends = self.tokenizer.token_to_id(BOS), self._ends(stop)
+        ids = [[bos, *encoded.ids] for encoded in self.tokenizer.encode_batch_fast(list(prompts))]
+        texts: list[list[str]] = [[""] * len(stream) for stream in streams]
+        for batch in self._batches(ids, streams):
+            numbers = torch.from_numpy(np.stack([streams[p][row] for p, row in batch]))
+            # Texts of one prompt share what the network has read; else each has its own.
+            is_shared = len({p for p, _ in batch}) == 1
+            read = [ids[p] for p, _ in (batch[:1] if is_shared else batch)]
+            memory, logits = self.network.read(torch.tensor(read, device=self.device))
+            if is_shared:
+                memory, logits = memory.shared_by(len(batch)), logits.expand(len(batch), -1)
+            drawn = self._sample(memory, logits, numbers.to(self.device), ends)
+            for (p, row), tokens in zip(batch, drawn, strict=True):
+                texts[p][row] = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return texts
+
+    def _batches(
+        self, ids: Sequence[list[int]], streams: Sequence[npt.NDArray[np.float64]]
+    ) -> list[list[tuple[int, int]]]:
+        """Group (prompt, row): rows of one prompt, or single rows of prompts of one length."""
+        groups: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+        for p, stream in enumerate(streams):
+            key = ("length", len(ids[p])) if len(stream) == 1 else ("prompt", p)
+            groups[key] += [(p, row) for row in range(len(stream))]
+        size = self.batch_size
+        return [
+            group[i : i + size] for group in groups.values() for i in range(0, len(group), size)
+        ]
+
+    def _sample(
+        self, memory: Memory, logits: torch.Tensor, numbers: torch.Tensor, ends: torch.Tensor
+    ) -> list[list[int]]:
+        drawn = torch.full(numbers.shape, -1, dtype=torch.int64, device=self.device)
+        alive = torch.arange(len(numbers), device=self.device)
+        ended = torch.zeros_like(alive, dtype=torch.bool)
+        for step in range(numbers.shape[1]):
+            tokens = draw(logits / TEMPERATURE, numbers[alive, step])
+            drawn[alive, step] = tokens
+            ended |= ends[tokens]
+            n_ended = int(ended.sum())
+            if n_ended == len(ended):
+                break
+            if n_ended > _DROPPED_SHARE * len(ended):
+                kept = (~ended).nonzero().squeeze(1)
+                alive, tokens, ended = alive[kept], tokens[kept], ended[kept]
+                memory = memory.select(kept)
+            logits = self.network.step(tokens, memory)
+        is_end = ends.tolist()
+        return [_until_end(tokens, is_end) for tokens in drawn.tolist()]
+
+    def _ends(self, stop: str | None) -> torch.Tensor:
+        """Return [vocabulary] bool: the tokens that end a text."""
+        eos = self.tokenizer.token_to_id(EOS)
+        found = [
+            index == eos or (stop is not None and stop in self.tokenizer.decode([index]))
+            for index in range(self.network.n_tokens)
+        ]
+        return torch.tensor(found, device=self.device)
+
+
+def _until_end(tokens: list[int], is_end: Sequence[bool]) -> list[int]:
+    for length, token in enumerate(tokens):
+        if token < 0 or is_end[token]:
+            return tokens[: length + 1] if token >= 0 else tokens[:length]
+    return tokens
+
+
+def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Return the first index whose cumulative probability exceeds a number.
+
+    Args:
+        logits: [row, vocabulary] float64.
+        numbers: [row] float64 in [0, 1).
+
+    Returns:
+        [row] int64.
+    """
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+    found = torch.searchsorted(cumulative, numbers[:, None], right=True).squeeze(1)
+    # The last sum may round to less than 1, and a number may lie above it.
+    return found.clamp(max=logits.shape[1] - 1)

@@ -1,0 +1,248 @@
+"""The policy's traces -> a small trained reasoner in a standard `from_pretrained` folder.
+
+A plain next-token loss on completions only. Half of the examples have their first sentences joined
+by one blank, as the prompts of rollouts join them, and in a tenth an answer is forced after some
+sentence, so that nothing that is sampled later is foreign to the model. What does not belong here:
+sampling from the model, and judging it (`gates`).
+
+Invariant: on one machine and library version, the weights depend on the arguments alone; another
+device rounds otherwise, so what is shipped are the weights, not a promise to reach them again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from taprobe_core.demo.policy import drawn_answers, drawn_trace
+from taprobe_core.demo.task import N_TASKS, problem
+from taprobe_core.demo.tokenizer import BOS, EOS, MAX_LENGTH
+from taprobe_core.demo.trace import FORCED_ANSWER, seeded
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+FLATTENED, FORCED = 0.5, 0.1
+"""Shares of examples with a flattened beginning, and with a forced answer."""
+
+_IGNORED = -100
+_REPORT_EVERY = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The shape of a reasoner.
+
+    Attributes:
+        family: the library's architecture.
+        n_layers: blocks.
+        d_model: width of the residual stream.
+        n_heads: query heads.
+        n_kv_heads: key-value heads.
+    """
+
+    family: Literal["qwen2", "llama"]
+    n_layers: int = 4
+    d_model: int = 128
+    n_heads: int = 4
+    n_kv_heads: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How long and how fast a reasoner is trained.
+
+    Attributes:
+        n_traces: distinct examples; each is seen about n_steps * batch_size / n_traces times.
+        n_steps: optimizer steps.
+        batch_size: examples a step.
+        learning_rate: peak, reached after `n_warmup` steps; falls to a hundredth by a cosine.
+        n_warmup: steps of linear rise.
+        weight_decay: of AdamW.
+    """
+
+    n_traces: int = 100_000
+    n_steps: int = 6000
+    batch_size: int = 192
+    learning_rate: float = 2e-3
+    n_warmup: int = 200
+    weight_decay: float = 0.01
+
+
+class Example(NamedTuple):
+    """A text to learn from; the loss is on the completion alone."""
+
+    prompt: str
+    completion: str
+
+
+def training_examples(n_traces: int, seed: int) -> list[Example]:
+    """Draw traces of the policy on problems of all kinds.
+
+    Args:
+        n_traces: how many.
+        seed: of the draw.
+    """
+    rng = seeded(seed, "training")
+    return [_example(rng) for _ in range(n_traces)]
+
+
+def train_reasoner(
+    folder: Path,
+    architecture: Architecture,
+    training: Training,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    seed: int,
+    device: torch.device,
+) -> float:
+    """Train a reasoner and write `config.json` and `model.safetensors` (float16).
+
+    Args:
+        folder: where the two files go; created if absent.
+        architecture: its shape.
+        training: its schedule.
+        tokenizer: the demo's tokenizer.
+        examples: what it reads.
+        seed: of initial weights and order.
+        device: where to compute: in float32, with TF32 products where the device has them.
+
+    Returns:
+        Mean loss of the last hundred steps, in nats a token.
+    """
+    import torch
+
+    began = time.monotonic()
+    ids, starts = _tokenized(examples, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = new_reasoner(architecture, tokenizer.get_vocab_size()).to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), weight_decay=training.weight_decay, betas=(0.9, 0.98), fused=True
+    )
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    losses = []
+    batches = _batches(len(ids), training, seed)
+    for step, rows in enumerate(islice(batches, training.n_steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, training)
+        loss = _loss(model, ids[rows], starts[rows], device)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+        if (step + 1) % _REPORT_EVERY == 0:
+            recent = float(torch.stack(losses[-100:]).mean())
+            seconds = time.monotonic() - began
+            _log.info("step %d: loss %.4f, %.0f s", step + 1, recent, seconds)
+    torch.set_float32_matmul_precision(precision)
+    model.half().save_pretrained(folder)
+    return float(torch.stack(losses[-100:]).mean())
+
+
+def new_reasoner(architecture: Architecture, vocab_size: int) -> Any:
+    """Return an untrained causal language model, drawn from torch's default generator.
+
+    Args:
+        architecture: its shape.
+        vocab_size: rows of the tied embedding.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+    family = {"qwen2": Qwen2Config, "llama": LlamaConfig}[architecture.family]
+    return AutoModelForCausalLM.from_config(
+        family(
+            vocab_size=vocab_size,
+            hidden_size=architecture.d_model,
+            intermediate_size=3 * architecture.d_model,
+            num_hidden_layers=architecture.n_layers,
+            num_attention_heads=architecture.n_heads,
+            num_key_value_heads=architecture.n_kv_heads,
+            max_position_embeddings=MAX_LENGTH,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+    )
+
+
+def learning_rate(step: int, training: Training) -> float:
+    """Return the learning rate of a step: a linear rise, then half a cosine down to a hundredth."""
+    if step < training.n_warmup:
+        return training.learning_rate * (step + 1) / training.n_warmup
+    done = (step - training.n_warmup) / max(1, training.n_steps - training.n_warmup)
+    return training.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def _batches(n: int, training: Training, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the rows of each step; every example once before any comes again."""
+    rng, size = np.random.default_rng(seed), training.batch_size
+    while True:
+        order = rng.permutation(n)
+        yield from (order[i : i + size] for i in range(0, n - size + 1, size))
+
+
+def _loss(
+    model: Any,
+    ids: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    device: torch.device,
+) -> torch.Tensor:
+    import torch
+
+    length = int((ids != _IGNORED).sum(axis=1).max())
+    batch = torch.from_numpy(ids[:, :length]).to(device, torch.int64)
+    place = torch.arange(length, device=device)
+    prompt = place < torch.from_numpy(starts).to(device)[:, None]
+    # Padding stands behind every token that counts, and attention is causal: no mask is needed.
+    logits = model(input_ids=batch.clamp(min=0), use_cache=False).logits
+    targets = batch.masked_fill(prompt, _IGNORED)[:, 1:]
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=_IGNORED
+    )
+
+
+def _tokenized(
+    examples: Sequence[Example], tokenizer: Tokenizer
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return token ids [example, length], padded with `_IGNORED`, and where completions begin."""
+    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    prompts = tokenizer.encode_batch_fast([example.prompt for example in examples])
+    completions = tokenizer.encode_batch_fast([example.completion for example in examples])
+    rows = [
+        [bos, *prompt.ids, *completion.ids, eos]
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    ids = np.full((len(rows), max(map(len, rows))), _IGNORED, dtype=np.int64)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return ids, np.array([1 + len(prompt.ids) for prompt in prompts])
+
+
+def _example(rng: random.Random) -> Example:
+    asked = problem(rng.randrange(N_TASKS))
+    trace = drawn_trace(asked, rng)
+    texts = [sentence.text for sentence in trace.sentences]
+    if rng.random() < FORCED:
+        prefix = texts[: rng.randrange(len(texts))]
+        (answer,) = drawn_answers(asked, prefix, 1, rng)
+        return Example(asked.prompt + " ".join(prefix) + FORCED_ANSWER, answer.text)
+    n_flat = rng.randrange(1, len(texts)) if rng.random() < FLATTENED else 1
+    later = "".join(sentence.separator + sentence.text for sentence in trace.sentences[n_flat:])
+    return Example(asked.prompt, " ".join(texts[:n_flat]) + later + trace.ending)
