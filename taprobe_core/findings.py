@@ -124,11 +124,16 @@ def _finding(setting: str, model: str, rows: Sequence[Mapping[str, Any]]) -> Fin
     metric = METRIC_LABELS.get(first["metric"], first["metric"])
     verdicts = [verdict_of(row) for row in rows]
     reached = "undefined" if first["value"] is None else f"{first['value']:.3f}"
-    chance = "" if first["chance"] is None else f" (chance {first['chance']:.3f})"
+    levels = [
+        f"{name} {first[name]:.3f}" for name in ("chance", "oracle") if first[name] is not None
+    ]
+    between = f" ({', '.join(levels)})" if levels else ""
     opening = (
         f"The activation probe that validation chose, fold by fold, out of {first['n_candidates']} "
-        f"candidates reaches {metric} {reached}{chance} under {first['protocol']}."
+        f"candidates reaches {metric} {reached}{between} under {first['protocol']}."
     )
+    if first["true_value"] is not None:
+        opening += f" Against the true anchors the same scores reach {first['true_value']:.3f}."
     clauses = [
         f"{_VERBS[verdict_of(row)]} {row['baseline']} ({interval_text(row)})" for row in rows
     ]

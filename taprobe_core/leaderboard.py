@@ -28,6 +28,10 @@ _BLOCK = ["setting", "protocol"]
 _CAPTION = (
     "Ranked on test, where the best of many tries is optimistic; 95 % intervals over problems."
 )
+TRUTH_LEVELS = {"oracle_pr_auc": "oracle", "true_pr_auc": "on truth"}
+"""Columns that exist where the true importance is known, and how they are headed: what the true
+importance itself reaches on the labels, and what the recipe reaches against the true anchors."""
+
 _DELTA = ["delta", "delta_low", "delta_high", "p_sign_flip", "interval_note"]
 
 
@@ -103,7 +107,9 @@ def _block_table(block: pl.DataFrame, top: int) -> Table:
     table.add_column("#", justify="right")
     table.add_column("model@layer", no_wrap=True)
     table.add_column("recipe", no_wrap=True)
-    for heading in (str(head["metric"]), "chance", *(f"minus {name}" for name in names)):
+    levels = [name for name in TRUTH_LEVELS if name in block.columns]
+    headings = [str(head["metric"]), "chance", *(TRUTH_LEVELS[name] for name in levels)]
+    for heading in (*headings, *(f"minus {name}" for name in names)):
         table.add_column(heading, justify="right")
     shown = block.with_row_index("row").filter((pl.col("row") < top) | pl.col("layer").is_null())
     for row in shown.iter_rows(named=True):
@@ -112,7 +118,7 @@ def _block_table(block: pl.DataFrame, top: int) -> Table:
             row["rank"],
             row["model"] if layer is None else str(Site(row["model"], layer)),
             row["recipe"],
-            *(_number(row[name]) for name in ("value", "chance")),
+            *(_number(row[name]) for name in ("value", "chance", *levels)),
             *(_delta(row, name) for name in names),
         ]
         table.add_row(*(Text("–" if cell is None else str(cell)) for cell in cells))

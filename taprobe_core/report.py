@@ -29,7 +29,7 @@ from taprobe_core.findings import (
     headline_rows,
     main_protocol,
 )
-from taprobe_core.leaderboard import baselines_of
+from taprobe_core.leaderboard import TRUTH_LEVELS, baselines_of
 from taprobe_core.selection import ANY_ACTIVATION_PROBE
 
 TOP = 10
@@ -50,7 +50,8 @@ class Example:
         recipe: whose scores stand beside the labels, with its layer.
         problem: the problem's text.
         sentences: sentence_idx, sentence, importance_signed, importance_abs, importance_se,
-            is_anchor, label_status, score (null where the sentence was not scored).
+            is_anchor, label_status, true_importance (null where the truth is not known), score
+            (null where the sentence was not scored).
     """
 
     title: str
@@ -122,6 +123,7 @@ def render_report(data: ReportData) -> str:
             headline_figure=_headline_figure(data.selected, metric),
             boards=_boards(board, protocol),
             baselines=baselines_of(board),
+            truth_levels={k: v for k, v in TRUTH_LEVELS.items() if k in board.columns},
             layer_figures=_layer_figures(main_board, metric),
             comparisons=_comparisons(data.selected, protocol),
             plan_blocks=_plan_blocks(data.plans, board, protocol),
@@ -291,16 +293,20 @@ def _plan_blocks(
 
 
 def _shaded(sentences: pl.DataFrame) -> list[dict[str, Any]]:
-    """Rows of the example with shades 0-8: importance by root of its share, score by rank."""
-    largest = pl.col("importance_abs").max()
-    share = pl.when(largest > 0).then((pl.col("importance_abs") / largest).sqrt()).otherwise(0.0)
+    """Rows of the example with shades 0-8: importances by root of their share, score by rank."""
     rank = pl.col("score").rank("average") / pl.col("score").count()
     return (
         sentences.sort("sentence_idx")
         .with_columns(
-            (share * _N_SHADES).round().cast(pl.Int64).alias("importance_shade"),
+            _share_shade(pl.col("importance_abs")).alias("importance_shade"),
+            _share_shade(pl.col("true_importance").abs()).alias("true_shade"),
             (rank.pow(3) * _N_SHADES).round().cast(pl.Int64).fill_null(0).alias("score_shade"),
         )
         .head(MAX_SENTENCES)
         .to_dicts()
     )
+
+
+def _share_shade(importance: pl.Expr) -> pl.Expr:
+    share = pl.when(importance.max() > 0).then((importance / importance.max()).sqrt())
+    return (share.otherwise(0.0) * _N_SHADES).round().cast(pl.Int64).fill_null(0)

@@ -10,7 +10,7 @@ test problems of another; a choice uses scores of its own fold only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import polars as pl
@@ -73,7 +73,8 @@ def select_on_validation(
         One row per setting × model × protocol × recipe × baseline: the chosen candidates' test
         mean `value` beside `chance`, `chosen` (`recipe@Lnn`, distinct), `n_candidates`, and the
         paired comparison with the baseline. Where the truth is known, `oracle` is what the true
-        importance itself reaches and `true_value` the choice's PR-AUC against the true anchors. A baseline that reads activations is chosen likewise.
+        importance itself reaches and `true_value` the choice's PR-AUC against the true anchors. A
+        baseline that reads activations is chosen likewise.
         Empty when no recipe reads activations.
     """
     reading = {recipe.name for recipe in recipes if recipe.reads_activations}
@@ -83,7 +84,7 @@ def select_on_validation(
     metric = str(cells[0][2].metrics["primary_metric"][0])
     units = _units(cells, metric)
     test = units.filter(pl.col("split") == "test")
-    picked = _choose(units.filter(pl.col("candidate").is_in(names))).join(test, on=_CHOICE)
+    picked = _picked(units, names)
     rows = []
     for key, own in picked.group_by(*_PLACE, "recipe", maintain_order=True):
         place = dict(zip([*_PLACE, "recipe"], key, strict=True))
@@ -92,6 +93,27 @@ def select_on_validation(
                 other = _baseline(baseline, picked if baseline in names else test, place)
                 rows.append(_row(place, own, other, baseline, metric, evaluation))
     return pl.DataFrame(rows, _SCHEMA, strict=False).sort(*_PLACE, "recipe", "baseline")
+
+
+def chosen_values(cells: Sequence[Cell], *, recipes: Sequence[ProbeRecipe]) -> pl.DataFrame:
+    """Return what `select_on_validation` averages: the choice's metric on each test problem.
+
+    Args:
+        cells: evaluations of the study, one at least.
+        recipes: the study's recipes, one at least that reads activations.
+
+    Returns:
+        setting, model, protocol, recipe, fold, candidate, layer, n_candidates, problem_id, value
+        (seeds averaged), n_sentences, n_anchors, true_pr_auc and oracle_pr_auc if there are.
+    """
+    metric = str(cells[0][2].metrics["primary_metric"][0])
+    names = {recipe.name for recipe in recipes if recipe.reads_activations}
+    return _picked(_units(cells, metric), names).drop("split")
+
+
+def _picked(units: pl.DataFrame, names: Collection[str]) -> pl.DataFrame:
+    test = units.filter(pl.col("split") == "test")
+    return _choose(units.filter(pl.col("candidate").is_in(names))).join(test, on=_CHOICE)
 
 
 def _units(cells: Sequence[Cell], metric: str) -> pl.DataFrame:

@@ -22,7 +22,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SMALL = """
 name: small
 rollouts:
-  source: {kind: demo, n_problems: 6, n_rollouts: 12}
+  source: {kind: policy, n_problems: 6, n_rollouts: 12}
 models:
   tiny:
     rollouts_dir: tiny

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.markup import escape
 
-from taprobe_core.cli.app import app, out, show_progress
+from taprobe_core.cli.app import EXIT_UNSOUND, app, err, out, show_progress
 from taprobe_core.demo import BUNDLE
-from taprobe_core.errors import ConfigError
+from taprobe_core.errors import ConfigError, CorruptArtifactError
 
 
 @app.command(name="demo-build")
 def demo_build(
     folder: Annotated[
         Path | None,
-        typer.Argument(help="Where to build, or what to check; checks what is bundled if left out."),
+        typer.Argument(help="Where to build, or what to check (default: what is bundled)."),
     ] = None,
     check: Annotated[
         bool,
@@ -27,7 +28,7 @@ def demo_build(
     ] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is built.")] = 0,
 ) -> None:
-    """Train the demo's reasoners and sample their rollouts: minutes on a GPU, a day on two cores."""
+    """Train the demo's reasoners and sample their rollouts: minutes on a GPU, a day on 2 cores."""
     # Deferred: the other verbs should not pay for torch.
     import torch
 
@@ -36,8 +37,12 @@ def demo_build(
 
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if check:
-        for line in check_bundle(folder or BUNDLE, torch.device(name)):
-            out.print(line)
+        try:
+            for line in check_bundle(folder or BUNDLE, torch.device(name)):
+                out.print(line)
+        except CorruptArtifactError as error:
+            err.print(f"[red]unsound[/] {escape(str(error))}")
+            raise typer.Exit(EXIT_UNSOUND) from None
         return
     if folder is None:
         raise ConfigError(

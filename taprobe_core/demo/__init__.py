@@ -14,6 +14,7 @@
     network    weights -> logits, in double precision
     sampling   logits -> texts, the same on every device
     reading    texts -> traces and continuations
+    resampling base traces, and rests of their prefixes
     build      all of this, from one seed
     bundle     what a build leaves behind, and what comes with the library
     audit      a bundle -> is it what its build made?

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,6 @@ from taprobe_core.demo.build import (
     RECIPE,
     STEPS,
     Recipe,
-    Resampler,
-    base_traces,
     recipe_of,
 )
 from taprobe_core.demo.bundle import (
@@ -34,6 +33,7 @@ from taprobe_core.demo.bundle import (
     verify_files,
 )
 from taprobe_core.demo.labelling import exact_importance, measures
+from taprobe_core.demo.resampling import Resampler, base_traces
 from taprobe_core.demo.sampling import Reasoner
 from taprobe_core.demo.settings import SETTINGS
 from taprobe_core.demo.trace import Continuation, seeded
@@ -73,7 +73,8 @@ def finish_build(folder: Path) -> dict[str, Any]:
         "figures": {name: figures(folder, name) for name in recipe["reasoners"]},
         "sha256": {
             path.relative_to(folder).as_posix(): file_sha256(path)
-            for path in sorted(folder.glob("*/*"))
+            for name in recipe["reasoners"]
+            for path in sorted((folder / name).iterdir())
         },
     }
     text = json.dumps(manifest, indent=1, sort_keys=False) + "\n"
@@ -176,7 +177,7 @@ def _outcomes(record: Record, index: int) -> npt.NDArray[np.bool_]:
 
 def _importances(banks: list[npt.NDArray[np.bool_]]) -> list[float]:
     values = []
-    for bank, following in zip(banks, banks[1:], strict=False):
+    for bank, following in pairwise(banks):
         dissimilar = bank[bank[:, 0], 1]
         has_both = len(dissimilar) and len(following)
         values.append(float(dissimilar.mean() - following[:, 1].mean()) if has_both else 0.0)
@@ -220,8 +221,8 @@ def _sample_again(
     n_texts = 0
     for record in chosen:
         problem, trace = record.reasoned.problem, record.reasoned.trace
-        bases = base_traces(reasoner, recipe, name, [problem])[record.setting]
-        if bases != [trace]:
+        bases = base_traces(reasoner, recipe.seed, name, [problem], recipe.n_candidates)
+        if bases[record.setting] != [trace]:
             raise _differs(folder, name, record, "base trace")
         index = rng.randrange(len(trace.sentences))
         resampler = Resampler(reasoner, recipe.seed, name, record.setting)

@@ -18,7 +18,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,11 +28,12 @@ from taprobe_core.demo import sampling
 from taprobe_core.demo.bundle import ROLLOUTS, TRUTH, Record, write_records
 from taprobe_core.demo.gates import failed_gates, measure_gates
 from taprobe_core.demo.labelling import measures
-from taprobe_core.demo.reading import read_answer, read_continuation, read_trace
+from taprobe_core.demo.reading import read_answer, read_continuation
+from taprobe_core.demo.resampling import Resampler, base_traces
 from taprobe_core.demo.settings import SETTINGS
 from taprobe_core.demo.task import N_TASKS, Problem, problem
 from taprobe_core.demo.tokenizer import train_tokenizer
-from taprobe_core.demo.trace import FORCED_ANSWER, Reasoned, Trace, seeded
+from taprobe_core.demo.trace import Reasoned, Trace, seeded
 from taprobe_core.demo.training import Architecture, Training, train_reasoner, training_examples
 from taprobe_core.demo.truth import choose_problems
 from taprobe_core.errors import ConfigError, NotEnoughDataError
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 RECIPE, GATES, STEPS = "recipe.json", "gates.json", "steps.jsonl"
-
-MAX_ANSWER_TOKENS = 16
-"""Tokens of a forced answer, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,78 +108,6 @@ def build_demo(folder: Path, recipe: Recipe, device: torch.device) -> None:
         build.check_gates(name)
         build.sample(name)
         build.measure_truth(name)
-
-
-def base_traces(
-    reasoner: sampling.Reasoner, recipe: Recipe, name: str, problems: Sequence[Problem]
-) -> dict[str, list[Trace]]:
-    """Sample base traces: per setting, each problem's first one of its grade.
-
-    Args:
-        reasoner: who reasons.
-        recipe: seed and number of candidates.
-        name: of the reasoner, a part of the streams' names.
-        problems: the problems.
-
-    Raises:
-        NotEnoughDataError: no candidate of a grade that the policy could have said.
-    """
-    streams = [
-        sampling.uniforms(
-            recipe.n_candidates, sampling.MAX_NEW_TOKENS, recipe.seed, name, some.id, "base"
-        )
-        for some in problems
-    ]
-    candidates = reasoner.complete([some.prompt for some in problems], streams)
-    found: dict[str, list[Trace]] = {setting: [] for setting in SETTINGS}
-    for some, texts in zip(problems, candidates, strict=True):
-        traces = [trace for text in texts if (trace := read_trace(some, text))]
-        for setting, grade in SETTINGS.items():
-            first = next((trace for trace in traces if trace.is_correct == grade), None)
-            if first is None:
-                raise NotEnoughDataError(
-                    f"no {'right' if grade else 'wrong'} base trace in {len(texts)} candidates",
-                    f"{name}, problem {some.id}",
-                    "raise n_candidates, or train the reasoner longer",
-                )
-            found[setting].append(first)
-    return found
-
-
-class Resampler:
-    """Samples what follows the prefixes of base traces.
-
-    Args:
-        reasoner: who reasons.
-        seed: of the recipe.
-        place: reasoner and setting, parts of the streams' names.
-    """
-
-    def __init__(self, reasoner: sampling.Reasoner, seed: int, *place: str) -> None:
-        self.reasoner = reasoner
-        self.name = (seed, *place)
-
-    def rests(
-        self, at: Sequence[tuple[Problem, Trace, int]], n: int, purpose: str
-    ) -> list[list[str]]:
-        """Sample `n` rests per (problem, base trace, removed sentence).
-
-        Args:
-            at: where.
-            n: how many.
-            purpose: "rollouts", "truth" or "forced", a part of the streams' names.
-        """
-        is_forced = purpose == "forced"
-        length = MAX_ANSWER_TOKENS if is_forced else sampling.MAX_NEW_TOKENS
-        prompts = []
-        for some, trace, index in at:
-            prefix = " ".join(sentence.text for sentence in trace.sentences[:index])
-            prompts.append(some.prompt + prefix + (FORCED_ANSWER if is_forced else ""))
-        streams = [
-            sampling.uniforms(n, length, *self.name, some.id, index, purpose)
-            for some, _, index in at
-        ]
-        return self.reasoner.complete(prompts, streams, stop="}" if is_forced else None)
 
 
 class _Build:
@@ -272,8 +198,7 @@ class _Build:
             rests = iter(resampler.rests(at, self.recipe.n_truth, "truth"))
             for some, trace in zip(self.problems[:n], self._base(name)[setting], strict=False):
                 banks = [
-                    [read_continuation(some, text) for text in next(rests)]
-                    for _ in trace.sentences
+                    [read_continuation(some, text) for text in next(rests)] for _ in trace.sentences
                 ]
                 yield {
                     "setting": setting,
@@ -296,7 +221,11 @@ class _Build:
     def _base(self, name: str) -> dict[str, list[Trace]]:
         if name not in self._traces:
             self._traces[name] = base_traces(
-                self._reasoner(name), self.recipe, name, self.problems
+                self._reasoner(name),
+                self.recipe.seed,
+                name,
+                self.problems,
+                self.recipe.n_candidates,
             )
         return self._traces[name]
 

@@ -11,6 +11,8 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from taprobe_core.demo.policy import drawn_trace
 from taprobe_core.demo.reading import THINK_END, boxed, read_trace, split_sentences
 from taprobe_core.demo.rules import RIGHT_PLAN
@@ -87,9 +89,13 @@ def measure_gates(problems: Sequence[Problem], solutions: Sequence[str]) -> dict
     n = len(solutions)
     return {
         "format_valid": sum(map(is_valid_format, solutions)) / n,
-        "possible": sum(read_trace(*pair) is not None for pair in zip(problems, solutions)) / n,
+        "possible": sum(
+            read_trace(*pair) is not None for pair in zip(problems, solutions, strict=True)
+        )
+        / n,
         **{f"plan_odds_{verb}": share for verb, share in odds.items()},
-        "plan_odds_error": max(abs(odds[verb] - RIGHT_PLAN[verb]) for verb in VERBS),
+        # Unlike `max`, this is NaN wherever one of them is.
+        "plan_odds_error": float(np.max([abs(odds[verb] - RIGHT_PLAN[verb]) for verb in VERBS])),
         "arithmetic": arithmetic,
         "arithmetic_ratio": arithmetic / _share_right(policys),
     }

@@ -151,17 +151,10 @@ class Network:
             q = q.squeeze(3)  # [text, kv head, query head of it, d_head]
             keys, values = own[:, :, :, :end]
             # One product for all texts: [kv head, text * query head, position].
-            together = q.permute(1, 0, 2, 3).flatten(1, 2)
-            scores = torch.cat(
-                [
-                    (together @ shared[0].mT).unflatten(1, (len(q), -1)).permute(1, 0, 2, 3),
-                    q @ keys.mT,
-                ],
-                dim=3,
-            )
-            shares = (scores / self.d_head**0.5).softmax(dim=3)
-            common = shares[..., :n_shared].permute(1, 0, 2, 3).flatten(1, 2) @ shared[1]
-            read = common.unflatten(1, (len(q), -1)).permute(1, 0, 2, 3)
+            common = _by_head(_by_text(q) @ shared[0].mT, len(q))
+            scores = torch.cat([common, q @ keys.mT], dim=3) / self.d_head**0.5
+            shares = scores.softmax(dim=3)
+            read = _by_head(_by_text(shares[..., :n_shared]) @ shared[1], len(q))
             read = read + shares[..., n_shared:] @ values
             x = self._finish(block, x, read.flatten(1)[:, None])
         memory.n_own = end
@@ -176,12 +169,12 @@ class Network:
         """
         n_q, n_kv = self.n_heads, self.n_kv_heads
         qkv = linear(self._normed(x, block.norm), block.qkv, block.qkv_bias)
-        heads = qkv.unflatten(2, (-1, self.d_head)).transpose(1, 2)
+        heads = qkv.view(*qkv.shape[:2], -1, self.d_head).transpose(1, 2)
         angles = positions[:, None] * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         first, second = heads[:, : n_q + n_kv].chunk(2, dim=3)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=3)
-        q = turned[:, :n_q].unflatten(1, (n_kv, -1))
+        q = turned[:, :n_q].reshape(len(x), n_kv, -1, *turned.shape[2:])
         return q, turned[:, n_q:], heads[:, n_q + n_kv :]
 
     def _finish(self, block: _Block, x: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
@@ -194,6 +187,17 @@ class Network:
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         return linear(self._normed(x, self.norm), self.embedding)
+
+
+def _by_text(per_text: torch.Tensor) -> torch.Tensor:
+    """[text, kv head, query head of it, ...] -> [kv head, text * query head of it, ...]."""
+    return per_text.transpose(0, 1).flatten(1, 2)
+
+
+def _by_head(per_head: torch.Tensor, n_texts: int) -> torch.Tensor:
+    """Undo `_by_text`."""
+    n_kv, rows, width = per_head.shape
+    return per_head.view(n_kv, n_texts, rows // n_texts, width).transpose(0, 1)
 
 
 def _block(weights: dict[str, torch.Tensor], index: int) -> _Block:

@@ -17,7 +17,7 @@ from taprobe_core.errors import DataError
 THINK_END = "\n</think>"
 
 _SENTENCE = re.compile(r"(\s*)(\S.*?[.?!])(?=\s|\Z)", re.DOTALL)
-_BOXED = re.compile(r"\\boxed\{([^{}]+)\}")
+_BOXED = re.compile(r"\\boxed\{\s*([^{}\s][^{}]*)\}")
 
 
 def split_sentences(thinking: str) -> tuple[list[str], list[str], str]:

@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer
 
 from taprobe_core.demo.network import Memory, Network
-from taprobe_core.demo.tokenizer import BOS, EOS
+from taprobe_core.demo.tokenizer import BOS, EOS, token_id
 
 TEMPERATURE = 1.0
 """Logits are divided by this; nothing is cut off (top p is 1)."""
@@ -32,7 +32,7 @@ MAX_NEW_TOKENS = 448
 """A text that has not ended by then breaks off; the policy's longest takes about 400."""
 
 _DROPPED_SHARE = 0.2
-_WORDS = 53
+_BITS = 53
 
 
 def uniforms(n: int, length: int, *name: str | int) -> npt.NDArray[np.float64]:
@@ -49,7 +49,8 @@ def uniforms(n: int, length: int, *name: str | int) -> npt.NDArray[np.float64]:
     digest = hashlib.sha256("/".join(map(str, name)).encode()).digest()
     # Raw words: their stream is fixed for good, which that of higher-level draws is not.
     words = np.random.PCG64(int.from_bytes(digest, "big")).random_raw(n * length)
-    return ((words >> np.uint64(64 - _WORDS)) * 2.0**-_WORDS).reshape(n, length)
+    numbers = (words >> np.uint64(64 - _BITS)).astype(np.float64) * 2.0**-_BITS
+    return numbers.reshape(n, length)
 
 
 class Reasoner:
@@ -85,8 +86,11 @@ class Reasoner:
         Returns:
             Per prompt, its n_texts texts, without EOS. A text that used up its numbers breaks off.
         """
-        bos, ends = self.tokenizer.token_to_id(BOS), self._ends(stop)
-        ids = [[bos, *encoded.ids] for encoded in self.tokenizer.encode_batch_fast(list(prompts))]
+        ends = self._ends(stop)
+        ids = [
+            [token_id(self.tokenizer, BOS), *encoded.ids]
+            for encoded in self.tokenizer.encode_batch_fast(list(prompts))
+        ]
         texts: list[list[str]] = [[""] * len(stream) for stream in streams]
         for batch in self._batches(ids, streams):
             numbers = torch.from_numpy(np.stack([streams[p][row] for p, row in batch]))
@@ -137,7 +141,7 @@ class Reasoner:
 
     def _ends(self, stop: str | None) -> torch.Tensor:
         """Return [vocabulary] bool: the tokens that end a text."""
-        eos = self.tokenizer.token_to_id(EOS)
+        eos = token_id(self.tokenizer, EOS)
         found = [
             index == eos or (stop is not None and stop in self.tokenizer.decode([index]))
             for index in range(self.network.n_tokens)

@@ -60,6 +60,18 @@ def train_tokenizer(folder: Path, seed: int, *, vocab_size: int = VOCAB_SIZE) ->
     _write(folder / "tokenizer_config.json", json.dumps(_config(), indent=2))
 
 
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """Return the id of a special token.
+
+    Raises:
+        KeyError: the tokenizer is not the demo's.
+    """
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise KeyError(token)
+    return int(found)
+
+
 def _texts(seed: int) -> list[str]:
     rng = seeded(seed, "tokenizer")
     drawn = [problem(rng.randrange(N_TASKS)) for _ in range(N_TRAINING_TRACES)]

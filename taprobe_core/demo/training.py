@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from taprobe_core.demo.policy import drawn_answers, drawn_trace
 from taprobe_core.demo.task import N_TASKS, problem
-from taprobe_core.demo.tokenizer import BOS, EOS, MAX_LENGTH
+from taprobe_core.demo.tokenizer import BOS, EOS, MAX_LENGTH, token_id
 from taprobe_core.demo.trace import FORCED_ANSWER, seeded
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def train_reasoner(
             group["lr"] = learning_rate(step, training)
         loss = _loss(model, ids[rows], starts[rows], device)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.detach())
@@ -165,7 +165,7 @@ def new_reasoner(architecture: Architecture, vocab_size: int) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
     family = {"qwen2": Qwen2Config, "llama": LlamaConfig}[architecture.family]
-    return AutoModelForCausalLM.from_config(
+    return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         family(
             vocab_size=vocab_size,
             hidden_size=architecture.d_model,
@@ -222,7 +222,7 @@ def _tokenized(
     examples: Sequence[Example], tokenizer: Tokenizer
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Return token ids [example, length], padded with `_IGNORED`, and where completions begin."""
-    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+    bos, eos = token_id(tokenizer, BOS), token_id(tokenizer, EOS)
     prompts = tokenizer.encode_batch_fast([example.prompt for example in examples])
     completions = tokenizer.encode_batch_fast([example.completion for example in examples])
     rows = [

@@ -62,9 +62,7 @@ def _write_problem(folder: Path, reasoned: Reasoned) -> None:
     _write_banks(folder, reasoned, reasoned.rollouts)
 
 
-def _write_banks(
-    folder: Path, reasoned: Reasoned, banks: Sequence[Sequence[Continuation]]
-) -> None:
+def _write_banks(folder: Path, reasoned: Reasoned, banks: Sequence[Sequence[Continuation]]) -> None:
     for i, bank in enumerate(banks):
         rows = _solution_rows(reasoned.texts, i, bank)
         _write_json(folder / f"chunk_{i}" / "solutions.json", rows, indent=None)

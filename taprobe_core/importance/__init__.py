@@ -10,7 +10,7 @@ from taprobe_core.importance.similarity import (
     trigram_cosine,
     trigram_masked_dissimilar,
 )
-from taprobe_core.importance.solutions import Rollout, Solutions, parse_solutions
+from taprobe_core.importance.solutions import Rollout, Solutions, parse_solutions, read_solutions
 
 __all__ = [
     "MIN_SENTENCE_CHARS",
@@ -20,6 +20,7 @@ __all__ = [
     "answer_kl",
     "parse_solutions",
     "published_measures",
+    "read_solutions",
     "trigram_cosine",
     "trigram_masked_dissimilar",
 ]

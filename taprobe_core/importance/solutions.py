@@ -1,4 +1,4 @@
-"""The text of a `chunk_<i>/solutions.json` -> rollouts.
+"""The rows of a `chunk_<i>/solutions.json` -> rollouts.
 
 Reading the file belongs to the caller; what the rollouts mean belongs in `measures`. Invariant:
 a row is either kept, counted as an error or ungraded row, or named in the error.
@@ -7,7 +7,9 @@ a row is either kept, counted as an error or ungraded row, or named in the error
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from taprobe_core.errors import DataError, SchemaError
@@ -36,15 +38,26 @@ class Solutions:
         rollouts: graded rows, in file order.
         n_errors: rows with an `error` key, left out.
         n_ungraded: rows whose `is_correct` is null, left out.
+        prefixes: number of rows by `prefix_without_chunk`; rows without that key do not count.
     """
 
     rollouts: list[Rollout]
     n_errors: int
     n_ungraded: int
+    prefixes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the file, whatever they hold."""
+        return len(self.rollouts) + self.n_errors + self.n_ungraded
+
+
+_PREFIX = "prefix_without_chunk"
+_FIX = "fetch the file again, or leave the problem out with rollouts.problem_ids"
 
 
 def parse_solutions(text: str, where: str) -> Solutions:
-    """Parse the text of a `solutions.json`; keys that the measures do not need are not read.
+    """Parse the text of a `solutions.json`; see `read_solutions`.
 
     Args:
         text: JSON list with one object per rollout.
@@ -54,16 +67,29 @@ def parse_solutions(text: str, where: str) -> Solutions:
         DataError: `text` is not a JSON list.
         SchemaError: rows lack a key or have a wrong type; lists them all.
     """
-    fix = "fetch the file again, or leave the problem out with rollouts.problem_ids"
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"rollouts are not JSON ({error})", where, fix) from error
+        raise DataError(f"rollouts are not JSON ({error})", where, _FIX) from error
+    return read_solutions(rows, where)
+
+
+def read_solutions(rows: Any, where: str) -> Solutions:
+    """Read the value of a `solutions.json`; keys that nothing here needs are not read.
+
+    Args:
+        rows: list with one object per rollout.
+        where: the file, for messages.
+
+    Raises:
+        DataError: `rows` is not a list.
+        SchemaError: rows lack a key or have a wrong type; lists them all.
+    """
     if not isinstance(rows, list):
-        raise DataError(f"rollouts are a {type(rows).__name__}, not a list", where, fix)
+        raise DataError(f"rollouts are a {type(rows).__name__}, not a list", where, _FIX)
     faults = [fault for row, value in enumerate(rows) for fault in _row_faults(row, value)]
     if faults:
-        raise SchemaError("rollouts have unreadable rows", where, fix, faults)
+        raise SchemaError("rollouts have unreadable rows", where, _FIX, faults)
     kept = [row for row in rows if "error" not in row]
     graded = [row for row in kept if row["is_correct"] is not None]
     return Solutions(
@@ -73,6 +99,7 @@ def parse_solutions(text: str, where: str) -> Solutions:
         ],
         n_errors=len(rows) - len(kept),
         n_ungraded=len(kept) - len(graded),
+        prefixes=Counter(row[_PREFIX] for row in rows if isinstance(row.get(_PREFIX), str)),
     )
 
 

@@ -24,7 +24,14 @@ from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline.world import ensure_demo_world
 from taprobe_core.rollouts import RolloutSource, content_digest, open_source
 from taprobe_core.store import Artifact, ArtifactKey, Store, fingerprint
-from taprobe_core.study import DemoSource, Model, PolicySource, ProbeRecipe, StandInCheckpoint, Study
+from taprobe_core.study import (
+    DemoSource,
+    Model,
+    PolicySource,
+    ProbeRecipe,
+    StandInCheckpoint,
+    Study,
+)
 
 CODE_VERSIONS: Mapping[str, str] = {
     "rollouts": "2",

@@ -136,8 +136,9 @@ def open_source(rollouts: Rollouts, demo_folder: Path | None = None) -> RolloutS
 def max_rollouts(rollouts: Rollouts) -> int:
     """Return the most rollouts a sentence can have: the bound for reconstructing counts."""
     source = rollouts.source
-    has_own = isinstance(source, DemoSource | PolicySource)
-    return source.n_rollouts if has_own else PUBLISHED_ROLLOUTS
+    if isinstance(source, DemoSource | PolicySource):
+        return source.n_rollouts
+    return PUBLISHED_ROLLOUTS
 
 
 def checked_path(part: str) -> str:

@@ -35,7 +35,20 @@ def labels() -> pl.DataFrame:
     names = ["problem_id", "sentence_idx", "importance_signed", "importance_abs"]
     frame = pl.DataFrame(rows, names, orient="row")
     rank = pl.col("importance_abs").rank("ordinal", descending=True).over("problem_id")
-    return frame.with_columns((rank <= 2).alias("is_anchor"))
+    return frame.with_columns(
+        (rank <= 2).alias("is_anchor"),
+        pl.lit(None, pl.Float64).alias("true_importance"),
+        pl.lit(None, pl.Boolean).alias("is_true_anchor"),
+    )
+
+
+def _with_truth(labels: pl.DataFrame) -> pl.DataFrame:
+    """The truth: half the labels' signed importance, but nothing on even sentences."""
+    is_odd = pl.col("sentence_idx") % 2 == 1
+    true = pl.when(is_odd).then(pl.col("importance_signed") / 2).otherwise(0.0)
+    frame = labels.with_columns(true.alias("true_importance"))
+    rank = pl.col("true_importance").abs().rank("ordinal", descending=True).over("problem_id")
+    return frame.with_columns((rank <= 2).alias("is_true_anchor"))
 
 
 def _fold(labels, recipe, protocol, fold, sides, noise, seed=0) -> pl.DataFrame:
@@ -221,3 +234,31 @@ def test_spearman_of_the_frame_is_the_metric_itself(labels):
     found = _row(tables.problem_metrics, recipe="linear_probe", split="test", problem_id=4)
     assert found["spearman"] == pytest.approx(expected)
     assert (found["n_sentences"], found["n_anchors"]) == (12, 2)
+
+
+def test_where_the_truth_is_known_scores_are_measured_against_it_too(labels):
+    true = _with_truth(labels)
+    tables = evaluate({0: _both(true)}, true, ONE_BASELINE, "anchor_binary")
+    scores = _both(true).filter(recipe="linear_probe", split="test")
+    joined = scores.join(true, on=["problem_id", "sentence_idx"])
+    on_truth, oracle = [], []
+    for _, group in joined.group_by("problem_id", maintain_order=True):
+        on_truth.append(pr_auc(group["is_true_anchor"], group["score"]))
+        oracle.append(pr_auc(group["is_anchor"], group["true_importance"].abs()))
+    row = _row(tables.metrics, recipe="linear_probe", split="test")
+    assert row["true_pr_auc"] == pytest.approx(np.mean(on_truth))
+    assert row["oracle_pr_auc"] == pytest.approx(np.mean(oracle))
+    assert (
+        row["oracle_pr_auc"]
+        == _row(tables.metrics, recipe="position_baseline", split="test")["oracle_pr_auc"]
+    )
+    without = evaluate({0: _both(labels)}, labels, ONE_BASELINE, "anchor_binary")
+    assert not {"true_pr_auc", "oracle_pr_auc"} & set(without.metrics.columns)
+    assert without.deltas.equals(tables.deltas)
+
+
+def test_signed_scores_are_not_measured_against_true_anchors(labels):
+    true = _with_truth(labels)
+    tables = evaluate({0: _both(true)}, true, ONE_BASELINE, "importance_signed")
+    assert tables.metrics["true_pr_auc"].null_count() == tables.metrics.height
+    assert tables.metrics["oracle_pr_auc"].null_count() == 0

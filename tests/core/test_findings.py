@@ -22,6 +22,8 @@ def _selected(
                 "metric": "pr_auc",
                 "value": 0.4,
                 "chance": 0.13,
+                "oracle": None,
+                "true_value": None,
                 "n_candidates": 12,
                 "baseline": baseline,
                 "n_problems": 12 if protocol == "lopo" else 3,
@@ -92,3 +94,11 @@ def test_undefined_values_are_written_as_such():
     text = findings(selected)[0].text
     assert "reaches PR-AUC undefined under" in text
     assert "(undefined)" in text
+
+
+def test_a_known_truth_is_told():
+    selected = _selected(("lopo", POSITION, *BEATS), ("lopo", TEXT, *BEATS))
+    known = selected.with_columns(oracle=pl.lit(0.9), true_value=pl.lit(0.62))
+    text = findings(known)[0].text
+    assert "(chance 0.130, oracle 0.900)" in text
+    assert "Against the true anchors the same scores reach 0.620." in text

@@ -173,7 +173,7 @@ def test_lineage_of_activations_reaches_the_dataset(plan: Plan) -> None:
     (spans,) = [node for node in tree.upstream if node.key.stage == "spans"]
     (rollouts,) = spans.upstream
     assert rollouts.key == plan.rollouts("tiny", CORRECT)
-    assert rollouts.provenance["dataset_kind"] == "demo"
+    assert rollouts.provenance["dataset_kind"] == "policy"
     assert rollouts.provenance["dataset_n_problems"] == "6"
     assert rollouts.provenance["setting"] == CORRECT
     assert tree.provenance["checkpoint_architecture"] == "qwen2"
@@ -324,7 +324,7 @@ def test_the_report_says_what_the_leaderboard_says_and_loads_nothing(plan: Plan)
 
 
 def test_the_demo_world_is_built_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "demo_world", lambda *args: pytest.fail("built again"))
+    monkeypatch.setattr(world, "write_policy_world", lambda *args: pytest.fail("built again"))
     again = Plan(plan.study, plan.store, plan.data_root)
     assert again.demo == plan.demo
 
@@ -340,7 +340,7 @@ def test_of_two_builders_of_the_demo_world_the_first_wins(
             each.mkdir(parents=True)
             (each / "owner").write_text(owner)
 
-    monkeypatch.setattr(world, "demo_world", build)
+    monkeypatch.setattr(world, "write_policy_world", build)
     found = Plan(plan.study, plan.store, tmp_path).demo
     assert found is not None
     assert found.rollouts_folder == tmp_path / "demo" / name / "rollouts"

@@ -15,7 +15,10 @@ def test_the_library_example_runs(
 ) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     shipped = (README.parent / "studies" / "demo.yaml").read_text()
-    small = shipped.replace("kind: demo", "kind: demo\n    n_problems: 6\n    n_rollouts: 10")
+    small = shipped.replace(
+        "    kind: demo\n  sampling",
+        "    kind: demo\n    n_problems: 6\n    n_rollouts: 10\n  sampling",
+    )
     assert small != shipped
     (tmp_path / "demo.yaml").write_text(small)
     monkeypatch.setenv("TAPROBE_STUDY", str(tmp_path / "demo.yaml"))

@@ -87,7 +87,11 @@ def data() -> ReportData:
         }
     ).with_columns(importance_abs=pl.col("importance_signed").abs())
     rank = pl.col("importance_abs").rank("ordinal", descending=True).over("problem_id")
-    labels = labels.with_columns(is_anchor=rank <= 2)
+    labels = labels.with_columns(
+        is_anchor=rank <= 2,
+        true_importance=pl.col("importance_signed") / 2,
+        is_true_anchor=rank <= 2,
+    )
     cells, plans = [], []
     for layer in range(2):
         noise = {
@@ -254,7 +258,7 @@ def test_unmeasured_labels_show_their_status_instead_of_an_error(data):
     page = render_report(
         dataclasses.replace(data, example=dataclasses.replace(example, sentences=rows))
     )
-    assert page.count('<span class="sub">no dissimilar</span>') == N
+    assert page.count('<span class="sub">no dissimilar<br>true') == N
     assert "i8" not in _classes(page)
 
 

@@ -7,7 +7,14 @@ import pytest
 from taprobe_core.errors import ConfigError, DataError
 from taprobe_core.rollouts import FolderRollouts, max_rollouts, open_source
 from taprobe_core.rollouts.hub import HubRollouts
-from taprobe_core.study.config import DemoSource, HubSource, MirrorSource, Rollouts, Source
+from taprobe_core.study.config import (
+    DemoSource,
+    HubSource,
+    MirrorSource,
+    PolicySource,
+    Rollouts,
+    Source,
+)
 
 PLACE = ("llama-8b", "t06", "correct")
 
@@ -100,6 +107,7 @@ def rollouts(source: Source) -> Rollouts:
 def test_open_source_follows_the_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     demo = rollouts(DemoSource(kind="demo", n_rollouts=8))
+    policy = rollouts(PolicySource(kind="policy", n_rollouts=300))
     mirror = rollouts(MirrorSource(kind="mirror", folder="data"))
     hub = rollouts(HubSource(kind="hub", repo="owner/name", revision="a" * 40))
 
@@ -108,8 +116,11 @@ def test_open_source_follows_the_kind(tmp_path: Path, monkeypatch: pytest.Monkey
         "kind": "hub", "repo": "owner/name", "revision": "a" * 40,
     }  # fmt: skip
     assert open_source(demo, tmp_path).identity() == {
-        "kind": "demo", "n_problems": "16", "n_rollouts": "8", "seed": "0",
+        "kind": "demo", "n_problems": "20", "n_rollouts": "8",
     }  # fmt: skip
-    assert [max_rollouts(each) for each in (demo, mirror, hub)] == [8, 100, 100]
+    assert open_source(policy, tmp_path).identity() == {
+        "kind": "policy", "n_problems": "16", "n_rollouts": "300", "seed": "0",
+    }  # fmt: skip
+    assert [max_rollouts(each) for each in (demo, policy, mirror, hub)] == [8, 300, 100, 100]
     with pytest.raises(ConfigError, match="demo world has not been written"):
         open_source(demo)

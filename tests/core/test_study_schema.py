@@ -72,7 +72,7 @@ def test_the_demo_needs_nothing_from_outside() -> None:
     study = load_study(environ={})
 
     assert study.rollouts.source.kind == "demo"
-    assert {model.checkpoint.kind for model in study.models.values()} == {"stand_in"}
+    assert {model.checkpoint.kind for model in study.models.values()} == {"demo"}
     assert len(study.sites) == 8
     assert [str(trial) for trial in study.trials] == [
         "correct_base_solution@s00",

@@ -18,7 +18,7 @@ TINY = """\
 name: tiny
 rollouts:
   source:
-    kind: demo
+    kind: policy
 models:
   a:
     rollouts_dir: a
@@ -163,14 +163,14 @@ class TestValues:
 
     def test_anchors_and_aliases_may_be_used(self) -> None:
         text = edited("settings: [good]", "settings: &all [good]\nevaluation: {recall_at: [5]}")
-        text = text.replace("kind: demo", "kind: demo\n    seed: &seed 3").replace(
+        text = text.replace("kind: policy", "kind: policy\n    seed: &seed 3").replace(
             "seeds: [0, 1]", "seeds: [*seed]"
         )
 
         assert parse_study(text, "s.yaml").seeds == (3,)
 
     def test_variables_are_replaced_in_text_values(self) -> None:
-        text = edited("kind: demo", "kind: mirror\n    folder: ${ROOT:-/none}/x").replace(
+        text = edited("kind: policy", "kind: mirror\n    folder: ${ROOT:-/none}/x").replace(
             "rollouts_dir: a", "rollouts_dir: a\n    tokenizer: '${TOK}'"
         )
         study = parse_study(text, "s.yaml", environ={"ROOT": "/data", "TOK": "/tok"})
@@ -205,9 +205,16 @@ class TestValues:
     [
         ("layers: all", "layer: all", 9, "models.a.layer", "unknown key", "mean `layers`?"),
         ("seeds:", "frobnicate:", 14, "frobnicate", "unknown key", "the keys here are name,"),
-        ("kind: demo", "kind: hubb", 4, "rollouts.source.kind", "'hubb'", "did you mean `hub`?"),
-        ("kind: demo", "seed: 1", 3, "rollouts.source.kind", "missing", "one of demo, hub, mirror"),
-        ("kind: demo", "kind: demo\n    sed: 1", 5, "source.sed", "unknown", "mean `seed`?"),
+        ("kind: policy", "kind: hubb", 4, "rollouts.source.kind", "'hubb'", "did you mean `hub`?"),
+        (
+            "kind: policy",
+            "seed: 1",
+            3,
+            "rollouts.source.kind",
+            "missing",
+            "one of demo, hub, mirror, policy",
+        ),
+        ("kind: policy", "kind: policy\n    sed: 1", 5, "source.sed", "unknown", "mean `seed`?"),
         ("qwen2", "qwen", 12, "models.a.checkpoint.architecture", "'qwen'", "mean `qwen2`?"),
         ("n_layers: 4", "n_layers: '4'", 8, "models.a.n_layers", "found '4'", "a whole number"),
         ("n_layers: 4", "n_layers: 4.5", 8, "models.a.n_layers", "4.5", "a whole number"),
@@ -247,10 +254,10 @@ class TestValues:
         ("name: tiny", "name: ${a b}", 1, "name", "does not name a variable", "${VAR:-default}"),
         ("rollouts_dir: a", "rollouts_dir: ../../etc", 7, "rollouts_dir", "etc", "folder name"),
         ("rollouts_dir: a", "rollouts_dir: /etc", 7, "rollouts_dir", "'/etc'", "folder name"),
-        ("kind: demo", "kind: mirror\n    folder: ''", 5, "folder", "''", "1 character"),
-        ("kind: demo", "kind: hub\n    repo: x", 5, "repo", "found 'x'", "org/name"),
+        ("kind: policy", "kind: mirror\n    folder: ''", 5, "folder", "''", "1 character"),
+        ("kind: policy", "kind: hub\n    repo: x", 5, "repo", "found 'x'", "org/name"),
         (
-            "kind: demo",
+            "kind: policy",
             "kind: hub\n    repo: a/b\n    revision: main",
             6,
             "revision",
@@ -258,14 +265,14 @@ class TestValues:
             "a commit sha of 40",
         ),
         (
-            "kind: demo",
+            "kind: policy",
             "kind: mirror\n    folder: /x",
             7,
             "models.a.tokenizer",
             "without a tokenizer",
             "set models.a.tokenizer",
         ),
-        ("  source:\n    kind: demo", "  source: demo", 3, "source", "'demo'", "a mapping"),
+        ("  source:\n    kind: policy", "  source: demo", 3, "source", "'demo'", "a mapping"),
         ("kind: stand_in", "kind: stand_in\n      d_model: 12", 10, "checkpoint", "12", "of 8"),
         (
             "kind: stand_in",
@@ -356,7 +363,7 @@ class TestWholeFile:
     def test_all_faults_come_in_one_error(self) -> None:
         text = (
             TINY.replace("layers: all", "layer: all")
-            .replace("kind: demo", "kind: demo\n    seed: .inf\n    n_problems: 1")
+            .replace("kind: policy", "kind: policy\n    seed: .inf\n    n_problems: 1")
             .replace("seeds: [0, 1]", "seeds: [0, 1]\nseeds: [2]\nspans: {text_view: '${VIEW}'}")
         )
         message = faults_of(text)

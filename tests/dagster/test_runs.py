@@ -67,7 +67,7 @@ def test_activations_say_dataset_model_and_fingerprint(
     assert event is not None
     assert event.asset_materialization is not None
     metadata = event.asset_materialization.metadata
-    assert metadata["dataset_kind"].value == "demo"
+    assert metadata["dataset_kind"].value == "policy"
     assert metadata["checkpoint_kind"].value == "stand_in"
     assert str(metadata["picture"].value).startswith("![activations](data:image/png;base64,")
     assert isinstance(metadata["mean_norm"].value, float)

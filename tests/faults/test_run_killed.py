@@ -28,7 +28,7 @@ COMMAND = (
 SMALLEST = """
 name: smallest
 rollouts:
-  source: {kind: demo, n_problems: 4, n_rollouts: 4}
+  source: {kind: policy, n_problems: 4, n_rollouts: 4}
 models:
   tiny:
     rollouts_dir: tiny
