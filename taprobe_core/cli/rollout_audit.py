@@ -19,7 +19,7 @@ from taprobe_core.cli.app import (
 )
 from taprobe_core.importance import trigram_masked_dissimilar
 from taprobe_core.pipeline import open_plan
-from taprobe_core.rollout_audit import RolloutAudit, audit_rollouts
+from taprobe_core.rollout_audit import NOTED, RolloutAudit, audit_rollouts
 
 _SHOWN = 50
 """Findings for a reader; `--json` prints them all."""
@@ -54,7 +54,7 @@ def audit_rollouts_(
         out.print_json(json.dumps(parts))
     else:
         _print(audit)
-    if len(audit.findings):
+    if not set(audit.findings["kind"]) <= NOTED:
         raise typer.Exit(EXIT_UNSOUND)
 
 

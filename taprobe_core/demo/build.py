@@ -59,7 +59,7 @@ class Recipe:
         n_rollouts: resampled rests per sentence.
         n_forced: forced answers per sentence.
         n_truth: rests per sentence for the truth.
-        n_truth_problems: traces per setting that have it.
+        n_truth_problems: traces per setting that have it, the shortest ones.
         n_gate: whole solutions for the gates.
     """
 
@@ -181,10 +181,10 @@ class _Build:
 
     def _records(self, name: str) -> Iterator[Record]:
         for setting in SETTINGS:
-            resampler, at = self._places(name, setting, len(self.problems))
-            rests = iter(resampler.rests(at, self.recipe.n_rollouts, "rollouts"))
-            answers = iter(resampler.rests(at, self.recipe.n_forced, "forced"))
-            for some, trace in zip(self.problems, self._base(name)[setting], strict=True):
+            pairs = list(zip(self.problems, self._base(name)[setting], strict=True))
+            rests = iter(self._rests(name, setting, pairs, self.recipe.n_rollouts, "rollouts"))
+            answers = iter(self._rests(name, setting, pairs, self.recipe.n_forced, "forced"))
+            for some, trace in pairs:
                 reasoned = Reasoned(some, trace, [], [])
                 for _ in trace.sentences:
                     reasoned.rollouts.append([read_continuation(some, t) for t in next(rests)])
@@ -192,11 +192,12 @@ class _Build:
                 yield Record(setting, reasoned, measures(reasoned))
 
     def _truths(self, name: str) -> Iterator[dict[str, Any]]:
-        n = self.recipe.n_truth_problems
         for setting in SETTINGS:
-            resampler, at = self._places(name, setting, n)
-            rests = iter(resampler.rests(at, self.recipe.n_truth, "truth"))
-            for some, trace in zip(self.problems[:n], self._base(name)[setting], strict=False):
+            pairs = list(zip(self.problems, self._base(name)[setting], strict=True))
+            pairs.sort(key=lambda pair: (len(pair[1].sentences), pair[0].id))
+            pairs = pairs[: self.recipe.n_truth_problems]
+            rests = iter(self._rests(name, setting, pairs, self.recipe.n_truth, "truth"))
+            for some, trace in pairs:
                 banks = [
                     [read_continuation(some, text) for text in next(rests)] for _ in trace.sentences
                 ]
@@ -207,16 +208,12 @@ class _Build:
                     "measures": measures(Reasoned(some, trace, banks, [])),
                 }
 
-    def _places(
-        self, name: str, setting: str, n_problems: int
-    ) -> tuple[Resampler, list[tuple[Problem, Trace, int]]]:
-        traces = self._base(name)[setting]
-        at = [
-            (some, trace, index)
-            for some, trace in list(zip(self.problems, traces, strict=True))[:n_problems]
-            for index in range(len(trace.sentences))
-        ]
-        return Resampler(self._reasoner(name), self.recipe.seed, name, setting), at
+    def _rests(
+        self, name: str, setting: str, pairs: list[tuple[Problem, Trace]], n: int, purpose: str
+    ) -> list[list[str]]:
+        at = [(some, trace, i) for some, trace in pairs for i in range(len(trace.sentences))]
+        resampler = Resampler(self._reasoner(name), self.recipe.seed, name, setting)
+        return resampler.rests(at, n, purpose)
 
     def _base(self, name: str) -> dict[str, list[Trace]]:
         if name not in self._traces:

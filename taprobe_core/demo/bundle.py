@@ -17,7 +17,6 @@ import json
 import lzma
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +32,17 @@ MANIFEST, ROLLOUTS, TRUTH = "manifest.json", "rollouts.jsonl.xz", "truth.json"
 
 SAMPLING = "temperature_1.0_top_p_1.0"
 """The sampling folder of everything bundled."""
+
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    lzma.LZMAError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+)
+"""What reading raises on bytes that no build wrote."""
 
 
 class Record(NamedTuple):
@@ -57,7 +67,7 @@ def read_records(folder: Path, reasoner: str) -> Iterator[Record]:
     try:
         with lzma.open(path, "rt", encoding="utf-8") as lines:
             yield from (_record(json.loads(line)) for line in lines)
-    except (OSError, lzma.LZMAError, EOFError, ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         raise DataError(
             f"the rollouts cannot be read ({error})", str(path), "reinstall taprobe"
         ) from error
@@ -106,7 +116,6 @@ def first_rollouts(reasoned: Reasoned, n_rollouts: int) -> Reasoned:
     return replace(reasoned, rollouts=[bank[:n_rollouts] for bank in reasoned.rollouts])
 
 
-@cache
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest.
 

@@ -28,6 +28,7 @@ from taprobe_core.demo.policy import drawn_answers, drawn_trace
 from taprobe_core.demo.task import N_TASKS, problem
 from taprobe_core.demo.tokenizer import BOS, EOS, MAX_LENGTH, token_id
 from taprobe_core.demo.trace import FORCED_ANSWER, seeded
+from taprobe_core.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +123,9 @@ def train_reasoner(
 
     Returns:
         Mean loss of the last hundred steps, in nats a token.
+
+    Raises:
+        ConfigError: `examples` do not fill one batch.
     """
     import torch
 
@@ -193,6 +197,12 @@ def learning_rate(step: int, training: Training) -> float:
 def _batches(n: int, training: Training, seed: int) -> Iterator[npt.NDArray[np.int64]]:
     """Yield the rows of each step; every example once before any comes again."""
     rng, size = np.random.default_rng(seed), training.batch_size
+    if n < size:
+        raise ConfigError(
+            f"{n} examples for batches of {size}",
+            "training.n_traces",
+            "raise n_traces, or lower batch_size",
+        )
     while True:
         order = rng.permutation(n)
         yield from (order[i : i + size] for i in range(0, n - size + 1, size))

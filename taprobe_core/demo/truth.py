@@ -1,12 +1,16 @@
 """The policy -> true importances and a choice of problems: what more rollouts would converge to.
 
-Only the demo knows its truth; a label or a probe can be measured against it. Invariant: exact up to
-float rounding, no sampling.
+Only the demo knows its truth; a label or a probe can be measured against it. Invariant: truths are
+exact up to float rounding; only `simulated_importance` draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from taprobe_core.demo.policy import Policy, policy
 from taprobe_core.demo.rules import State
@@ -43,13 +47,24 @@ def choose_problems(n_problems: int, seed: int) -> list[Problem]:
     )
 
 
-def true_importance(
-    of: Problem, sentences: Sequence[str], is_dissimilar: Callable[[str, str], bool]
-) -> list[float]:
-    """Return each sentence's counterfactual importance (accuracy) for infinitely many rollouts.
+class Rates(NamedTuple):
+    """What resampling one sentence does, exactly.
 
-    For sentence i: P(right | another sentence, dissimilar to i, at i) - P(right | sentences to i).
-    0 where no sentence that may stand at i is dissimilar, and for the last sentence.
+    Attributes:
+        replaced: probability that a resampled sentence is dissimilar to it.
+        right_if_replaced: probability of a right answer then; 0 if that cannot be.
+        right_if_kept: probability of a right answer after the sentence itself.
+    """
+
+    replaced: float
+    right_if_replaced: float
+    right_if_kept: float
+
+
+def exact_rates(
+    of: Problem, sentences: Sequence[str], is_dissimilar: Callable[[str, str], bool]
+) -> list[Rates]:
+    """Return the rates of each sentence.
 
     Args:
         of: the problem.
@@ -61,11 +76,57 @@ def true_importance(
     """
     solver = policy(of)
     states = solver.replay(sentences)
-    effects = [0.0] * len(sentences)
-    for i, sentence in enumerate(sentences[:-1]):
-        others = [b for b in solver.branches(states[i]) if is_dissimilar(sentence, b.text)]
+    rates = []
+    for sentence, before, after in zip(sentences, states, states[1:], strict=False):
+        others = [b for b in solver.branches(before) if is_dissimilar(sentence, b.text)]
         mass = sum(branch.probability for branch in others)
-        if mass > 0:
-            right = sum(branch.probability * solver.success(branch.after) for branch in others)
-            effects[i] = right / mass - solver.success(states[i + 1])
-    return effects
+        right = sum(branch.probability * solver.success(branch.after) for branch in others)
+        rates.append(Rates(mass, right / mass if mass else 0.0, solver.success(after)))
+    return rates
+
+
+def true_importance(
+    of: Problem, sentences: Sequence[str], is_dissimilar: Callable[[str, str], bool]
+) -> list[float]:
+    """Return each sentence's counterfactual importance (accuracy) for infinitely many rollouts.
+
+    P(right | another sentence, dissimilar to i, at i) - P(right | sentences to i); 0 where no
+    sentence that may stand at i is dissimilar, and for the last sentence.
+
+    Args:
+        of: the problem.
+        sentences: a trace that the policy wrote.
+        is_dissimilar: takes the removed and the resampled sentence.
+
+    Raises:
+        DataError: the policy could not have said `sentences`.
+    """
+    rates = exact_rates(of, sentences, is_dissimilar)
+    effects = [r.right_if_replaced - r.right_if_kept if r.replaced else 0.0 for r in rates]
+    return [*effects[:-1], 0.0]
+
+
+def simulated_importance(
+    rates: Sequence[Rates], n_rollouts: int, n_draws: int, rng: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    """Draw the labels that `n_rollouts` a sentence would give, again and again.
+
+    The number of dissimilar rollouts, of right ones among them and of right ones at the next
+    sentence are binomial; a label is 0 without dissimilar rollouts, and for the last sentence.
+
+    Args:
+        rates: from `exact_rates`.
+        n_rollouts: per sentence.
+        n_draws: labels per sentence.
+        rng: of the draws.
+
+    Returns:
+        [draw, sentence] in [-1, 1].
+    """
+    replaced, right, kept = (np.array(column) for column in zip(*rates, strict=True))
+    n_dissimilar = rng.binomial(n_rollouts, replaced, (n_draws, len(rates)))
+    n_right = rng.binomial(n_dissimilar, right)
+    next_accuracy = rng.binomial(n_rollouts, kept, n_right.shape) / n_rollouts
+    labels = n_right / np.maximum(n_dissimilar, 1) - next_accuracy
+    labels[(n_dissimilar == 0) | (np.arange(len(rates)) == len(rates) - 1)] = 0.0
+    return labels

@@ -144,7 +144,7 @@ def _model_summary(plan: Plan, model: str) -> dict[str, Any]:
     spec = plan.model(model)
     summary: dict[str, Any] = {
         "model": model,
-        "checkpoint": getattr(spec.checkpoint, "path", spec.checkpoint.kind),
+        "checkpoint": spec.checkpoint.description,
         "n_layers": spec.n_layers,
         "layers_read": len(spec.layer_indices),
         "dtype": spec.dtype,

@@ -24,14 +24,7 @@ from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline.world import ensure_demo_world
 from taprobe_core.rollouts import RolloutSource, content_digest, open_source
 from taprobe_core.store import Artifact, ArtifactKey, Store, fingerprint
-from taprobe_core.study import (
-    DemoSource,
-    Model,
-    PolicySource,
-    ProbeRecipe,
-    StandInCheckpoint,
-    Study,
-)
+from taprobe_core.study import DemoSource, Model, PolicySource, ProbeRecipe, Study
 
 CODE_VERSIONS: Mapping[str, str] = {
     "rollouts": "2",
@@ -120,8 +113,8 @@ class Plan:
                 f"use one of {list(self.study.models)}",
             )
         model = self.study.models[key]
-        has_own = not isinstance(model.checkpoint, StandInCheckpoint)
-        if self.demo is not None and model.tokenizer is None and not has_own:
+        is_stand_in = model.checkpoint.kind == "stand_in"
+        if self.demo is not None and model.tokenizer is None and is_stand_in:
             return model.model_copy(update={"tokenizer": str(self.demo.tokenizer_folder)})
         return model
 

@@ -71,7 +71,7 @@ def _models(plan: Plan) -> pl.DataFrame:
         [
             {
                 "model": key,
-                "checkpoint": getattr(model.checkpoint, "path", "stand-in of random weights"),
+                "checkpoint": model.checkpoint.description,
                 "layers": model.n_layers,
                 "layers read": len(model.layer_indices),
                 "tokenizer": plan.checkpoint(key)["tokenizer_sha256"][:12],

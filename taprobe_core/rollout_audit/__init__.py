@@ -4,10 +4,11 @@
 belong here, nor does choosing what a study reads. Invariant: nothing is written.
 """
 
-from taprobe_core.rollout_audit.findings import Finding, Kind, audit_problem, cut_prefix
+from taprobe_core.rollout_audit.findings import NOTED, Finding, Kind, audit_problem, cut_prefix
 from taprobe_core.rollout_audit.folder import RolloutAudit, audit_rollouts
 
 __all__ = [
+    "NOTED",
     "Finding",
     "Kind",
     "RolloutAudit",

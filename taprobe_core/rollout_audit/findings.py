@@ -51,6 +51,9 @@ Kind: TypeAlias = Literal[
     "broken_identity",
 ]
 
+NOTED: frozenset[Kind] = frozenset({"empty_answers"})
+"""Kinds that are told but no damage: a rollout may end without an answer, and measures drop it."""
+
 Bank: TypeAlias = Solutions | DataError | None
 """Rollouts of one sentence; the error that reading them raised; None where they are absent."""
 
@@ -105,7 +108,7 @@ def audit_problem(
     found = [] if banks is None else list(_bank_findings(sentences, banks))
     if banks is not None:
         found += _label_mismatch(sentences, banks, is_dissimilar)
-    return [*found, *_broken_identity(sentences)]
+    return [*found, *_broken_identity(sentences, banks)]
 
 
 def cut_prefix(sentences: Sequence[str], index: int) -> str:
@@ -229,15 +232,18 @@ def _is_known(banks: Sequence[Bank], index: int, name: str) -> bool:
     return True
 
 
-def _broken_identity(sentences: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+def _broken_identity(
+    sentences: Sequence[Mapping[str, Any]], banks: Sequence[Bank] | None
+) -> Iterator[Finding]:
     numbers = dict.fromkeys(ALWAYS_RECOMPUTED, pl.Float64)
-    frame = pl.DataFrame(
-        [
-            {name: row[name] for name in ("problem_id", "sentence_idx", *numbers)}
-            for row in sentences
-        ],
-        schema={"problem_id": pl.Int64, "sentence_idx": pl.Int64, **numbers},
-    )
+    rows = []
+    for index, sentence in enumerate(sentences):
+        row = {name: sentence[name] for name in ("problem_id", "sentence_idx", *numbers)}
+        # Where nothing was answered, an accuracy of 0 means that there is none.
+        if _has_no_data(sentence["sentence"], banks[index] if banks else None):
+            row["accuracy"] = None
+        rows.append(row)
+    frame = pl.DataFrame(rows, schema={"problem_id": pl.Int64, "sentence_idx": pl.Int64, **numbers})
     broken = verify_resampling_identity(frame).filter(~pl.col("is_exact"))
     if len(broken):
         first, largest = broken["sentence_idx"][0], max(abs(each) for each in broken["residual"])
@@ -246,3 +252,10 @@ def _broken_identity(sentences: Sequence[Mapping[str, Any]]) -> Iterator[Finding
             f"{len(broken)} sentences, first in {first}, by up to {largest:.3g}"
         )
         yield Finding("broken_identity", LABELS_FILE, detail, len(broken))
+
+
+def _has_no_data(sentence: str, bank: Bank) -> bool:
+    is_unanswered = isinstance(bank, Solutions) and not any(
+        rollout.answer for rollout in bank.rollouts
+    )
+    return is_unanswered or len(sentence) < MIN_SENTENCE_CHARS

@@ -34,6 +34,11 @@ class StandInCheckpoint(StudyPart):
     n_kv_heads: Count = 2
     seed: Seed = 0
 
+    @property
+    def description(self) -> str:
+        """What it is, for readers."""
+        return "stand-in of random weights"
+
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
         if self.d_model % (2 * self.n_heads):
@@ -56,12 +61,22 @@ class PretrainedCheckpoint(StudyPart):
     path: LocalPath
     revision: CommitSha | None = None
 
+    @property
+    def description(self) -> str:
+        """What it is, for readers."""
+        return self.path
+
 
 class DemoCheckpoint(StudyPart):
     """A reasoner that comes with the library, trained on the demo's problems."""
 
     kind: Literal["demo"]
     name: Literal["tiny-qwen2", "tiny-llama"]
+
+    @property
+    def description(self) -> str:
+        """What it is, for readers."""
+        return f"bundled reasoner {self.name}"
 
 
 Checkpoint = Annotated[

@@ -84,9 +84,7 @@ def test_the_manifest_has_every_kind_that_one_damage_can_be(dirty: Path) -> None
 
 def test_nothing_changes_but_what_the_manifest_lists(clean: Path, dirty: Path) -> None:
     before, after = digests(clean), digests(dirty)
-    changed = {
-        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
-    }
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     changed.remove(MANIFEST)
     for damage in damages(dirty):
         place = damage.file[: damage.file.index("/problem_")] + f"/problem_{damage.problem_id}/"
@@ -114,9 +112,7 @@ def test_rows_are_damaged_as_the_published_ones(clean: Path, dirty: Path) -> Non
         assert len(now) == len(was)
         assert sum(a != b for a, b in zip(was, now, strict=True)) == 4
     failed = [row for row in rows["error_rows"][1] if "error" in row]
-    assert [set(row) for row in failed] == [
-        {"chunk_removed", "prefix_without_chunk", "error"}
-    ] * 4
+    assert [set(row) for row in failed] == [{"chunk_removed", "prefix_without_chunk", "error"}] * 4
     empty = [row for row in rows["empty_answers"][1] if row["answer"] == ""]
     assert [("boxed" in row["rollout"], row["is_correct"]) for row in empty] == [(False, False)] * 4
     assert sum(row["is_correct"] is None for row in rows["ungraded_rows"][1]) == 4

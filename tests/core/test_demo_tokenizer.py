@@ -15,19 +15,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from taprobe_core.demo import choose_problems, train_tokenizer
-from taprobe_core.demo.policy import PolicySampler
-from taprobe_core.demo.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
+from taprobe_core.demo import choose_problems
+from taprobe_core.demo.policy import drawn_trace
+from taprobe_core.demo.tokenizer import BOS, EOS, PAD, VOCAB_SIZE, token_id, train_tokenizer
 from taprobe_core.demo.trace import seeded
-from taprobe_core.study.config import DemoSource
 
-SOURCE = DemoSource(kind="demo", n_problems=4, n_rollouts=2, seed=0)
+SEED = 0
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(target, SOURCE)
+    train_tokenizer(target, SEED)
     return target
 
 
@@ -38,17 +37,15 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 def texts() -> list[str]:
     rng = seeded("texts")
-    drawn = [(some, PolicySampler().trace(some, rng)) for some in choose_problems(4, 0) * 5]
+    drawn = [(some, drawn_trace(some, rng)) for some in choose_problems(4, 0) * 5]
     return [some.prompt + trace.thinking + trace.ending for some, trace in drawn]
 
 
 def test_equal_arguments_give_equal_bytes_in_another_process(folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from taprobe_core.demo import train_tokenizer\n"
-        "from taprobe_core.study.config import DemoSource\n"
-        "source = DemoSource(kind='demo', n_problems=4, n_rollouts=2, seed=0)\n"
-        "train_tokenizer(Path(sys.argv[1]), source)\n"
+        "from taprobe_core.demo.tokenizer import train_tokenizer\n"
+        f"train_tokenizer(Path(sys.argv[1]), {SEED})\n"
     )
     changed = {"PYTHONHASHSEED": "4711", "RAYON_NUM_THREADS": "1"}
     subprocess.run(
@@ -94,6 +91,18 @@ def test_numbers_take_one_token_or_several(tokenizer: Tokenizer) -> None:
     assert 0.2 < several < 0.9
 
 
+def test_special_tokens_have_their_ids_and_others_are_refused(tokenizer: Tokenizer) -> None:
+    assert [token_id(tokenizer, token) for token in (BOS, EOS, PAD)] == [0, 1, 2]
+    with pytest.raises(KeyError, match="im_start"):
+        token_id(tokenizer, "<|im_start|>")
+
+
+def test_the_seed_decides_the_training_traces(folder: Path, tmp_path: Path) -> None:
+    train_tokenizer(tmp_path, SEED + 1)
+    other = (tmp_path / "tokenizer.json").read_bytes()
+    assert other != (folder / "tokenizer.json").read_bytes()
+
+
 def test_the_vocabulary_has_the_size_asked_for(tmp_path: Path) -> None:
-    train_tokenizer(tmp_path, SOURCE, vocab_size=300)
+    train_tokenizer(tmp_path, SEED, vocab_size=300)
     assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == 300

@@ -1,29 +1,26 @@
-"""The demo's files: the dataset's layout, labels that the files themselves give, equal bytes."""
+"""The policy's world: the dataset's layout, labels that its files give, equal bytes, a truth."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import random
 import subprocess
 import sys
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from taprobe_core.demo import SETTINGS, demo_world, write_demo_rollouts
-from taprobe_core.demo.policy import PolicySampler
-from taprobe_core.demo.task import Problem
-from taprobe_core.demo.trace import Continuation, Sentence, Trace
-from taprobe_core.errors import ConfigError, NotEnoughDataError
+from taprobe_core.demo import SETTINGS, DemoWorld, true_importance, write_policy_world
+from taprobe_core.demo.task import problem
+from taprobe_core.demo.world import N_FORCED
+from taprobe_core.errors import ConfigError
 from taprobe_core.importance import parse_solutions, published_measures, trigram_masked_dissimilar
-from taprobe_core.study.config import DemoSource
+from taprobe_core.study.config import PolicySource
 
-SOURCE = DemoSource(kind="demo", n_problems=4, n_rollouts=20, seed=5)
+SOURCE = PolicySource(kind="policy", n_problems=4, n_rollouts=24, seed=5)
 MODELS = ["tiny-a", "tiny-b"]
 SAMPLING = "temperature_1.0_top_p_1.0"
 MEASURES = [
@@ -35,13 +32,27 @@ MEASURES = [
     "different_trajectories_fraction",
     "overdeterminedness",
 ]
+FORCED_MEASURES = {
+    "forced_importance_accuracy": "resampling_importance_accuracy",
+    "forced_importance_kl": "resampling_importance_kl",
+}
 
 
 @pytest.fixture(scope="module")
-def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo") / "rollouts"
-    write_demo_rollouts(folder, SOURCE, MODELS, SAMPLING, list(SETTINGS))
-    return folder
+def world(tmp_path_factory: pytest.TempPathFactory) -> DemoWorld:
+    folder = tmp_path_factory.mktemp("demo") / "world"
+    write_policy_world(folder, SOURCE, MODELS, SAMPLING, list(SETTINGS))
+    return DemoWorld.at(folder)
+
+
+@pytest.fixture(scope="module")
+def rollouts(world: DemoWorld) -> Path:
+    return world.rollouts_folder
+
+
+def write(folder: Path, source: PolicySource, models: list[str], settings: list[str]) -> Path:
+    write_policy_world(folder, source, models, SAMPLING, settings)
+    return DemoWorld.at(folder).rollouts_folder
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -56,7 +67,9 @@ def load(path: Path) -> Any:
 
 
 def problem_folders(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/*/*/problem_*"))
+    return [
+        path for setting in SETTINGS for path in sorted(folder.glob(f"*/*/{setting}/problem_*"))
+    ]
 
 
 def test_every_model_and_setting_has_the_same_problems(rollouts: Path) -> None:
@@ -73,21 +86,58 @@ def test_every_model_and_setting_has_the_same_problems(rollouts: Path) -> None:
     assert len(statements) == 4
 
 
+def recomputed(folder: Path, sentences: list[str], n_rollouts: int) -> list[dict[str, float]]:
+    banks = []
+    for index in range(len(sentences)):
+        path = folder / f"chunk_{index}" / "solutions.json"
+        solutions = parse_solutions(path.read_text(encoding="utf-8"), str(path))
+        assert (solutions.n_errors, solutions.n_ungraded) == (0, 0)
+        assert len(solutions.rollouts) == n_rollouts
+        banks.append(solutions.rollouts)
+    return published_measures(sentences, banks, trigram_masked_dissimilar)
+
+
 def test_stored_labels_are_recomputed_exactly_from_the_files(rollouts: Path) -> None:
     for folder in problem_folders(rollouts):
         labeled = load(folder / "chunks_labeled.json")
-        banks = []
-        for index in range(len(labeled)):
-            path = folder / f"chunk_{index}" / "solutions.json"
-            solutions = parse_solutions(path.read_text(encoding="utf-8"), str(path))
-            assert (solutions.n_errors, solutions.n_ungraded) == (0, 0)
-            assert len(solutions.rollouts) == SOURCE.n_rollouts
-            banks.append(solutions.rollouts)
         sentences = load(folder / "chunks.json")["chunks"]
-        measures = published_measures(sentences, banks, trigram_masked_dissimilar)
+        measures = recomputed(folder, sentences, SOURCE.n_rollouts)
         assert measures == [{key: row[key] for key in MEASURES} for row in labeled]
         for row, following in pairwise(labeled):
             assert row["resampling_importance_accuracy"] == following["accuracy"] - row["accuracy"]
+
+
+def test_forced_labels_are_recomputed_exactly_from_the_forced_branch(rollouts: Path) -> None:
+    sizes = []
+    for folder in problem_folders(rollouts):
+        labeled = load(folder / "chunks_labeled.json")
+        sentences = load(folder / "chunks.json")["chunks"]
+        branch = folder.parents[1] / f"{folder.parent.name}_forced_answer" / folder.name
+        measures = recomputed(branch, sentences, N_FORCED)
+        assert [{key: row[key] for key in FORCED_MEASURES} for row in labeled] == [
+            {key: row[source] for key, source in FORCED_MEASURES.items()} for row in measures
+        ]
+        sizes += [abs(row["forced_importance_accuracy"]) for row in labeled]
+        for row in load(branch / "chunk_1" / "solutions.json"):
+            assert row["chunk_resampled"] == ""
+            assert row["rollout"] == f"{row['answer']}}}."
+    assert max(sizes) > 0.3
+
+
+def test_labels_stand_beside_the_exact_truth(rollouts: Path) -> None:
+    distances = []
+    for folder in problem_folders(rollouts):
+        labeled = load(folder / "chunks_labeled.json")
+        asked = problem(int(folder.name.removeprefix("problem_")))
+        texts = [row["chunk"] for row in labeled]
+        exact = true_importance(asked, texts, trigram_masked_dissimilar)
+        assert [row["true_importance"] for row in labeled] == exact
+        distances += [
+            row["counterfactual_importance_accuracy"] - true
+            for row, true in zip(labeled, exact, strict=True)
+        ]
+    assert abs(sum(distances)) / len(distances) < 0.02
+    assert sum(abs(each) > 0.5 for each in distances) < 0.02 * len(distances)
 
 
 def test_base_traces_have_the_settings_grade_and_consistent_texts(rollouts: Path) -> None:
@@ -129,28 +179,27 @@ def test_rollout_rows_continue_their_prefix(rollouts: Path) -> None:
 
 
 def test_equal_arguments_give_equal_bytes_in_another_process(
-    rollouts: Path, tmp_path: Path
+    world: DemoWorld, tmp_path: Path
 ) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from taprobe_core.demo.writer import SETTINGS, write_demo_rollouts\n"
-        "from taprobe_core.study.config import DemoSource\n"
-        f"source = DemoSource(kind='demo', n_problems=4, n_rollouts=20, seed=5)\n"
-        f"write_demo_rollouts(Path(sys.argv[1]), source, {MODELS}, {SAMPLING!r}, list(SETTINGS))\n"
+        "from taprobe_core.demo import SETTINGS, write_policy_world\n"
+        "from taprobe_core.study.config import PolicySource\n"
+        "source = PolicySource(kind='policy', n_problems=4, n_rollouts=24, seed=5)\n"
+        f"write_policy_world(Path(sys.argv[1]), source, {MODELS}, {SAMPLING!r}, list(SETTINGS))\n"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "again")],
         check=True,
         env=os.environ | {"PYTHONHASHSEED": "4711"},
     )
-    assert digests(tmp_path / "again") == digests(rollouts)
+    assert digests(tmp_path / "again") == digests(world.rollouts_folder.parent)
 
 
 def test_files_do_not_depend_on_what_else_is_written(rollouts: Path, tmp_path: Path) -> None:
     larger = SOURCE.model_copy(update={"n_problems": 5})
     setting = "incorrect_base_solution"
-    write_demo_rollouts(tmp_path, larger, ["tiny-b", "tiny-b"], SAMPLING, [setting])
-    alone = digests(tmp_path)
+    alone = digests(write(tmp_path, larger, ["tiny-b", "tiny-b"], [setting]))
     common = {name: digest for name, digest in digests(rollouts).items() if name in alone}
     assert {Path(name).parts[0] for name in common} == {"tiny-b"}
     assert common.items() < alone.items()
@@ -168,13 +217,14 @@ def test_models_and_seeds_differ_and_fewer_rollouts_are_the_first_ones(
     ]
     assert sum(a != b for a, b in pairs) == len(pairs) == 8
     fewer = SOURCE.model_copy(update={"n_rollouts": 3})
-    write_demo_rollouts(tmp_path / "fewer", fewer, ["tiny-a"], SAMPLING, list(SETTINGS))
-    for path in (tmp_path / "fewer").rglob("solutions.json"):
-        same = rollouts / path.relative_to(tmp_path / "fewer")
-        assert load(path) == load(same)[:3]
-    other = SOURCE.model_copy(update={"seed": 6})
-    write_demo_rollouts(tmp_path / "other", other, ["tiny-a"], SAMPLING, list(SETTINGS))
-    assert not digests(tmp_path / "other").keys() >= digests(tmp_path / "fewer").keys()
+    first = write(tmp_path / "fewer", fewer, ["tiny-a"], list(SETTINGS))
+    solutions = list(first.rglob("solutions.json"))
+    assert len(solutions) > 200
+    for path in solutions:
+        assert load(path) == load(rollouts / path.relative_to(first))[:3]
+    other = SOURCE.model_copy(update={"seed": 6, "n_rollouts": 2})
+    second = write(tmp_path / "other", other, ["tiny-a"], list(SETTINGS))
+    assert not digests(second).keys() >= digests(first).keys()
 
 
 @pytest.mark.parametrize(
@@ -189,68 +239,20 @@ def test_names_that_the_demo_cannot_write(
     tmp_path: Path, models: list[str], sampling: str, settings: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        write_demo_rollouts(tmp_path / "new", SOURCE, models, sampling, settings)
+        write_policy_world(tmp_path / "new", SOURCE, models, sampling, settings)
     assert not (tmp_path / "new").exists()
 
 
 def test_refuses_a_folder_that_is_not_empty(tmp_path: Path) -> None:
     (tmp_path / "kept.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(ConfigError, match="not empty"):
-        write_demo_rollouts(tmp_path, SOURCE, MODELS, SAMPLING, list(SETTINGS))
+        write_policy_world(tmp_path, SOURCE, MODELS, SAMPLING, list(SETTINGS))
     assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 
 
-class Guesser:
-    """Says one sentence and guesses: a reasoner that is no policy."""
-
-    def __init__(self, right: bool) -> None:
-        self.right = right
-
-    def trace(self, problem: Problem, rng: random.Random) -> Trace:
-        answer = str(problem.answer + (not self.right))
-        sentence = Sentence("I just guess the number.", "", "unknown", (), "guess")
-        return Trace((sentence,), f"\n</think>\n\n\\boxed{{{answer}}}", answer, self.right)
-
-    def continuations(
-        self, problem: Problem, prefix: Sequence[str], n: int, rng: random.Random
-    ) -> list[Continuation]:
-        assert list(prefix) == []
-        return [Continuation("No idea, sorry.\n</think>", "No idea, sorry.", "", False)] * n
-
-
-def test_another_sampler_can_write_the_rollouts(tmp_path: Path) -> None:
-    asked: list[str] = []
-
-    def sampler_of(model_dir: str) -> Guesser | PolicySampler:
-        asked.append(model_dir)
-        return Guesser(right=True) if model_dir == "tiny-a" else PolicySampler()
-
-    setting = "correct_base_solution"
-    write_demo_rollouts(tmp_path, SOURCE, MODELS, SAMPLING, [setting], sampler_of=sampler_of)
-    assert asked == MODELS
-    for path in (tmp_path / "tiny-a").rglob("chunks_labeled.json"):
-        (row,) = load(path)
-        assert row["chunk"] == "I just guess the number."
-        assert row["accuracy"] == 0.0
-
-
-def test_a_sampler_that_never_has_the_wanted_grade(tmp_path: Path) -> None:
-    with pytest.raises(NotEnoughDataError, match=r"no correct base trace in 1000 tries"):
-        write_demo_rollouts(
-            tmp_path,
-            SOURCE,
-            ["m"],
-            SAMPLING,
-            ["correct_base_solution"],
-            sampler_of=lambda _: Guesser(right=False),
-        )
-
-
-def test_world_has_rollouts_and_tokenizer(tmp_path: Path) -> None:
-    small = SOURCE.model_copy(update={"n_rollouts": 2})
-    world = demo_world(tmp_path / "world", small, ["m"], SAMPLING, ["correct_base_solution"])
-    assert len(problem_folders(world.rollouts_folder)) == 4
-    assert (world.tokenizer_folder / "tokenizer.json").is_file()
+def test_the_world_has_a_tokenizer(world: DemoWorld) -> None:
+    names = sorted(path.name for path in world.tokenizer_folder.iterdir())
+    assert names == ["tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.mark.real_data
@@ -262,7 +264,8 @@ def test_keys_and_types_are_those_of_the_published_files(
         mine, published = load(ours / name), load(real / name)
         if name == "chunks_labeled.json":
             mine, published = mine[1], published[1]
+        assert mine.pop("true_importance", None) is None or name == "chunks_labeled.json"
         assert {key: type(value) for key, value in mine.items()} == {
-            key: type(value) for key, value in published.items() if not key.startswith("forced_")
+            key: type(value) for key, value in published.items()
         }
-        assert [key for key in published if key in mine] == list(mine)
+        assert list(published) == list(mine)

@@ -101,7 +101,7 @@ def test_a_summary_of_a_finished_study(plan: Plan) -> None:
         assert row["note"] is None
     (model,) = summary["models"]
     assert model["is_present"]
-    assert model["checkpoint"] == "stand_in"
+    assert model["checkpoint"] == "stand-in of random weights"
     assert model["note"] is None
     assert model["tokenizer"] == plan.checkpoint("tiny")["tokenizer_sha256"][:12]
     assert model["layers_read"] == 2

@@ -1,10 +1,10 @@
-"""The dirty copy of the demo: every damage is found, nothing else is, and the loader survives it."""
+"""The dirty copy of the demo: all of its damage is found, nothing else is, the loader reads on."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 
@@ -12,7 +12,7 @@ from taprobe_core.demo import DemoWorld, write_policy_world
 from taprobe_core.demo.dirty import Damage, write_dirty_copy
 from taprobe_core.errors import DataError
 from taprobe_core.importance import trigram_masked_dissimilar
-from taprobe_core.rollout_audit import RolloutAudit, audit_rollouts
+from taprobe_core.rollout_audit import Kind, RolloutAudit, audit_rollouts
 from taprobe_core.rollouts import FILE_NAMES, FolderRollouts, RolloutTables, read_rollouts
 from taprobe_core.study import PolicySource
 from taprobe_core.study.config import MirrorSource, Model, Rollouts, StandInCheckpoint
@@ -60,7 +60,7 @@ def audit(folder: Path, **changes: Any) -> RolloutAudit:
 
 def read(folder: Path, setting: str, **changes: Any) -> RolloutTables:
     checkpoint = StandInCheckpoint(kind="stand_in", architecture="llama")
-    model = Model(rollouts_dir=MODEL, checkpoint=checkpoint, n_layers=2)
+    model = Model(rollouts_dir=MODEL, checkpoint=checkpoint, n_layers=4)
     return read_rollouts(FolderRollouts(folder), model, options(folder, **changes), setting)
 
 
@@ -136,6 +136,16 @@ def test_leaving_out_the_damaged_problems_leaves_nothing_to_find(copies: Copies)
     left = audit(copies.dirty, problem_ids=tuple(sorted(everything - damaged)))
     assert left.findings.is_empty()
     assert left.coverage["n_problems"].to_list() == [len(everything - damaged)] * 2
+
+
+def test_the_page_on_bad_data_shows_what_is_found(copies: Copies) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "bad-data.md").read_text(encoding="utf-8")
+    chosen = options(copies.dirty)
+    found = audit_rollouts(FolderRollouts(copies.dirty), chosen, [MODEL], SETTINGS).findings
+    shown = [f"{row['kind']} {row['file']}\n  {row['detail']}\n" for row in found.to_dicts()]
+    assert [block for block in shown if block not in page] == []
+    headings = "".join(line for line in page.splitlines() if line.startswith("## "))
+    assert [kind for kind in get_args(Kind) if kind not in headings] == []
 
 
 def test_real_labels_without_rollouts_are_sound(real_rollouts: Path) -> None:
