@@ -118,7 +118,7 @@ def _label_figures(records: list[Record]) -> dict[str, float]:
         "share_large": float(np.mean(np.abs(exact) > 0.1)),
         "reliability": 2 * half / (1 + half),
         "reliability_25": quarter,
-        "correlation_with_exact": float(np.corrcoef(labels, exact)[0, 1]),
+        "correlation_with_exact": _correlation(labels, exact),
     }
 
 
@@ -135,7 +135,7 @@ def _truth_figures(
     many = np.concatenate([[m[_CF] for m in row["measures"][:-1]] for row in rows])
     true = np.concatenate([exact[row["problem_id"]] for row in rows])
     return {
-        "truth_correlation_with_exact": float(np.corrcoef(many, true)[0, 1]),
+        "truth_correlation_with_exact": _correlation(many, true),
         "truth_largest_distance": float(np.abs(many - true).max()),
     }
 
@@ -161,7 +161,7 @@ def split_half(records: list[Record], n_parts: int, n_splits: int = 20) -> float
                     for bank, order in zip(banks, orders, strict=True)
                 ]
                 values += _importances(chosen)
-        found.append(float(np.corrcoef(*parts)[0, 1]))
+        found.append(_correlation(*map(np.array, parts)))
     return float(np.mean(found))
 
 
@@ -182,6 +182,11 @@ def _importances(banks: list[npt.NDArray[np.bool_]]) -> list[float]:
         has_both = len(dissimilar) and len(following)
         values.append(float(dissimilar.mean() - following[:, 1].mean()) if has_both else 0.0)
     return values
+
+
+def _correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
+    """Return Pearson's correlation; 0 where a side does not vary, as among very few rollouts."""
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
 
 
 def check_bundle(folder: Path, device: torch.device) -> Iterator[str]:
