@@ -5,10 +5,10 @@
 Runs the demo's four model-settings twice, leave one problem out: with the bundled reasoners, and
 with twins of the same architecture whose weights are random, on the same rollouts, labels, texts
 and folds. In each fold validation alone chooses among all activation recipes and layers. Prints
-the PR-AUC of position, text, probe and twin, paired differences with 95 % intervals (bootstrap over
-problems), and then the same probe's scores against labels and truth, beside chance, the oracle (the
-true importance as a score) and the ceiling (how often a sentence would become an anchor if the labels
-were drawn again). Nothing is tuned here: the recipes are the demo study's own.
+the PR-AUC of position, text, probe and twin, and paired differences with 95 % intervals (bootstrap
+over problems); then the same probe's scores against labels and truth, beside chance, the oracle
+(the true importance as a score) and the ceiling (how often a sentence would become an anchor if the
+labels were drawn again). Nothing is tuned here: the recipes are the demo study's own.
 """
 
 from __future__ import annotations
