@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 _CF = "counterfactual_importance_accuracy"
 
+MIN_DISSIMILAR = 0.05
+
 N_AGAIN = 3
 """Places per reasoner that are sampled again, and..."""
 
@@ -96,7 +98,9 @@ def figures(folder: Path, reasoner: str) -> dict[str, dict[str, float]]:
         reliability, the split-half correlation of the importance corrected to all rollouts
         (Spearman-Brown, 2r/(1+r)), and reliability_25, that of a quarter of them; correlation of
         the importance with the policy's exact one; correlation and largest distance of the
-        importance at many rollouts from the exact one, on the traces that have it.
+        importance at many rollouts from the exact one, on the traces that have it, over n_truth
+        sentences whose rests are dissimilar in `MIN_DISSIMILAR` or more (below, the importance is
+        that of a few malformed sentences, which the policy never says).
     """
     records = list(read_records(folder, reasoner))
     return {
@@ -132,11 +136,14 @@ def _truth_figures(
         if record.setting == setting
     }
     rows = [row for row in stored if row["setting"] == setting]
-    many = np.concatenate([[m[_CF] for m in row["measures"][:-1]] for row in rows])
-    true = np.concatenate([exact[row["problem_id"]] for row in rows])
+    measured = [m for row in rows for m in row["measures"][:-1]]
+    is_sure = np.array([m["different_trajectories_fraction"] >= MIN_DISSIMILAR for m in measured])
+    many = np.array([m[_CF] for m in measured])[is_sure]
+    true = np.concatenate([exact[row["problem_id"]] for row in rows])[is_sure]
     return {
+        "n_truth": len(many),
         "truth_correlation_with_exact": _correlation(many, true),
-        "truth_largest_distance": float(np.abs(many - true).max()),
+        "truth_largest_distance": float(np.abs(many - true).max(initial=0.0)),
     }
 
 
@@ -186,7 +193,8 @@ def _importances(banks: list[npt.NDArray[np.bool_]]) -> list[float]:
 
 def _correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
     """Return Pearson's correlation; 0 where a side does not vary, as among very few rollouts."""
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) > 0 and np.ptp(b) > 0 else 0.0
+    varies = all(len(np.unique(side)) > 1 for side in (a, b))
+    return float(np.corrcoef(a, b)[0, 1]) if varies else 0.0
 
 
 def check_bundle(folder: Path, device: torch.device) -> Iterator[str]:
