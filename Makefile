@@ -10,7 +10,7 @@ demo: $(READY)  ## materialize the embedded demo through Dagster; print leaderbo
 	$(BIN)/taprobe demo
 
 test: $(READY)  ## run the whole test suite
-	$(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 ui: $(READY)  ## open the Dagster UI of the demo on the loopback address
 	$(BIN)/taprobe ui

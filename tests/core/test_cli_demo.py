@@ -7,7 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from taprobe_core.demo import BUNDLE
+
+pytestmark = pytest.mark.timeout(400)  # samples real texts
 
 
 def test_building_needs_a_folder(taprobe: Callable[..., Any]) -> None:

@@ -40,6 +40,8 @@ RECIPE = Recipe(
     n_truth_problems=1,
     n_gate=9,
 )
+
+pytestmark = pytest.mark.timeout(400)  # samples real texts
 STEPS = [f"{NAME}/gates.json", f"{NAME}/{ROLLOUTS}", f"{NAME}/{TRUTH}"]
 WEIGHTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
