@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from taprobe_core.demo.trace import seeded
+from taprobe_core.demo.writer import write_json
 from taprobe_core.errors import ConfigError, NotEnoughDataError
 from taprobe_core.importance import (
     Rollout,
@@ -105,7 +106,7 @@ def write_dirty_copy(clean: Path, folder: Path, seed: int = 0) -> list[Damage]:
         damages.append(Damage(kind, _problem_id(place), setting, model, file, done.done, done.n))
     damages.sort(key=lambda damage: damage.file)
     rows = [asdict(damage) for damage in damages]
-    _write(folder / MANIFEST, {"seed": seed, "damages": rows}, indent=2)
+    write_json(folder / MANIFEST, {"seed": seed, "damages": rows})
     return damages
 
 
@@ -145,7 +146,7 @@ def _corrupt_prefix(place: Path, rng: random.Random) -> _Done | None:
     rows = _load(place / file)
     for row in rows:
         row["prefix_without_chunk"] = cut_prefix(texts, index)
-    _write(place / file, rows)
+    write_json(place / file, rows, indent=None)
     return _Done(file, f"every copy of {texts[index]!r} deleted from the prefix", len(rows))
 
 
@@ -172,7 +173,7 @@ def _restore_older_labels(place: Path, rng: random.Random) -> _Done | None:
     n = sum(new != old for new, old in zip(older, before, strict=True))
     if not n:
         return None
-    _write(place / "chunks_labeled.json", older, indent=2)
+    write_json(place / "chunks_labeled.json", older)
     done = f"measures computed from the first {SNAPSHOT_SHARE:.0%} of the rollouts"
     return _Done("chunks_labeled.json", done, n)
 
@@ -210,8 +211,8 @@ def _change_rows(
     n = max(1, len(rows) * 2 // 5)
     for index in rng.sample(range(len(rows)), n):
         rows[index] = change(rows[index])
-    _write(place / file, rows)
-    _write(place / "chunks_labeled.json", _labeled(place), indent=2)
+    write_json(place / file, rows, indent=None)
+    write_json(place / "chunks_labeled.json", _labeled(place))
     return _Done(file, f"{n} of {len(rows)} rows {done}", n)
 
 
@@ -223,7 +224,7 @@ def _cut_bank(place: Path, rng: random.Random) -> _Done | None:
 def _fail_base(place: Path, rng: random.Random) -> _Done | None:
     prompt = _load(place / "base_solution.json")["prompt"]
     row = {"prompt": prompt, "error": "API error: 503 Service Unavailable"}
-    _write(place / "base_solution.json", row, indent=2)
+    write_json(place / "base_solution.json", row)
     return _Done("base_solution.json", "solution replaced by an error", 1)
 
 
@@ -282,9 +283,3 @@ def _bank_name(index: int) -> str:
 
 def _load(path: Path) -> Any:
     return json.loads(path.read_bytes())
-
-
-def _write(path: Path, value: Any, indent: int | None = None) -> None:
-    separators = (",", ":") if indent is None else None
-    text = json.dumps(value, indent=indent, separators=separators, allow_nan=False)
-    path.write_bytes(text.encode("ascii"))

@@ -55,17 +55,17 @@ def write_rollouts(folder: Path, sampling: str, entries: Iterable[Entry]) -> Non
 
 def _write_problem(folder: Path, reasoned: Reasoned) -> None:
     problem, trace = reasoned.problem, reasoned.trace
-    _write_json(folder / "problem.json", _problem_row(problem))
-    _write_json(folder / "base_solution.json", _base_row(problem, trace))
-    _write_json(folder / "chunks.json", _chunks_row(problem, trace))
-    _write_json(folder / "chunks_labeled.json", _labeled_rows(reasoned))
+    write_json(folder / "problem.json", _problem_row(problem))
+    write_json(folder / "base_solution.json", _base_row(problem, trace))
+    write_json(folder / "chunks.json", _chunks_row(problem, trace))
+    write_json(folder / "chunks_labeled.json", _labeled_rows(reasoned))
     _write_banks(folder, reasoned, reasoned.rollouts)
 
 
 def _write_banks(folder: Path, reasoned: Reasoned, banks: Sequence[Sequence[Continuation]]) -> None:
     for i, bank in enumerate(banks):
         rows = _solution_rows(reasoned.texts, i, bank)
-        _write_json(folder / f"chunk_{i}" / "solutions.json", rows, indent=None)
+        write_json(folder / f"chunk_{i}" / "solutions.json", rows, indent=None)
 
 
 def _problem_row(problem: Problem) -> dict[str, str]:
@@ -133,7 +133,8 @@ def _solution_rows(
     ]
 
 
-def _write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write a JSON file as the dataset's are written; folders above it are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     separators = (",", ":") if indent is None else None
     text = json.dumps(content, indent=indent, separators=separators, allow_nan=False)
