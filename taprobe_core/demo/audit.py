@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 _CF = "counterfactual_importance_accuracy"
 
 MIN_DISSIMILAR = 0.05
+"""Share of dissimilar rests from which an importance is more than that of a few sentences."""
 
 N_AGAIN = 3
 """Places per reasoner that are sampled again, and..."""
@@ -103,12 +104,10 @@ def figures(folder: Path, reasoner: str) -> dict[str, dict[str, float]]:
         that of a few malformed sentences, which the policy never says).
     """
     records = list(read_records(folder, reasoner))
+    by_setting = {name: [r for r in records if r.setting == name] for name in SETTINGS}
     return {
-        setting: {
-            **_label_figures([record for record in records if record.setting == setting]),
-            **_truth_figures(folder, reasoner, setting, records),
-        }
-        for setting in SETTINGS
+        setting: {**_label_figures(own), **_truth_figures(folder, reasoner, setting, own)}
+        for setting, own in by_setting.items()
     }
 
 
@@ -131,9 +130,7 @@ def _truth_figures(
 ) -> dict[str, float]:
     stored = json.loads((folder / reasoner / TRUTH).read_text(encoding="utf-8"))
     exact = {
-        record.reasoned.problem.id: exact_importance(record.reasoned)[:-1]
-        for record in records
-        if record.setting == setting
+        record.reasoned.problem.id: exact_importance(record.reasoned)[:-1] for record in records
     }
     rows = [row for row in stored if row["setting"] == setting]
     measured = [m for row in rows for m in row["measures"][:-1]]

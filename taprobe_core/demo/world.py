@@ -8,9 +8,10 @@ the smaller: the first rollouts of each sentence, some of the problems.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from taprobe_core.demo.bundle import BUNDLE, SAMPLING, first_rollouts, read_manifest, read_records
 from taprobe_core.demo.policy import drawn_answers, drawn_rollouts, drawn_trace
@@ -61,12 +62,12 @@ def write_demo_world(folder: Path, source: DemoSource, bundle: Path = BUNDLE) ->
         DataError: the bundle cannot be read.
     """
     _check_empty(folder)
-    reasoners = read_manifest(bundle)["recipe"]["reasoners"]
+    recipe = read_manifest(bundle)["recipe"]
     world = DemoWorld.at(folder)
-    write_rollouts(world.rollouts_folder, SAMPLING, _bundled(source, bundle, list(reasoners)))
+    write_rollouts(world.rollouts_folder, SAMPLING, _bundled(source, bundle, recipe))
     world.tokenizer_folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        found = (bundle / next(iter(reasoners)) / name).read_bytes()
+        found = (bundle / next(iter(recipe["reasoners"])) / name).read_bytes()
         (world.tokenizer_folder / name).write_bytes(found)
 
 
@@ -100,8 +101,7 @@ def write_policy_world(
     train_tokenizer(world.tokenizer_folder, source.seed)
 
 
-def _bundled(source: DemoSource, bundle: Path, reasoners: Sequence[str]) -> Iterator[Entry]:
-    recipe = read_manifest(bundle)["recipe"]
+def _bundled(source: DemoSource, bundle: Path, recipe: Mapping[str, Any]) -> Iterator[Entry]:
     for name in ("n_problems", "n_rollouts"):
         if getattr(source, name) > recipe[name]:
             raise PlanError(
@@ -109,7 +109,7 @@ def _bundled(source: DemoSource, bundle: Path, reasoners: Sequence[str]) -> Iter
                 f"rollouts.source.{name}",
                 f"ask for {recipe[name]} or fewer, or use `kind: policy`",
             )
-    for reasoner in reasoners:
+    for reasoner in recipe["reasoners"]:
         n_read = dict.fromkeys(SETTINGS, 0)
         for setting, reasoned, _ in read_records(bundle, reasoner):
             n_read[setting] += 1
