@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import dagster as dg
 
-from taprobe_core.pipeline import DIMENSIONS, PARENTS, STAGES, cells_of
+from taprobe_core.pipeline import DIMENSIONS, PARENTS, cells_of, stages_of
 from taprobe_core.study import Study, parse_study
 from taprobe_dagster.definitions import build_defs
 
@@ -32,7 +32,7 @@ seeds: {list(range(20))}
 
 def flat_defs(study: Study) -> dg.Definitions:
     """The same stages on one-dimensional grids of joined keys, without mappings."""
-    return dg.Definitions(assets=[_flat(study, stage) for stage in STAGES])
+    return dg.Definitions(assets=[_flat(study, stage) for stage in stages_of(study)])
 
 
 def _flat(study: Study, stage: str) -> dg.AssetsDefinition:

@@ -32,14 +32,17 @@ from taprobe_core.canvas import (
     plain,
     to_data_uri,
 )
+from taprobe_core.heat_maps import attention_map, kurtosis_map
 
 __all__ = [
     "MAX_BYTES",
     "activation_norms",
+    "attention_map",
     "deferral_bars",
     "delta_intervals",
     "importance_by_position",
     "importance_histogram",
+    "kurtosis_map",
     "leaderboard_bars",
     "metric_by_layer",
     "span_lengths",

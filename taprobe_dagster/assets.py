@@ -12,7 +12,16 @@ from collections.abc import Iterator, Sequence
 import dagster as dg
 
 from taprobe_core.errors import TaprobeError
-from taprobe_core.pipeline import CHECKS, CODE_VERSIONS, PARENTS, Cell, Plan, describe, run_stage
+from taprobe_core.pipeline import (
+    CHECKS,
+    CODE_VERSIONS,
+    PARENTS,
+    Cell,
+    Plan,
+    describe,
+    run_stage,
+    stages_of,
+)
 from taprobe_core.study import Study
 from taprobe_dagster.events import input_tags, materialization
 from taprobe_dagster.partitions import cell_of, grid_of, mapping_between
@@ -20,18 +29,21 @@ from taprobe_dagster.resources import Workbench
 
 OPS: dict[str, tuple[str, ...]] = {
     "read_rollouts": ("rollouts", "labels", "spans"),
-    "extract_activations": ("activations",),
+    "extract_activations": ("activations", "vertical_attention"),
+    "choose_receiver_heads": ("receiver_heads",),
     "fit_probes": ("probe_fits", "deferral_plans"),
     "evaluate_probes": ("evaluation",),
     "publish_study": ("leaderboard", "study_report"),
 }
-"""Op name -> the stages it materializes; stages of one op share a grid."""
+"""Every op there is -> the stages it materializes; stages of one op share a grid."""
 
 DESCRIPTIONS = {
     "rollouts": "Problems and sentences of one model and setting, as published, checked.",
     "labels": "Anchors and importance per sentence, with counts, standard error and status.",
     "spans": "The token range of every sentence; the ranges cover the thinking text exactly.",
-    "activations": "Mean activation per sentence at one layer; one shard per problem.",
+    "activations": "Pooled activations per sentence at one layer; one shard per problem.",
+    "vertical_attention": "How later sentences look back at each one, at one layer, head by head.",
+    "receiver_heads": "Heads that single out few sentences, chosen fold by fold, and their scores.",
     "probe_fits": "Every recipe fitted on every fold; scores of validation and test sentences.",
     "deferral_plans": "Which sentences the probe decides and which go to expensive labelling.",
     "evaluation": "Metrics over problems, and paired deltas against position and text.",
@@ -39,7 +51,11 @@ DESCRIPTIONS = {
     "study_report": "One self-contained page: results, pictures, skipped problems, provenance.",
 }
 
-KINDS = {"activations": {"torch", "safetensors"}, "probe_fits": {"scikitlearn", "safetensors"}}
+KINDS = {
+    "activations": {"torch", "safetensors"},
+    "vertical_attention": {"torch", "safetensors"},
+    "probe_fits": {"scikitlearn", "safetensors"},
+}
 
 GPU_TAGS = {
     "dagster-k8s/config": {
@@ -49,13 +65,20 @@ GPU_TAGS = {
 """Extraction asks a cluster for one accelerator; a single machine ignores the tag."""
 
 
+def ops_of(study: Study) -> dict[str, tuple[str, ...]]:
+    """The ops of a study and the stages that each makes of it; an op without any is left out."""
+    known = stages_of(study)
+    found = {op: tuple(stage for stage in stages if stage in known) for op, stages in OPS.items()}
+    return {op: stages for op, stages in found.items() if stages}
+
+
 def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
     """The assets of one op.
 
     Each cell is reported by its own event as soon as it is committed, so the op's outputs are
     optional (`skippable`) and never emitted; see `events` for why.
     """
-    stages = OPS[op]
+    stages = ops_of(study)[op]
     is_gpu = op == "extract_activations"
     grid = grid_of(study, stages[0])
 

@@ -14,7 +14,8 @@ import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
 from taprobe_core.pipeline import key_of
-from taprobe_dagster.assets import OPS
+from taprobe_core.study import Study
+from taprobe_dagster.assets import OPS, ops_of
 from taprobe_dagster.launch import Launch, launches_of
 from taprobe_dagster.resources import Workbench
 
@@ -27,15 +28,15 @@ SCHEDULES = {
 """Schedule -> the op it runs, and when."""
 
 
-def op_jobs() -> Jobs:
-    """One job per op; its assets share a grid, as a job's assets must."""
+def op_jobs(study: Study) -> Jobs:
+    """One job per op of a study; its assets share a grid, as a job's assets must."""
     return {
         op: dg.define_asset_job(
             f"{op}_job",
             dg.AssetSelection.assets(*stages),
             description=f"Materialize {', '.join(stages)}.",
         )
-        for op, stages in OPS.items()
+        for op, stages in ops_of(study).items()
     }
 
 
@@ -86,7 +87,7 @@ def wanted_cells_sensor(jobs: Jobs) -> dg.SensorDefinition:
         if _is_busy(context.instance):
             yield dg.SkipReason("runs of this study are queued or under way")
         else:
-            yield from _next_requests(context.instance, workbench, tuple(OPS))
+            yield from _next_requests(context.instance, workbench, tuple(ops_of(workbench.study)))
 
     return launch_wanted_cells
 
@@ -111,8 +112,9 @@ def _next_requests(
 ) -> Iterator[dg.RunRequest | dg.SkipReason]:
     """Requests of the first op that lacks anything, else the reason why there is none."""
     plan = workbench.plan()
+    stages = ops_of(plan.study)
     for op in ops:
-        launches = list(launches_of(instance, plan, op, OPS[op]))
+        launches = list(launches_of(instance, plan, op, stages[op]))
         for launch in launches:
             cell = key_of(plan, launch.stages[-1], launch.last)
             yield _request(launch, f"{op}:{launch.first}:{launch.last}:{cell.fingerprint}")

@@ -13,9 +13,21 @@ import typer
 from taprobe_core.cli import app, guarded
 from taprobe_core.cli.app import StudyArgument, err, out, print_leaderboard, show_progress
 from taprobe_core.errors import ConfigError
-from taprobe_core.pipeline import STAGES, CellFilter, Plan, cells_of, dimension_keys, open_plan
+from taprobe_core.pipeline import (
+    STAGES,
+    CellFilter,
+    Plan,
+    cells_of,
+    check_stage,
+    dimension_keys,
+    open_plan,
+    stages_of,
+)
 
 ListOption = list[str] | None
+
+OF_THE_WHOLE = frozenset({"receiver_heads", "evaluation", "leaderboard", "study_report"})
+"""Stages that read more sites or trials than the one they stand at."""
 
 
 @app.command()
@@ -33,15 +45,16 @@ def run(
 ) -> None:
     """Materialize what a study lacks, through Dagster; what is there already is not redone."""
     plan = open_plan(study)
-    stages = _known(select, STAGES, "stage")
+    stages = frozenset(check_stage(plan.study, stage) for stage in select) if select else None
     chosen = CellFilter(
         _known(site, dimension_keys(plan.study, "site"), "site"),
         _known(trial, dimension_keys(plan.study, "trial"), "trial"),
     )
     is_part = chosen != CellFilter()
     if is_part and stages is None:
-        # One leaderboard and one report stand for the whole study, so a part does not make them.
-        stages = frozenset(STAGES) - {"evaluation", "leaderboard", "study_report"}
+        # Heads are ranked over all layers of a model, and one leaderboard and one report stand for
+        # the whole study, so a part does not make them.
+        stages = frozenset(stages_of(plan.study)) - OF_THE_WHOLE
     _materialize(plan, chosen, stages)
     if stages is None or "leaderboard" in stages:
         print_leaderboard(plan)
@@ -84,7 +97,7 @@ def _known(chosen: ListOption, known: tuple[str, ...], noun: str) -> frozenset[s
 
 def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) -> None:
     # Dagster takes two seconds to import, which `taprobe --help` need not pay.
-    from taprobe_dagster.assets import OPS
+    from taprobe_dagster.assets import ops_of
     from taprobe_dagster.definitions import build_defs
     from taprobe_dagster.home import open_instance
     from taprobe_dagster.launch import execute, fail_abandoned_runs, launches_of, stages_in
@@ -94,18 +107,19 @@ def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) 
     logging.getLogger("dagster").setLevel(logging.CRITICAL)
     start = time.monotonic()
     n_computed, n_runs = 0, 0
+    selected = {op: stages_in(plan.study, op, stages) for op in ops_of(plan.study)}
     with open_instance() as instance:
         if n_abandoned := fail_abandoned_runs(instance):
             err.print(f"{n_abandoned} run(s) whose process is gone are now marked as failed")
         defs = build_defs(plan.study, {"workbench": Workbench(plan.study, plan.data_root)})
-        for op in OPS:
-            for launch in launches_of(instance, plan, op, stages_in(op, stages), chosen):
+        for op, of_op in selected.items():
+            for launch in launches_of(instance, plan, op, of_op, chosen):
                 first, last = "|".join(launch.first), "|".join(launch.last)
                 err.print(f"[bold]{op}[/] {first} … {last}" if first else f"[bold]{op}[/]")
                 n_computed += execute(defs, instance, launch)
                 n_runs += 1
     n_cells = sum(
-        len(cells_of(plan.study, stage, chosen)) for op in OPS for stage in stages_in(op, stages)
+        len(cells_of(plan.study, stage, chosen)) for of_op in selected.values() for stage in of_op
     )
     err.print(
         f"{n_cells} artifacts: {n_computed} computed, {n_cells - n_computed} reused; "

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import dagster as dg
 
 from taprobe_core.study import Study, load_study
-from taprobe_dagster.assets import OPS, stage_assets
+from taprobe_dagster.assets import ops_of, stage_assets
 from taprobe_dagster.automation import op_jobs, schedules, wanted_cells_sensor
 from taprobe_dagster.resources import Workbench
 from taprobe_dagster.sources import dataset_source
@@ -29,9 +29,9 @@ def build_defs(
         resources: put beside or in place of the workbench on the default data folder.
     """
     loaded = study or load_study()
-    jobs = op_jobs()
+    jobs = op_jobs(loaded)
     return dg.Definitions(
-        assets=[dataset_source(loaded), *(stage_assets(loaded, op) for op in OPS)],
+        assets=[dataset_source(loaded), *(stage_assets(loaded, op) for op in ops_of(loaded))],
         jobs=list(jobs.values()),
         schedules=schedules(jobs),
         sensors=[wanted_cells_sensor(jobs)],

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import dagster as dg
+import polars as pl
+import polars.selectors as cs
 from dagster._core.definitions.data_version import (
     CODE_VERSION_TAG,
     DATA_VERSION_IS_USER_PROVIDED_TAG,
@@ -79,7 +81,7 @@ def _data_version(record: dg.EventLogRecord | None) -> str:
 
 
 def cell_metadata(outcome: Outcome, description: Description) -> dict[str, dg.MetadataValue]:
-    """Everything the UI shows for one cell: identity first, then metrics, picture, provenance."""
+    """What the UI shows for one cell: identity first, then metrics, tables, picture, provenance."""
     artifact = outcome.artifact
     metadata: dict[str, dg.MetadataValue] = {
         "fingerprint": dg.MetadataValue.text(outcome.key.fingerprint),
@@ -92,6 +94,7 @@ def cell_metadata(outcome: Outcome, description: Description) -> dict[str, dg.Me
     metadata |= {
         name: dg.MetadataValue.float(float(value)) for name, value in description.metrics.items()
     }
+    metadata |= {name: _table(frame) for name, frame in description.tables.items()}
     if description.picture is not None:
         metadata["picture"] = dg.MetadataValue.md(f"![{outcome.key.stage}]({description.picture})")
     metadata |= {
@@ -102,3 +105,14 @@ def cell_metadata(outcome: Outcome, description: Description) -> dict[str, dg.Me
     upstream = list(artifact.manifest.upstream)
     metadata["upstream"] = dg.MetadataValue.json(upstream[:_SHOWN_INPUTS])
     return metadata
+
+
+def _table(frame: pl.DataFrame) -> dg.TableMetadataValue:
+    """A short table of numbers, with the types of its columns."""
+    columns = [
+        dg.TableColumn(name, "int" if dtype.is_integer() else "float")
+        for name, dtype in frame.schema.items()
+    ]
+    rounded = frame.with_columns(cs.float().round_sig_figs(4))
+    records = [dg.TableRecord(row) for row in rounded.to_dicts()]
+    return dg.MetadataValue.table(records, dg.TableSchema(columns))

@@ -10,7 +10,11 @@ Concept: https://docs.dagster.io/guides/build/partitions-and-backfills/backfilli
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import dagster as dg
@@ -24,11 +28,15 @@ from dagster._core.storage.tags import (
 
 from taprobe_core.errors import TaprobeError
 from taprobe_core.pipeline import Cell, CellFilter, Plan, cells_of, is_complete, key_of
-from taprobe_dagster.assets import OPS
+from taprobe_core.study import Study
+from taprobe_dagster.assets import ops_of
 from taprobe_dagster.partitions import boxes, partition_key
 
 PID_TAG = "taprobe/pid"
 """Process that executes a run in place; a run whose process is gone is failed at the next start."""
+
+
+_AGAIN_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -106,12 +114,13 @@ def execute(defs: dg.Definitions, instance: dg.DagsterInstance, launch: Launch) 
     """
     job = defs.resolve_implicit_global_asset_job_def()
     try:
-        result = job.execute_in_process(
-            asset_selection=[dg.AssetKey(stage) for stage in launch.stages],
-            instance=instance,
-            tags={**launch.tags, PID_TAG: f"{os.uname().nodename}:{os.getpid()}"},
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-        )
+        with interrupts_kept():
+            result = job.execute_in_process(
+                asset_selection=[dg.AssetKey(stage) for stage in launch.stages],
+                instance=instance,
+                tags={**launch.tags, PID_TAG: f"{os.uname().nodename}:{os.getpid()}"},
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            )
     except dg.Failure as failure:
         if isinstance(failure.__cause__, TaprobeError):
             raise failure.__cause__ from None
@@ -121,6 +130,29 @@ def execute(defs: dg.Definitions, instance: dg.DagsterInstance, launch: Launch) 
     return sum(
         not event.materialization.metadata["is_reused"].value for event in _materializations(result)
     )
+
+
+@contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """Send Ctrl-C again where it was lost.
+
+    Python prints what a finalizer or a weak reference's callback raises and goes on; the event log
+    runs many of these, and an interrupt that comes meanwhile would be one such exception.
+    """
+    before = sys.unraisablehook
+
+    def keep(lost: sys.UnraisableHookArgs) -> None:
+        if isinstance(lost.exc_value, KeyboardInterrupt | DagsterExecutionInterruptedError):
+            # From another thread, a moment later: raised here, it would be lost again.
+            threading.Timer(_AGAIN_S, signal.raise_signal, (signal.SIGINT,)).start()
+        else:
+            before(lost)
+
+    sys.unraisablehook = keep
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _materializations(
@@ -155,6 +187,6 @@ def _is_abandoned(owner: str) -> bool:
     return False
 
 
-def stages_in(op: str, select: frozenset[str] | None) -> tuple[str, ...]:
-    """The stages of an op that a selection keeps."""
-    return tuple(stage for stage in OPS[op] if select is None or stage in select)
+def stages_in(study: Study, op: str, select: frozenset[str] | None) -> tuple[str, ...]:
+    """The stages of a study's op that a selection keeps."""
+    return tuple(stage for stage in ops_of(study)[op] if select is None or stage in select)

@@ -60,6 +60,8 @@ def _dimension_mapping(study: Study, up: str, down: str) -> dg.PartitionMapping:
         return dg.IdentityPartitionMapping()
     if (up, down) == ("model", "site"):
         return dg.StaticPartitionMapping(_sites_by_model(study))
+    if (up, down) == ("site", "model"):
+        return dg.StaticPartitionMapping({str(site): site.model for site in study.sites})
     if (up, down) == ("setting", "trial"):
         return dg.StaticPartitionMapping(_trials_by_setting(study))
     return dg.StaticPartitionMapping({str(trial): trial.setting for trial in study.trials})

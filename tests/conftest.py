@@ -87,7 +87,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
     Every stage runs once here; imports are local because few tests pay for torch.
     """
-    from taprobe_core.pipeline import STAGES, cells_of, open_plan, run_stage
+    from taprobe_core.pipeline import cells_of, open_plan, run_stage, stages_of
 
     values = yaml.safe_load(SMALL)
     del values["models"]["other"]
@@ -95,7 +95,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     made = Built(folder / "one_model.yaml", folder / "data")
     made.study.write_text(yaml.safe_dump(values))
     plan = open_plan(made.study, made.data)
-    for stage in STAGES:
+    for stage in stages_of(plan.study):
         made.outcomes[stage] = list(run_stage(plan, stage, cells_of(plan.study, stage)))
     return made
 

@@ -1,172 +1,137 @@
-"""All texts of a setting through the model, each once; a shard per text and layer as it is made.
+"""All texts of a setting through the model, each once; their shards as soon as a pack is done.
 
-In: texts, spans, and the layers still missing for each problem. Out: one item per text, at once, so
-that the caller can commit it before the next text runs and a broken run loses one text at most.
-What does not belong here: committing, and choosing the device.
+In: tasks, one per text, and the model on one or several devices. Out: one item per text, so that
+the caller can commit it while the next pack runs. What does not belong here: committing, and
+choosing the devices.
 
 The invariant: everything that can be refused is refused before the first pass; the longest text
-runs first, so that one too long for the memory fails in the first minute and not in the last.
+runs first, so that one too long for the memory fails in the first minute and not in the last; short
+memory makes packs smaller, never results different.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import polars as pl
-import torch
 from torch import nn
 
-from taprobe_core.activations.forward import input_faults, pooled_layers
-from taprobe_core.activations.pooling import Storage, max_abs, to_storage
+from taprobe_core.activations.cost import BlockShape, pass_flop
+from taprobe_core.activations.forward import MISMATCH_FIX, input_faults
+from taprobe_core.activations.options import ExtractOptions
+from taprobe_core.activations.packing import plan_packs
+from taprobe_core.activations.pooling import span_index
 from taprobe_core.activations.progress import Progress
-from taprobe_core.errors import ModelError, ModelMismatchError, SpanError
-
-
-@dataclass(frozen=True, eq=False)
-class ActivationShard:
-    """Sentence means of one problem at one layer.
-
-    Attributes:
-        problem_id: the problem.
-        layer: block index; the means are of its output.
-        mean: [sentence, d_model] on the CPU, in sentence_idx order, finite.
-        dtype: type of `mean`; float32 where float16 was asked for and could not hold it.
-        max_abs: largest magnitude before the cast.
-        input_sha256: `texts.input_sha256`, what the means were made from.
-    """
-
-    problem_id: int
-    layer: int
-    mean: torch.Tensor
-    dtype: Storage
-    max_abs: float
-    input_sha256: str
+from taprobe_core.activations.schedule import run_ahead, run_in_step
+from taprobe_core.activations.shards import ActivationShard, AttentionShard
+from taprobe_core.activations.tasks import TextTask
+from taprobe_core.errors import ModelMismatchError, SpanError
 
 
 class Extracted(NamedTuple):
-    """One text's shards, and how far the extraction is with them."""
+    """One text's shards by layer, and how far the extraction is with them."""
 
     problem_id: int
     shards: dict[int, ActivationShard]
+    attention: dict[int, AttentionShard]
     progress: Progress
 
 
-class _Task(NamedTuple):
-    problem_id: int
-    token_ids: list[int]
-    spans: list[tuple[int, int]]
-    layers: tuple[int, ...]
-    input_sha256: str
-
-
 def extract(
-    model: nn.Module,
-    texts: pl.DataFrame,
-    spans: pl.DataFrame,
-    layers_by_problem: Mapping[int, Sequence[int]],
-    storage: Storage,
+    models: nn.Module | Sequence[nn.Module],
+    tasks: Sequence[TextTask],
+    options: ExtractOptions | None = None,
     *,
+    gemm_rate: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Extracted]:
-    """Run each text once and yield its shards as soon as they exist, the longest text first.
+    """Run each text once and yield its shards, the longest text's pack first.
 
-    The checks are made by the call itself, the passes by the iteration.
+    The checks are made by the call itself, the passes by the iteration. On a CPU a pass begins when
+    its caller asks for its texts; an accelerator is kept one pack ahead.
 
     Args:
-        model: base transformer without LM head, in evaluation mode; its parameters name the device.
-        texts: `tables.TEXTS`.
-        spans: `tables.SPANS`.
-        layers_by_problem: problem_id to the layers still missing; a problem without any is not run.
-        storage: number type to keep.
+        models: base transformer without LM head, in evaluation mode; its parameters name the
+            device. Several: the same weights on several devices, packs are shared out.
+        tasks: what to run; a task without layers is left out.
+        options: what to keep; None for float16 means.
+        gemm_rate: FLOP/s of the device's matrix products, for the progress.
         clock: seconds, for the progress.
 
     Raises:
-        SpanError: a problem has no text or no spans, or a span lies outside its text.
+        SpanError: a span lies outside its text, or has no token before it for `boundary`.
         ModelMismatchError: a layer, token id or length that the model lacks; lists all of them.
         ModelError: out of memory; names the problem and its tokens. Blocks not found.
-        NonFiniteError: a mean is NaN or infinite; names problem, layer and sentence.
+        NonFiniteError: a value is NaN or infinite; names problem, layer and sentence.
     """
-    tasks = _tasks(texts, spans, layers_by_problem)
-    layers = sorted({layer for task in tasks for layer in task.layers})
-    faults = input_faults(model, {f"problem {t.problem_id}": t.token_ids for t in tasks}, layers)
+    models = (models,) if isinstance(models, nn.Module) else tuple(models)
+    options = options or ExtractOptions()
+    wanted = [task for task in tasks if task.layers or task.attention_layers]
+    layers = sorted({layer for task in wanted for layer in (*task.layers, *task.attention_layers)})
+    named = {f"problem {task.problem_id}": task.token_ids for task in wanted}
+    faults = input_faults(models[0], named, layers)
     if faults:
         raise ModelMismatchError(
             f"the model cannot take this work: {'; '.join(faults)}",
-            type(model).__name__,
-            "correct n_layers, layers or tokenizer of this model in the study",
+            type(models[0]).__name__,
+            MISMATCH_FIX,
         )
-    return _run(model, tasks, storage, clock)
+    for task in wanted:
+        _check_spans(task, options)
+    return _Run(models, wanted, options, gemm_rate, clock).items()
 
 
-def _tasks(
-    texts: pl.DataFrame, spans: pl.DataFrame, layers_by_problem: Mapping[int, Sequence[int]]
-) -> list[_Task]:
-    wanted = {problem_id: layers for problem_id, layers in layers_by_problem.items() if layers}
-    ranges = spans.sort("sentence_idx").group_by("problem_id").agg("start_token", "end_token")
-    joined = texts.filter(pl.col("problem_id").is_in(list(wanted))).join(ranges, on="problem_id")
-    absent = sorted(set(wanted) - set(joined["problem_id"]))
-    if absent:
-        raise SpanError(
-            f"problems {absent} have no text or no spans",
-            "tables 'texts' and 'spans'",
-            "build the spans again, or leave these problems out",
-        )
-    return [
-        _Task(
-            row["problem_id"],
-            row["token_ids"],
-            list(zip(row["start_token"], row["end_token"], strict=True)),
-            tuple(sorted(set(wanted[row["problem_id"]]))),
-            row["input_sha256"],
-        )
-        for row in joined.sort("n_tokens", "problem_id", descending=[True, False]).iter_rows(
-            named=True
-        )
-    ]
-
-
-def _run(
-    model: nn.Module, tasks: Sequence[_Task], storage: Storage, clock: Callable[[], float]
-) -> Iterator[Extracted]:
-    n_tokens = sum(len(task.token_ids) for task in tasks)
-    n_tokens_done = 0
-    started = clock()
-    for n_done, task in enumerate(tasks, 1):
-        shards = _shards(model, task, storage)
-        n_tokens_done += len(task.token_ids)
-        progress = Progress(n_done, len(tasks), n_tokens_done, n_tokens, clock() - started)
-        yield Extracted(task.problem_id, shards, progress)
-
-
-def _shards(model: nn.Module, task: _Task, storage: Storage) -> dict[int, ActivationShard]:
+def _check_spans(task: TextTask, options: ExtractOptions) -> None:
     try:
-        pooled = pooled_layers(model, task.token_ids, task.spans, task.layers)
-        # A copy, also on the CPU: tensors made in inference mode refuse later changes in place.
-        means = {layer: mean.to("cpu", copy=True) for layer, mean in pooled.items()}
+        index = span_index(task.spans, len(task.token_ids))
     except SpanError as fault:
+        where = f"problem {task.problem_id}, {fault.where}"
+        raise SpanError(fault.what, where, fault.fix) from None
+    if "boundary" in options.poolings and bool((index.starts == 0).any()):
         raise SpanError(
-            fault.what, f"problem {task.problem_id}, {fault.where}", fault.fix
-        ) from None
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise ModelError(
-            f"out of memory on a text of {len(task.token_ids)} tokens at {len(task.layers)} layers",
-            f"problem {task.problem_id}",
-            "free the device, use a smaller dtype or fewer layers, set activations.device to cpu, "
-            "or leave the problem out with rollouts.problem_ids",
-        ) from error
-    return {layer: _shard(task, layer, mean, storage) for layer, mean in means.items()}
+            "no token before the sentence, so no boundary state",
+            f"problem {task.problem_id}, sentence {int((index.starts == 0).int().argmax())}",
+            "begin the text with a BOS token, or leave out the pooling boundary",
+        )
 
 
-def _shard(task: _Task, layer: int, mean: torch.Tensor, storage: Storage) -> ActivationShard:
-    kept, dtype = to_storage(mean, storage, where=f"problem {task.problem_id}, layer {layer}")
-    return ActivationShard(task.problem_id, layer, kept, dtype, max_abs(mean), task.input_sha256)
+class _Run:
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        tasks: Sequence[TextTask],
+        options: ExtractOptions,
+        gemm_rate: float | None,
+        clock: Callable[[], float],
+    ) -> None:
+        self._models = models
+        self._options = options
+        self._gemm_rate = gemm_rate
+        self._clock = clock
+        self._shape = BlockShape.of(models[0].config)
+        self._n_texts = len(tasks)
+        self._n_tokens = sum(len(task.token_ids) for task in tasks)
+        self._device = next(models[0].parameters()).device
+        lengths = [len(task.token_ids) for task in tasks]
+        packs = plan_packs(lengths, options.budget_on(self._device))
+        self._packs = [[tasks[at] for at in pack] for pack in packs]
 
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # On the CPU the allocator raises a plain RuntimeError; its text is all there is to know it by.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    def items(self) -> Iterator[Extracted]:
+        started = self._clock()
+        n_tokens = flop = 0
+        run = run_ahead if self._device.type == "cuda" else run_in_step
+        texts = run(self._models, self._packs, self._options)
+        for n_texts, (task, shards, attention) in enumerate(texts, 1):
+            n_tokens += len(task.token_ids)
+            flop += pass_flop(self._shape, [len(task.token_ids)], task.deepest + 1)
+            progress = Progress(
+                n_texts,
+                self._n_texts,
+                n_tokens,
+                self._n_tokens,
+                self._clock() - started,
+                flop,
+                self._gemm_rate,
+            )
+            yield Extracted(task.problem_id, shards, attention, progress)

@@ -1,42 +1,65 @@
-"""Token states to sentence means, and means to the number type they are kept in.
+"""Token states to what is kept of each sentence, and the number type it is kept in.
 
-What does not belong here: where the states come from (forward). Spans may overlap, may leave gaps,
-and may stand in any order.
+Poolings: mean; last token; maximum over tokens; boundary, the state of the token before the
+sentence; tokens, every token of every sentence. What does not belong here: where the states come
+from (forward, fused). Spans may overlap, may leave gaps, and may stand in any order.
 
-The invariant: a mean depends on the tokens of its own span alone, so a bad token cannot spoil
-another sentence; sums are float32 whatever the model computes in; a kept value is finite.
+The invariant: a pooled row depends on its own tokens alone, so a bad token cannot spoil another
+sentence, nor another text of the pack; sums are float32 whatever the model computes in, in an order
+that only the sentence's length decides; a kept value is finite.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn.functional import embedding_bag
 
+from taprobe_core.activations.packing import to_device
 from taprobe_core.errors import NonFiniteError, SpanError
+from taprobe_core.study import Pooling, Storage
 
-Storage = Literal["float16", "float32"]
+__all__ = [
+    "FLOAT16_MAX",
+    "Pooling",
+    "SpanIndex",
+    "Storage",
+    "check_finite",
+    "fits",
+    "join_indexes",
+    "pool",
+    "span_index",
+    "span_means",
+    "value_range",
+]
 
 FLOAT16_MAX = 65504.0
 """Largest finite float16."""
 
 
-class SpanIndex(NamedTuple):
-    """Spans as a flat list of tokens: span i is tokens[starts[i]:starts[i + 1]].
+@dataclass(frozen=True, eq=False)
+class SpanIndex:
+    """Spans of a text, or of all texts of a pack one after another.
 
     Attributes:
-        tokens: int64, [number of tokens in all spans].
-        starts: int64, [span].
+        starts: int64 [span], first token.
+        ends: int64 [span], token after the last.
+        tokens: int64 [number of tokens in all spans], span after span.
+        offsets: int64 [span + 1]: span i is tokens[offsets[i]:offsets[i + 1]].
     """
 
-    tokens: torch.Tensor
     starts: torch.Tensor
+    ends: torch.Tensor
+    tokens: torch.Tensor
+    offsets: torch.Tensor
 
     def to(self, device: torch.device) -> SpanIndex:
         """Return the index on `device`."""
-        return SpanIndex(self.tokens.to(device), self.starts.to(device))
+        parts = (self.starts, self.ends, self.tokens, self.offsets)
+        return SpanIndex(*(to_device(part, device) for part in parts))
 
 
 def span_index(spans: torch.Tensor | Sequence[tuple[int, int]], n_tokens: int) -> SpanIndex:
@@ -50,8 +73,8 @@ def span_index(spans: torch.Tensor | Sequence[tuple[int, int]], n_tokens: int) -
         SpanError: there is no span, or a span is empty or outside the text; names the first.
     """
     ranges = torch.as_tensor(spans, dtype=torch.int64, device="cpu").reshape(-1, 2)
-    start, end = ranges.unbind(1)
-    bad = (start < 0) | (end > n_tokens) | (start >= end)
+    starts, ends = ranges.unbind(1)
+    bad = (starts < 0) | (ends > n_tokens) | (starts >= ends)
     if not len(ranges) or bad.any():
         first = int(bad.to(torch.int8).argmax()) if len(ranges) else 0
         found = f"token range {ranges[first].tolist()}" if len(ranges) else "no token range"
@@ -60,10 +83,65 @@ def span_index(spans: torch.Tensor | Sequence[tuple[int, int]], n_tokens: int) -
             f"sentence {first}",
             "build the spans again with the model's own tokenizer",
         )
-    lengths = end - start
-    starts = lengths.cumsum(0) - lengths
-    tokens = torch.arange(int(lengths.sum())) + (start - starts).repeat_interleave(lengths)
-    return SpanIndex(tokens, starts)
+    return _index(starts, ends)
+
+
+def join_indexes(indexes: Sequence[SpanIndex], shifts: Sequence[int]) -> SpanIndex:
+    """Return the index of a pack: each text's spans, moved to where its text lies.
+
+    Args:
+        indexes: one per text.
+        shifts: where each text starts in the pack.
+    """
+    pairs = list(zip(indexes, shifts, strict=True))
+    starts = torch.cat([index.starts + shift for index, shift in pairs])
+    return _index(starts, torch.cat([index.ends + shift for index, shift in pairs]))
+
+
+def _index(starts: torch.Tensor, ends: torch.Tensor) -> SpanIndex:
+    lengths = ends - starts
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    tokens = torch.arange(int(offsets[-1])) + (starts - offsets[:-1]).repeat_interleave(lengths)
+    return SpanIndex(starts, ends, tokens, offsets)
+
+
+def pool(
+    hidden: torch.Tensor, index: SpanIndex, poolings: Sequence[Pooling]
+) -> dict[Pooling, torch.Tensor]:
+    """Pool token states by a checked index, on the device where they are.
+
+    Args:
+        hidden: [token, d_model], any float type.
+        index: on the same device; for `boundary` every span starts after token 0.
+        poolings: which to make.
+
+    Returns:
+        For each pooling [span, d_model]: `mean` float32, the others in the type of `hidden`;
+        for `tokens` [number of tokens in all spans, d_model].
+    """
+    pooled: dict[Pooling, torch.Tensor] = {}
+    for pooling in poolings:
+        if pooling == "mean" or pooling == "max":
+            pooled[pooling] = _reduced(hidden, index, pooling)
+        else:
+            rows = {"last": index.ends - 1, "boundary": index.starts - 1, "tokens": index.tokens}
+            pooled[pooling] = hidden.index_select(0, rows[pooling])
+    return pooled
+
+
+def _reduced(
+    hidden: torch.Tensor, index: SpanIndex, pooling: Literal["mean", "max"]
+) -> torch.Tensor:
+    if hidden.is_cuda:
+        from taprobe_core.activations.kernels import reduce_spans
+
+        return reduce_spans(hidden, index.starts, index.ends, pooling)
+    if pooling == "max":
+        gathered, lengths = hidden.index_select(0, index.tokens), index.ends - index.starts
+        return torch.segment_reduce(gathered, "max", lengths=lengths)
+    # A bag of tokens is summed in a fixed order: equal runs give equal bits, which an atomic
+    # index_add does not promise, and a matrix product would spread one NaN over every sentence.
+    return embedding_bag(index.tokens, hidden.float(), index.offsets[:-1], mode="mean")
 
 
 def span_means(
@@ -85,56 +163,51 @@ def span_means(
         >>> span_means(torch.tensor([[1.0], [3.0], [8.0]]), [(0, 2), (1, 3)]).tolist()
         [[2.0], [5.5]]
     """
-    return bag_means(hidden, span_index(spans, len(hidden)))
+    return pool(hidden, span_index(spans, len(hidden)).to(hidden.device), ["mean"])["mean"]
 
 
-def bag_means(hidden: torch.Tensor, index: SpanIndex) -> torch.Tensor:
-    """Average the hidden state over each span of a checked index; see `span_means`."""
-    # A bag of tokens is summed in a fixed order: equal runs give equal bits, which an atomic
-    # index_add does not promise, and a matrix product would spread one NaN over every sentence.
-    tokens, starts = index.to(hidden.device)
-    return embedding_bag(tokens, hidden.float(), starts, mode="mean")
+def value_range(rows: torch.Tensor) -> torch.Tensor:
+    """Return the smallest and the largest value of each row, float32 [row, 2].
 
-
-def to_storage(
-    means: torch.Tensor, storage: Storage, *, where: str | None = None
-) -> tuple[torch.Tensor, Storage]:
-    """Cast sentence means to the type they are kept in.
-
-    Means that float16 cannot hold stay float32: a clipped or infinite value would be a wrong one.
+    Both are NaN where a value of the row is, and infinite where one is.
 
     Args:
-        means: [sentence, d_model], float32.
-        storage: the type asked for.
-        where: problem and layer, for the message.
+        rows: [row, d_model].
+    """
+    return torch.stack(torch.aminmax(rows, dim=1), dim=1).float()
 
-    Returns:
-        The means, and the type that they have: `storage`, or `float32` where a magnitude is above
-        `FLOAT16_MAX`.
+
+def fits(ranges: torch.Tensor, storage: Storage) -> bool:
+    """Whether a type holds the values of these ranges without overflow.
+
+    Args:
+        ranges: `value_range`, finite.
+        storage: the type.
+    """
+    largest = float(ranges.abs().amax()) if ranges.numel() else 0.0
+    return largest <= torch.finfo(getattr(torch, storage)).max
+
+
+def check_finite(ranges: torch.Tensor, rows: torch.Tensor, where: str) -> None:
+    """Refuse rows that hold what is no number.
+
+    Args:
+        ranges: `value_range` of the rows, on the CPU.
+        rows: [row, d_model], for the message alone.
+        where: problem, layer, pooling and what a row is, for the message.
 
     Raises:
-        NonFiniteError: a mean is NaN or infinite; names the first sentence and dimension.
+        NonFiniteError: a value is NaN or infinite; names the first row and dimension.
     """
-    largest = max_abs(means)
-    # The maximum carries NaN along, so it is finite only when every value is.
-    if not largest < float("inf"):
-        raise _non_finite(means, where)
-    if storage == "float16" and largest <= FLOAT16_MAX:
-        return means.to(torch.float16), "float16"
-    return means.to(torch.float32), "float32"
-
-
-def max_abs(means: torch.Tensor) -> float:
-    """Return the largest magnitude, NaN if any value is; 0 for an empty tensor."""
-    return float(means.abs().amax()) if means.numel() else 0.0
-
-
-def _non_finite(means: torch.Tensor, where: str | None) -> NonFiniteError:
-    bad = ~torch.isfinite(means)
-    sentence, dimension = (int(at) for at in bad.nonzero()[0])
-    return NonFiniteError(
-        f"{int(bad.any(dim=1).sum())} of {len(means)} sentence means are not finite, first "
-        f"{float(means[sentence, dimension])} at sentence {sentence}, dimension {dimension}",
-        f"{where}, sentence {sentence}" if where else f"sentence {sentence}",
+    bad = ~torch.isfinite(ranges).all(dim=1)
+    if not bad.any():
+        return
+    row = int(bad.to(torch.int8).argmax())
+    values = rows[row].float().cpu()
+    dimension = int((~torch.isfinite(values)).to(torch.int8).argmax())
+    raise NonFiniteError(
+        f"{int(bad.sum())} of {len(ranges)} rows are not finite, first {float(values[dimension])} "
+        f"in row {row}, dimension {dimension}",
+        f"{where} {row}",
         "set the model's dtype to bfloat16 or float32; float16 overflows above 65504",
     )

@@ -8,7 +8,7 @@ fingerprint or a check of a study, must not cost seconds.
 """
 
 from taprobe_core.checkpoints.folder import CheckpointFiles
-from taprobe_core.checkpoints.loading import LoadedModel, load_base_model, pick_device
+from taprobe_core.checkpoints.loading import LoadedModel, load_base_model, pick_devices, replicate
 from taprobe_core.checkpoints.resolve import checkpoint_identity, resolve_checkpoint
 from taprobe_core.checkpoints.tokenizer import load_tokenizer, tokenizer_sha256
 
@@ -18,7 +18,8 @@ __all__ = [
     "checkpoint_identity",
     "load_base_model",
     "load_tokenizer",
-    "pick_device",
+    "pick_devices",
+    "replicate",
     "resolve_checkpoint",
     "tokenizer_sha256",
 ]

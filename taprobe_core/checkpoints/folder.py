@@ -14,13 +14,13 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from taprobe_core.errors import ModelError, ModelMissingError, UnsafeModelError
+from taprobe_core.store.integrity import file_sha256
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -124,24 +124,12 @@ def inspect_folder(
 def folder_digest(folder: CheckpointFolder) -> str:
     """Return the sha256 over names and contents of the files that decide the model.
 
-    A file is read once per process as long as its size, time and inode stay.
+    A file is read once per process as long as it does not change.
     """
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         hashes = list(pool.map(file_sha256, (folder.path / name for name in folder.files)))
     listed = "".join(f"{sha}  {name}\n" for name, sha in zip(folder.files, hashes, strict=True))
     return hashlib.sha256(listed.encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file, from memory while its size, time and inode stay."""
-    stat = path.stat()
-    return _sha256(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-
-@cache
-def _sha256(path: Path, size: int, mtime_ns: int, inode: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -8,12 +8,14 @@ belongs in `loading`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from taprobe_core.checkpoints.folder import (
     CheckpointFiles,
     CheckpointFolder,
     folder_digest,
     inspect_folder,
+    read_config,
     stated_number,
 )
 from taprobe_core.checkpoints.origin import (
@@ -23,9 +25,15 @@ from taprobe_core.checkpoints.origin import (
     HubRepository,
     checkpoint_origin,
 )
-from taprobe_core.checkpoints.stand_in import build_stand_in, embedding_rows, stand_in_identity
+from taprobe_core.checkpoints.quiet import quiet_transformers
+from taprobe_core.checkpoints.stand_in import (
+    build_stand_in,
+    embedding_rows,
+    stand_in_config,
+    stand_in_identity,
+)
 from taprobe_core.checkpoints.tokenizer import vocabulary_size
-from taprobe_core.errors import ModelMismatchError
+from taprobe_core.errors import ModelError, ModelMismatchError
 from taprobe_core.study import Model, StandInCheckpoint
 
 
@@ -81,6 +89,42 @@ def checkpoint_identity(model: Model) -> dict[str, str]:
     if isinstance(origin, HubRepository):
         return _hub_identity(origin)
     return _folder_identity(inspect_folder(origin.path, origin.remedy))
+
+
+def checkpoint_config(model: Model) -> Any:
+    """Return a checkpoint's transformers configuration, without fetching or building weights.
+
+    A hub model's `config.json` is fetched if the cache lacks it.
+
+    Args:
+        model: the model of the study.
+
+    Raises:
+        ModelMissingError: no `config.json` on this machine, and it is not to be had.
+        UnsafeModelError: it names code.
+        ModelError: it is damaged, or of an architecture that transformers does not know.
+    """
+    checkpoint = model.checkpoint
+    if isinstance(checkpoint, StandInCheckpoint):
+        return stand_in_config(checkpoint, rows=1)  # shapes of blocks do not depend on the rows
+    origin = checkpoint_origin(checkpoint, model.rollouts_dir)
+    folder = origin.fetch(CONFIG_FILES)
+    read_config(folder, origin.remedy)
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"a configuration that transformers cannot read ({reason})",
+            str(folder / "config.json"),
+            "check the file, and the transformers version",
+        ) from error
 
 
 def _hub_identity(origin: HubRepository) -> dict[str, str]:

@@ -15,6 +15,7 @@ import os
 import tempfile
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from taprobe_core.checkpoints.quiet import quiet_transformers
 from taprobe_core.errors import DiskFullError, ModelError
@@ -84,11 +85,16 @@ def build_stand_in(spec: StandInCheckpoint, rows: int, build_root: Path) -> Path
     return folder
 
 
-def _save(spec: StandInCheckpoint, rows: int, folder: Path) -> None:
-    import torch
-    from transformers import AutoModel, LlamaConfig, Qwen2Config
+def stand_in_config(spec: StandInCheckpoint, rows: int) -> Any:
+    """Return a stand-in's transformers configuration.
 
-    config = {"qwen2": Qwen2Config, "llama": LlamaConfig}[spec.architecture](
+    Args:
+        spec: the checkpoint of the study.
+        rows: embedding rows.
+    """
+    from transformers import LlamaConfig, Qwen2Config
+
+    return {"qwen2": Qwen2Config, "llama": LlamaConfig}[spec.architecture](
         vocab_size=rows,
         hidden_size=spec.d_model,
         intermediate_size=_WIDTH_OF_MLP * spec.d_model,
@@ -100,6 +106,13 @@ def _save(spec: StandInCheckpoint, rows: int, folder: Path) -> None:
         bos_token_id=None,
         eos_token_id=None,
     )
+
+
+def _save(spec: StandInCheckpoint, rows: int, folder: Path) -> None:
+    import torch
+    from transformers import AutoModel
+
+    config = stand_in_config(spec, rows)
     # Seeding the default generator alone leaves those of accelerators untouched.
     with _seeding, torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.default_generator.manual_seed(spec.seed)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from taprobe_core.checkpoints.folder import (
     CheckpointFiles,
-    file_sha256,
     read_config,
     read_json,
     refuse_code,
@@ -29,6 +28,7 @@ from taprobe_core.checkpoints.origin import (
 )
 from taprobe_core.checkpoints.quiet import quiet_transformers
 from taprobe_core.errors import ConfigError, ModelError, ModelMismatchError, ModelMissingError
+from taprobe_core.store.integrity import file_sha256
 from taprobe_core.study import Model, StandInCheckpoint
 
 if TYPE_CHECKING:

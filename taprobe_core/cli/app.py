@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,12 +21,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from taprobe_core.cli.costs import render_check, render_storage
 from taprobe_core.errors import ConfigError, TaprobeError
 from taprobe_core.leaderboard import render_text
 from taprobe_core.pipeline import DIMENSIONS, Cell, Plan, dimension_keys, open_plan
-from taprobe_core.pipeline.cells import key_of
-from taprobe_core.pipeline.forecast import Assumptions, forecast, plan_summary
+from taprobe_core.pipeline.cells import check_stage, key_of
+from taprobe_core.pipeline.forecast import Assumptions, forecast, model_shapes
 from taprobe_core.pipeline.publish import ensure_study_report
+from taprobe_core.pipeline.speed import measure_speed
+from taprobe_core.pipeline.summary import plan_summary
 from taprobe_core.store import ArtifactKey
 
 EXIT_FIXABLE = 2
@@ -128,22 +132,31 @@ def _cell(value: object) -> str:
 
 
 @app.command()
-def check(study: StudyArgument = None, as_json: JsonOption = False) -> None:
-    """Validate a study and print what a run would do: cells, models, sizes, cost."""
+def check(
+    study: StudyArgument = None,
+    measure: Annotated[
+        bool, typer.Option(help="Measure this machine's speed, for the expected time.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Validate a study and print what a run would do: cells, models, work, time, sizes."""
     plan = open_plan(study)
-    summary = plan_summary(plan)
-    sizes = forecast(plan, Assumptions())
+    summary, shapes, assumptions = plan_summary(plan), model_shapes(plan), Assumptions()
+    blocks = {model: shape.block for model, shape in shapes.items() if shape.block}
+    speed = measure_speed(plan, blocks, is_measured=measure)
+    rows = forecast(plan, assumptions, shapes, speed)
     if as_json:
-        out.print_json(json.dumps({**summary, "forecast": sizes.to_dicts()}, default=str))
+        found = {**summary, "speed": asdict(speed), "forecast": rows.to_dicts()}
+        out.print_json(json.dumps(found, default=str))
         return
     out.print(f"study [bold]{escape(plan.study.name)}[/] is valid; data folder {plan.data_root}")
-    stages, models = pl.DataFrame(summary["stages"]), pl.DataFrame(summary["models"])
+    stages = pl.DataFrame(summary["stages"], schema_overrides={"n_present": pl.Int64})
+    models = summary["models"]
     print_frame(stages.drop("note"), "cells (present = at today's fingerprint)")
-    print_frame(models.drop("note"), "models")
-    print_frame(sizes, "forecast of extraction")
-    for note in (
-        pl.concat([stages["note"], models["note"]]).drop_nulls().unique(maintain_order=True)
-    ):
+    for part in render_check(models, rows, speed, assumptions):
+        out.print(part)
+    notes = [*stages["note"], *(model["note"] for model in models), speed.note]
+    for note in dict.fromkeys(note for note in notes if note):
         out.print(f"note: {escape(note)}")
 
 
@@ -151,16 +164,22 @@ def check(study: StudyArgument = None, as_json: JsonOption = False) -> None:
 def storage(
     study: StudyArgument = None,
     sentences_per_problem: Annotated[
-        int, typer.Option(help="Assumed where rollouts are not read yet.")
+        int, typer.Option(min=1, help="Assumed where rollouts are not read yet.")
     ] = Assumptions.sentences_per_problem,
     tokens_per_sentence: Annotated[
-        int, typer.Option(help="Assumed where spans are not made yet.")
+        int, typer.Option(min=1, help="Assumed where spans are not made yet.")
     ] = Assumptions.tokens_per_sentence,
     as_json: JsonOption = False,
 ) -> None:
-    """Forecast disk use of pooled activations, and of ragged tokens if they were kept."""
+    """Forecast the disk use of activations and attention, and of all tokens if they were kept."""
+    plan = open_plan(study)
     assumptions = Assumptions(sentences_per_problem, tokens_per_sentence)
-    print_frame(forecast(open_plan(study), assumptions), "storage forecast", as_json)
+    rows = forecast(plan, assumptions)
+    if as_json:
+        print_frame(rows, "", as_json)
+        return
+    for part in render_storage(rows, plan.study.activations, plan.study.attention, assumptions):
+        out.print(part)
 
 
 @app.command()
@@ -236,10 +255,7 @@ def checked_cell(plan: Plan, stage: str, keys: Sequence[str]) -> Cell:
     Raises:
         ConfigError: the study has no such stage or key, or the stage takes another number of keys.
     """
-    where = f"study {plan.study.name}"
-    if stage not in DIMENSIONS:
-        raise ConfigError(f"no stage {stage!r}", where, f"use one of {', '.join(DIMENSIONS)}")
-    wanted = DIMENSIONS[stage]
+    wanted = DIMENSIONS[check_stage(plan.study, stage)]
     if len(keys) != len(wanted):
         raise ConfigError(
             f"{len(keys)} keys of a cell of {stage}",
@@ -249,6 +265,7 @@ def checked_cell(plan: Plan, stage: str, keys: Sequence[str]) -> Cell:
     for dimension, key in zip(wanted, keys, strict=True):
         known = dimension_keys(plan.study, dimension)
         if key not in known:
+            where = f"study {plan.study.name}"
             raise ConfigError(f"no {dimension} {key!r}", where, f"use one of {', '.join(known)}")
     return tuple(keys)
 

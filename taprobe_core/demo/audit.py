@@ -27,7 +27,6 @@ from taprobe_core.demo.bundle import (
     MANIFEST,
     TRUTH,
     Record,
-    file_sha256,
     read_manifest,
     read_records,
     verify_files,
@@ -39,6 +38,7 @@ from taprobe_core.demo.settings import SETTINGS
 from taprobe_core.demo.trace import Continuation, seeded
 from taprobe_core.errors import CorruptArtifactError, TaprobeError
 from taprobe_core.importance import trigram_masked_dissimilar
+from taprobe_core.store.integrity import file_sha256
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,6 @@ does not belong here: producing these files (`build`), and the dataset's own lay
 
 from __future__ import annotations
 
-import hashlib
 import json
 import lzma
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from taprobe_core.demo.reading import read_answer, read_continuation, read_trace
 from taprobe_core.demo.task import problem
 from taprobe_core.demo.trace import Reasoned
 from taprobe_core.errors import CorruptArtifactError, DataError
+from taprobe_core.store.integrity import file_sha256
 
 BUNDLE = Path(__file__).parent / "bundle"
 """What comes with the library."""
@@ -146,15 +146,10 @@ def verify_files(folder: Path) -> None:
     """
     for name, sha256 in read_manifest(folder)["sha256"].items():
         path = folder / name
-        found = file_sha256(path) if path.is_file() else "no file"
+        found = file_sha256(path, use_cache=False) if path.is_file() else "no file"
         if found != sha256:
             raise CorruptArtifactError(
                 f"sha256 is {found[:12]}, the manifest says {sha256[:12]}",
                 str(path),
                 "reinstall taprobe, or restore the file from version control",
             )
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hex digest of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,5 +1,6 @@
 """The stages bound to a study and a store: plan keys, run cells, check and describe artifacts."""
 
+from taprobe_core.pipeline.attention import read_attention
 from taprobe_core.pipeline.cells import (
     DIMENSIONS,
     PARENTS,
@@ -7,13 +8,16 @@ from taprobe_core.pipeline.cells import (
     Cell,
     CellFilter,
     cells_of,
+    check_stage,
     dimension_keys,
     is_complete,
     key_of,
     missing_cells,
+    stages_of,
 )
 from taprobe_core.pipeline.checks import CHECKS
-from taprobe_core.pipeline.describe import Description, describe
+from taprobe_core.pipeline.describe import describe
+from taprobe_core.pipeline.description import Description
 from taprobe_core.pipeline.fit import read_activations, read_probe_data, read_scores
 from taprobe_core.pipeline.opening import data_root, open_plan
 from taprobe_core.pipeline.outcome import Outcome
@@ -32,6 +36,7 @@ __all__ = [
     "Outcome",
     "Plan",
     "cells_of",
+    "check_stage",
     "data_root",
     "describe",
     "dimension_keys",
@@ -40,7 +45,9 @@ __all__ = [
     "missing_cells",
     "open_plan",
     "read_activations",
+    "read_attention",
     "read_probe_data",
     "read_scores",
     "run_stage",
+    "stages_of",
 ]

@@ -1,7 +1,8 @@
 """The grid of cells of each stage, and which of them a study still lacks.
 
 A stage is one of the asset names; a cell is the pair of partition keys of that stage, in the order
-of its dimensions, or the empty tuple for the two stages that have one artifact per study.
+of its dimensions, or the empty tuple for the two stages that have one artifact per study. A study
+has the stages of vertical attention only where it asks for them (`stages_of`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from taprobe_core.errors import ConfigError
 from taprobe_core.keys import parse_site, parse_trial
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.store import ArtifactKey
@@ -21,32 +23,68 @@ DIMENSIONS: Mapping[str, tuple[str, ...]] = {
     "labels": ("model", "setting"),
     "spans": ("model", "setting"),
     "activations": ("site", "setting"),
+    "vertical_attention": ("site", "setting"),
+    "receiver_heads": ("model", "setting"),
     "probe_fits": ("site", "trial"),
     "deferral_plans": ("site", "trial"),
     "evaluation": ("site", "setting"),
     "leaderboard": (),
     "study_report": (),
 }
-"""Stages in data-path order, each with the names of its two partition dimensions."""
+"""Every stage there is, in data-path order, with the names of its two partition dimensions."""
 
 STAGES = tuple(DIMENSIONS)
+
+_WITHOUT: Mapping[str, frozenset[str]] = {
+    "off": frozenset({"vertical_attention", "receiver_heads"}),
+    "light": frozenset({"receiver_heads"}),
+    "full": frozenset(),
+}
+"""Mode of the study's attention -> the stages that it leaves without anything to make."""
 
 PARENTS: Mapping[str, tuple[str, ...]] = {
     "rollouts": (),
     "labels": ("rollouts",),
     "spans": ("rollouts",),
     "activations": ("spans",),
+    "vertical_attention": ("spans",),
+    "receiver_heads": ("vertical_attention",),
     "probe_fits": ("labels", "spans", "activations"),
     "deferral_plans": ("probe_fits",),
     "evaluation": ("probe_fits", "deferral_plans"),
     "leaderboard": ("evaluation",),
     "study_report": ("leaderboard",),
 }
-"""The stages each stage reads. Where two stages have different dimensions, a model stands for all
-its sites and a setting for all its trials."""
+"""The stages each stage reads; a study that has a stage has its parents. Where two stages have
+different dimensions, a model stands for all its sites and a setting for all its trials."""
 
-_PARTS = {"activations": "activation_shards", "probe_fits": "fits"}
+_PARTS = {
+    "activations": "activation_shards",
+    "vertical_attention": "attention_shards",
+    "probe_fits": "fits",
+}
 """Stages whose artifact is an index, with the stage of the parts that it lists."""
+
+
+def stages_of(study: Study) -> tuple[str, ...]:
+    """The stages that a study has, in data-path order."""
+    return tuple(stage for stage in STAGES if stage not in _WITHOUT[study.attention.mode])
+
+
+def check_stage(study: Study, stage: str) -> str:
+    """Return `stage` if the study has it.
+
+    Raises:
+        ConfigError: there is no such stage, or the study asks for too little attention for it.
+    """
+    known = stages_of(study)
+    if stage in known:
+        return stage
+    fix = f"use one of {', '.join(known)}"
+    if stage in STAGES:
+        enough = [mode for mode, without in _WITHOUT.items() if stage not in without]
+        fix = f"set attention.mode to {' or '.join(enough)}, or {fix}"
+    raise ConfigError(f"no stage {stage!r}", f"study {study.name}", fix)
 
 
 def dimension_keys(study: Study, dimension: str) -> tuple[str, ...]:
@@ -77,7 +115,9 @@ class CellFilter:
 
 
 def cells_of(study: Study, stage: str, chosen: CellFilter | None = None) -> list[Cell]:
-    """Every cell of a stage that the filter takes, in grid order."""
+    """Every cell of a stage that the filter takes, in grid order; none where the study lacks it."""
+    if stage in _WITHOUT[study.attention.mode]:
+        return []
     chosen = chosen or CellFilter()
     grid: list[Cell] = [()]
     for dimension in DIMENSIONS[stage]:
@@ -94,6 +134,8 @@ def key_of(plan: Plan, stage: str, cell: Sequence[str]) -> ArtifactKey:
         "labels": lambda: plan.labels(first, second),
         "spans": lambda: plan.spans(first, second),
         "activations": lambda: plan.activations(parse_site(first), second),
+        "vertical_attention": lambda: plan.vertical_attention(parse_site(first), second),
+        "receiver_heads": lambda: plan.receiver_heads(first, second),
         "probe_fits": lambda: plan.probe_fits(parse_site(first), parse_trial(second)),
         "deferral_plans": lambda: plan.deferral_plans(parse_site(first), parse_trial(second)),
         "evaluation": lambda: plan.evaluation(parse_site(first), second),
@@ -106,8 +148,8 @@ def key_of(plan: Plan, stage: str, cell: Sequence[str]) -> ArtifactKey:
 def is_complete(plan: Plan, stage: str, cell: Cell) -> bool:
     """Whether the store holds a cell's artifact, at today's fingerprint, and all its parts.
 
-    The artifacts of activations and fits are indexes: a part that is gone (discarded as corrupt,
-    say) leaves the index in place, but the cell has to run again.
+    The artifacts of activations, attention and fits are indexes: a part that is gone (discarded as
+    corrupt, say) leaves the index in place, but the cell has to run again.
     """
     artifact = plan.store.find(key_of(plan, stage, cell))
     if artifact is None:

@@ -6,18 +6,34 @@ store or that a stage is defective. Each check returns its faults in words; none
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 import polars as pl
+import torch
 
+from taprobe_core.activations import finite_faults, mass_faults, shape_faults
+from taprobe_core.attention_tables import VERTICAL_TABLES
 from taprobe_core.errors import TaprobeError
 from taprobe_core.keys import parse_site, parse_trial
+from taprobe_core.pipeline.attention import read_attention, read_kurtosis
 from taprobe_core.pipeline.cells import Cell
-from taprobe_core.pipeline.fit import read_activations, read_scores
+from taprobe_core.pipeline.fit import read_scores, read_shards
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.spans import cover_faults
 from taprobe_core.splits import check_no_leakage, make_folds
-from taprobe_core.tables import LABELS, PROBLEMS, SENTENCES, SPANS, TEXTS, check_table
+from taprobe_core.store import Artifact
+from taprobe_core.tables import (
+    LABELS,
+    PROBLEMS,
+    RECEIVER_HEADS,
+    RECEIVER_SCORES,
+    SENTENCES,
+    SPANS,
+    SPLITS,
+    TEXTS,
+    check_table,
+)
 
 Check = Callable[[Plan, Cell], list[str]]
 
@@ -60,17 +76,92 @@ def spans_cover(plan: Plan, cell: Cell) -> list[str]:
 
 
 def activations_finite(plan: Plan, cell: Cell) -> list[str]:
-    """Every pooled activation is a number, one row per sentence."""
+    """Every activation that is kept is a number, one row per sentence (or token) of every text."""
     site, setting = parse_site(cell[0]), cell[1]
     spans = plan.store.open(plan.spans(site.model, setting)).read_table("spans.parquet")
-    expected = dict(spans.group_by("problem_id").len().iter_rows())
-    faults = []
-    for problem_id, rows in read_activations(plan, site, setting).items():
-        if len(rows) != expected[problem_id]:
-            faults.append(f"problem_{problem_id}: {len(rows)} rows, {expected[problem_id]} spans")
-        n_bad = int((rows != rows).sum() + (abs(rows) == float("inf")).sum())
-        if n_bad:
-            faults.append(f"problem_{problem_id}: {n_bad} values are NaN or infinite")
+    of_problem = spans.group_by("problem_id").agg(sentence=pl.len(), token=pl.col("n_tokens").sum())
+    shapes: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+    faults: list[str] = []
+    for problem_id, tensors in read_shards(plan, site, setting):
+        for pooling in plan.study.activations.poolings:
+            rows = tensors[pooling]
+            found = finite_faults({problem_id: rows}, _unit(pooling))
+            faults += [f"{pooling}: {fault}" for fault in found]
+            shapes[pooling][problem_id] = rows.to("meta")
+    for name, rows_of in shapes.items():
+        expected = dict(of_problem.select("problem_id", _unit(name)).iter_rows())
+        found = shape_faults(rows_of, expected, _unit(name))
+        faults += [f"{name}: {fault}" for fault in found]
+    return faults
+
+
+def _unit(pooling: str) -> str:
+    return "token" if pooling == "tokens" else "sentence"
+
+
+def vertical_attention_sound(plan: Plan, cell: Cell) -> list[str]:
+    """Attention is finite, looks back alone, is at most all of it, and has a row per sentence."""
+    site, setting = parse_site(cell[0]), cell[1]
+    artifact = plan.store.open(plan.spans(site.model, setting))
+    n_tokens = dict(artifact.read_table("texts.parquet").select("problem_id", "n_tokens").rows())
+    ranges = {
+        problem_id: rows.select("start_token", "end_token").rows()
+        for (problem_id,), rows in artifact.read_table("spans.parquet")
+        .sort("problem_id", "sentence_idx")
+        .group_by("problem_id", maintain_order=True)
+    }
+    found = {
+        problem_id: mass_faults(tensors, ranges.get(problem_id, []), n_tokens.get(problem_id, 0))
+        for problem_id, tensors in read_attention(plan, site, setting)
+    }
+    return [
+        *(f"problem {problem_id}: no shard" for problem_id in sorted({*ranges} - {*found})),
+        *(f"problem {problem_id}: {fault}" for problem_id in found for fault in found[problem_id]),
+        *_vertical_tables(plan.store.open(plan.vertical_attention(site, setting))),
+    ]
+
+
+def _vertical_tables(artifact: Artifact) -> list[str]:
+    """Every table that there is keeps its contract."""
+    return [
+        fault
+        for name, contract in VERTICAL_TABLES.items()
+        if f"{name}.parquet" in artifact.manifest.files
+        for fault in _contract(artifact.read_table(f"{name}.parquet"), contract, name)
+    ]
+
+
+def receiver_heads_from_training(plan: Plan, cell: Cell) -> list[str]:
+    """Each fold's heads have the kurtosis of its training problems; no problem is on two sides."""
+    model, setting = cell
+    artifact = plan.store.open(plan.receiver_heads(model, setting))
+    heads = artifact.read_table("heads.parquet")
+    scores = artifact.read_table("receiver_scores.parquet")
+    kurtosis = read_kurtosis(plan, model, setting)
+    first = kurtosis.filter(proximity=plan.study.attention.proximity[0])
+    on = ["layer", "head"]
+    faults = [
+        *_contract(heads, RECEIVER_HEADS, "heads"),
+        *_contract(scores, RECEIVER_SCORES, "receiver_scores"),
+    ]
+    for fold in make_folds(first["problem_id"].unique(), plan.study.splits):
+        check_no_leakage(fold)
+        mine = heads.filter(protocol=fold.protocol, fold=fold.index)
+        trained = (
+            first.filter(pl.col("problem_id").is_in(fold.train))
+            .group_by(on)
+            .agg(expected=pl.col("kurtosis").mean())
+        )
+        wrong = mine.join(trained, on=on, how="left").filter(
+            ((pl.col("kurtosis") - pl.col("expected")).abs() > 1e-9).fill_null(value=True)
+        )
+        if wrong.height or mine.is_empty():
+            faults.append(f"{fold}: {wrong.height} of {mine.height} heads are not of its training")
+        sides = scores.filter(protocol=fold.protocol, fold=fold.index)
+        for split in SPLITS:
+            found = set(sides.filter(split=split)["problem_id"])
+            if found != set(getattr(fold, split)):
+                faults.append(f"{fold}: {split} has problems {sorted(found)}")
     return faults
 
 
@@ -108,6 +199,8 @@ CHECKS: Mapping[str, Mapping[str, Check]] = {
     "labels": {"labels_schema": labels_schema},
     "spans": {"spans_cover": spans_cover},
     "activations": {"activations_finite": activations_finite},
+    "vertical_attention": {"vertical_attention_sound": vertical_attention_sound},
+    "receiver_heads": {"receiver_heads_from_training": receiver_heads_from_training},
     "probe_fits": {"split_coverage": split_coverage},
 }
 """Stage -> check name -> check."""

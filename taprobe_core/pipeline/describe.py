@@ -7,7 +7,6 @@ was made.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
@@ -15,25 +14,15 @@ import polars as pl
 from taprobe_core import plots
 from taprobe_core.findings import main_protocol
 from taprobe_core.keys import parse_site, parse_trial
-from taprobe_core.pipeline.cells import Cell
+from taprobe_core.pipeline.cells import Cell, check_stage
+from taprobe_core.pipeline.describe_attention import (
+    describe_receiver_heads,
+    describe_vertical_attention,
+)
+from taprobe_core.pipeline.description import Description, largest, mean, median, present
 from taprobe_core.pipeline.fit import read_activations, read_scores
 from taprobe_core.pipeline.judge import read_evaluation
 from taprobe_core.pipeline.plan import Plan
-
-
-@dataclass(frozen=True)
-class Description:
-    """What to show of one artifact.
-
-    Attributes:
-        metrics: numbers, named as in the tables they come from.
-        n_rows: rows of its main table; None where there is none.
-        picture: a PNG as a data URI; None where there is none.
-    """
-
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    n_rows: int | None = None
-    picture: str | None = None
 
 
 def describe(plan: Plan, stage: str, cell: Cell) -> Description:
@@ -41,14 +30,15 @@ def describe(plan: Plan, stage: str, cell: Cell) -> Description:
 
     Args:
         plan: the plan.
-        stage: a stage of `cells.STAGES`.
+        stage: a stage that the study has (`cells.stages_of`).
         cell: a cell whose artifact is in the store.
 
     Raises:
+        ConfigError: the study has no such stage.
         MissingArtifactError: it is not there.
         CorruptArtifactError: its bytes differ from its manifest.
     """
-    return _DESCRIBE[stage](plan, cell)
+    return _DESCRIBE[check_stage(plan.study, stage)](plan, cell)
 
 
 def _rollouts(plan: Plan, cell: Cell) -> Description:
@@ -69,15 +59,15 @@ def _labels(plan: Plan, cell: Cell) -> Description:
     metrics = {
         "n_sentences": labels.height,
         "n_anchors": int(labels["is_anchor"].sum()),
-        "mean_importance_abs": _mean(labels["importance_abs"]),
-        "median_importance_se": _median(labels["importance_se"]),
+        "mean_importance_abs": mean(labels["importance_abs"]),
+        "median_importance_se": median(labels["importance_se"]),
         **{
             f"n_{status}": count
             for status, count in labels["label_status"].cast(pl.String).value_counts().iter_rows()
         },
     }
     picture = plots.importance_by_position(labels, title=" · ".join(cell))
-    return Description(_present(metrics), labels.height, plots.to_data_uri(picture))
+    return Description(present(metrics), labels.height, plots.to_data_uri(picture))
 
 
 def _spans(plan: Plan, cell: Cell) -> Description:
@@ -87,33 +77,33 @@ def _spans(plan: Plan, cell: Cell) -> Description:
         "n_problems": texts.height,
         "n_spans": spans.height,
         "n_tokens": int(texts["n_tokens"].sum()),
-        "median_span_tokens": _median(spans["n_tokens"]),
+        "median_span_tokens": median(spans["n_tokens"]),
         "n_skipped": artifact.read_table("skipped.parquet").height,
     }
     picture = plots.span_lengths(spans["n_tokens"].to_numpy(), title=" · ".join(cell))
-    return Description(_present(metrics), spans.height, plots.to_data_uri(picture))
+    return Description(present(metrics), spans.height, plots.to_data_uri(picture))
 
 
 def _activations(plan: Plan, cell: Cell) -> Description:
     site, setting = parse_site(cell[0]), cell[1]
     index = plan.store.open(plan.activations(site, setting)).read_table("shards.parquet")
-    rows = read_activations(plan, site, setting)
+    poolings = plan.study.activations.poolings
+    rows = read_activations(plan, site, setting, poolings[0])
     first = next(iter(rows))
     norms = {problem_id: np.linalg.norm(each, axis=1) for problem_id, each in rows.items()}
+    n_rows = sum(len(each) for each in rows.values())
     metrics = {
         "n_shards": index.height,
-        "n_sentences": sum(len(each) for each in rows.values()),
+        "n_tokens" if poolings[0] == "tokens" else "n_sentences": n_rows,
         "d_model": rows[first].shape[1],
-        "max_abs": _max(index["max_abs"]),
+        "max_abs": largest(index["max_abs"]),
         "mean_norm": float(np.concatenate(list(norms.values())).mean()),
         "n_widened": int((index["dtype"] != plan.study.activations.storage).sum()),
     }
     picture = plots.activation_norms(
         norms[first].astype(np.float64), title=f"{' · '.join(cell)} · problem {first}"
     )
-    return Description(
-        _present(metrics), int(metrics["n_sentences"] or 0), plots.to_data_uri(picture)
-    )
+    return Description(present(metrics), n_rows, plots.to_data_uri(picture))
 
 
 def _probe_fits(plan: Plan, cell: Cell) -> Description:
@@ -138,7 +128,7 @@ def _deferral_plans(plan: Plan, cell: Cell) -> Description:
     for row in first.iter_rows(named=True):
         metrics[f"deferral_rate/{row['recipe']}"] = row["deferral_rate"]
         metrics[f"accepted_error/{row['recipe']}"] = row["accepted_error"]
-    return Description(_present(metrics), plans.height)
+    return Description(present(metrics), plans.height)
 
 
 def _evaluation(plan: Plan, cell: Cell) -> Description:
@@ -152,7 +142,7 @@ def _evaluation(plan: Plan, cell: Cell) -> Description:
     )
     title = f"{' · '.join(cell)} · {protocol}"
     picture = plots.delta_intervals(rows, metric=metric, title=title)
-    return Description(_present(metrics), tables.metrics.height, plots.to_data_uri(picture))
+    return Description(present(metrics), tables.metrics.height, plots.to_data_uri(picture))
 
 
 def _leaderboard(plan: Plan, _: Cell) -> Description:
@@ -160,8 +150,8 @@ def _leaderboard(plan: Plan, _: Cell) -> Description:
     block = board.filter(setting=board["setting"][0], protocol=board["protocol"][0])
     metrics = {
         "n_configurations": block.height,
-        "best_value": _max(block["value"]),
-        "chance": _mean(block["chance"]),
+        "best_value": largest(block["value"]),
+        "chance": mean(block["chance"]),
     }
     layer = pl.col("layer").cast(pl.String).str.zfill(2)
     site = pl.concat_str("model", pl.lit("@L") + layer, ignore_nulls=True)
@@ -171,7 +161,7 @@ def _leaderboard(plan: Plan, _: Cell) -> Description:
         chance=metrics["chance"],
         title=f"{block['setting'][0]} · {block['protocol'][0]}",
     )
-    return Description(_present(metrics), board.height, plots.to_data_uri(picture))
+    return Description(present(metrics), board.height, plots.to_data_uri(picture))
 
 
 def _study_report(plan: Plan, _: Cell) -> Description:
@@ -184,26 +174,11 @@ _DESCRIBE: Mapping[str, Callable[[Plan, Cell], Description]] = {
     "labels": _labels,
     "spans": _spans,
     "activations": _activations,
+    "vertical_attention": describe_vertical_attention,
+    "receiver_heads": describe_receiver_heads,
     "probe_fits": _probe_fits,
     "deferral_plans": _deferral_plans,
     "evaluation": _evaluation,
     "leaderboard": _leaderboard,
     "study_report": _study_report,
 }
-
-
-def _present(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """Leave out what is not defined: a missing point is honest, a plotted zero is not."""
-    return {name: float(value) for name, value in metrics.items() if value is not None}
-
-
-def _mean(values: pl.Series) -> float | None:
-    return values.cast(pl.Float64).mean()  # type: ignore[return-value]
-
-
-def _median(values: pl.Series) -> float | None:
-    return values.cast(pl.Float64).median()  # type: ignore[return-value]
-
-
-def _max(values: pl.Series) -> float | None:
-    return values.cast(pl.Float64).max()  # type: ignore[return-value]

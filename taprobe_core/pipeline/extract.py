@@ -1,9 +1,10 @@
-"""Activations of any set of (site, setting) cells: one pass per text, one shard per problem.
+"""Activations and vertical attention of any set of cells: one pass per text, one shard per problem.
 
-Cells are grouped by model, so the weights are loaded once; each text runs once, whatever the
-number of layers that still lack it; and every (site, setting, problem) shard is committed as soon
-as it exists. A kill therefore costs at most one text, and a longer layer list extracts only what
-is missing.
+Cells are grouped by model, so the weights are loaded once; each text runs once, whatever the number
+of layers that still lack it; and every (site, setting, problem) shard is committed as soon as it
+exists. On a CPU a kill therefore costs one text; on an accelerator, which runs several texts at
+once and the next ones meanwhile, the packs in flight. A longer layer list extracts only what is
+missing.
 """
 
 from __future__ import annotations
@@ -11,30 +12,50 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import cached_property
+from typing import Any, Self
 
 import polars as pl
 import torch
 import transformers
 
-from taprobe_core.activations import ActivationShard, extract
-from taprobe_core.checkpoints import LoadedModel, load_base_model, pick_device, resolve_checkpoint
-from taprobe_core.checkpoints.loading import ATTENTION
+from taprobe_core.activations import (
+    BlockShape,
+    ExtractOptions,
+    TextTask,
+    extract,
+    pass_flop,
+    sustained_gemm_rate,
+    tasks_of,
+)
+from taprobe_core.activations.cost import attention_bytes, bytes_of, cost_line
+from taprobe_core.attention import AttentionMode
+from taprobe_core.checkpoints import (
+    LoadedModel,
+    load_base_model,
+    pick_devices,
+    resolve_checkpoint,
+)
 from taprobe_core.keys import Site
 from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.shards import shard_commits
 from taprobe_core.pipeline.text import dataset_provenance
-from taprobe_core.store import ArtifactKey, write_table, write_tensors
+from taprobe_core.store import ArtifactKey, Committer, CommitWorkers, write_table
 
 _log = logging.getLogger(__name__)
 
 Cell = tuple[Site, str]
 
+_MEASURING_SECONDS = 0.3
+
 
 def ensure_activations(plan: Plan, cells: Sequence[Cell]) -> Iterator[Outcome]:
     """Extract what the cells lack and yield one outcome per cell, as it becomes complete.
+
+    Where the study asks for vertical attention, its shards come from the same passes.
 
     Args:
         plan: the plan.
@@ -48,104 +69,172 @@ def ensure_activations(plan: Plan, cells: Sequence[Cell]) -> Iterator[Outcome]:
         ModelError: the checkpoint cannot be used, or is not as deep as the study says.
         NonFiniteError: an activation is NaN or infinite; names problem, layer and sentence.
     """
-    by_model: dict[str, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        by_model[cell[0].model].append(cell)
-    for model, cells_of_model in by_model.items():
-        yield from _ensure_model(plan, model, cells_of_model)
-
-
-def _ensure_model(plan: Plan, model: str, cells: list[Cell]) -> Iterator[Outcome]:
-    by_setting: dict[str, list[Site]] = defaultdict(list)
-    for site, setting in cells:
-        by_setting[setting].append(site)
-    loaded: LoadedModel | None = None
-    for setting, sites in by_setting.items():
-        start = time.monotonic()
-        artifact = plan.store.open(plan.spans(model, setting))
-        texts = artifact.read_table("texts.parquet")
-        missing = _missing_layers(plan, setting, sites, texts)
-        if missing:
-            loaded = loaded or _load(plan, model)
-            spans = artifact.read_table("spans.parquet")
-            _extract_setting(plan, model, setting, texts, spans, missing, loaded)
-        extracted = {layer for layers in missing.values() for layer in layers}
+    start = time.monotonic()
+    for setting, sites, texts, is_new in _extracted(plan, cells):
         for site in sites:
             outcome = _commit_index(plan, site, setting, texts)
-            is_reused = outcome.is_reused and site.layer not in extracted
+            is_reused = outcome.is_reused and not is_new[site.layer]
             yield Outcome(outcome.artifact, is_reused, time.monotonic() - start)
+        start = time.monotonic()
 
 
-def _shard_keys(plan: Plan, site: Site, setting: str, texts: pl.DataFrame) -> list[ArtifactKey]:
+def extract_missing(plan: Plan, cells: Sequence[Cell]) -> None:
+    """Extract every shard that the cells lack, of activations and of vertical attention.
+
+    Args:
+        plan: the plan.
+        cells: (site, setting) pairs in any order.
+
+    Raises:
+        MissingArtifactError: the spans are not there yet.
+        ModelError: the checkpoint cannot be used, or is not as deep as the study says.
+        NonFiniteError: an activation is NaN or infinite.
+    """
+    for _ in _extracted(plan, cells):
+        pass
+
+
+def _extracted(
+    plan: Plan, cells: Sequence[Cell]
+) -> Iterator[tuple[str, list[Site], pl.DataFrame, Mapping[int, bool]]]:
+    """Yield each setting of each model once its shards are there.
+
+    With it: its sites, its texts, and by layer whether any of its shards was missing.
+    """
+    grouped: dict[str, dict[str, list[Site]]] = defaultdict(lambda: defaultdict(list))
+    for site, setting in cells:
+        grouped[site.model][setting].append(site)
+    for model, by_setting in grouped.items():
+        with _Extraction(plan, model) as extraction:
+            for setting, sites in by_setting.items():
+                artifact = plan.store.open(plan.spans(model, setting))
+                texts, spans = (artifact.read_table(f"{n}.parquet") for n in ("texts", "spans"))
+                layers = _missing_layers(plan, plan.activation_shard, setting, sites, texts)
+                attention = (
+                    _missing_layers(plan, plan.attention_shard, setting, sites, texts)
+                    if plan.study.attention.mode != "off"
+                    else {}
+                )
+                tasks = tasks_of(texts, spans, layers, attention)
+                if tasks:
+                    extraction.run(setting, tasks)
+                new = {layer for missing in layers.values() for layer in missing}
+                yield setting, sites, texts, {site.layer: site.layer in new for site in sites}
+
+
+class _Extraction:
+    """One model, loaded when a first text has to run, and what commits its shards meanwhile."""
+
+    def __init__(self, plan: Plan, model: str) -> None:
+        self._plan = plan
+        self._model = model
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    @cached_property
+    def _loaded(self) -> LoadedModel:
+        plan = self._plan
+        spec = plan.model(self._model)
+        files = resolve_checkpoint(spec, plan.checkpoints_root)
+        return load_base_model(files, spec, self._devices)
+
+    @cached_property
+    def _devices(self) -> tuple[torch.device, ...]:
+        return pick_devices(self._plan.study.activations.device)
+
+    @cached_property
+    def _committer(self) -> Committer:
+        workers = None
+        # An accelerator goes on meanwhile; a CPU has nothing to spare, so its passes wait.
+        if self._devices[0].type == "cuda":
+            workers = self._open.enter_context(closing(CommitWorkers()))
+        return self._open.enter_context(Committer(self._plan.store, workers))
+
+    @cached_property
+    def _gemm_rate(self) -> float:
+        """FLOP/s of one device, measured in a moment; forecast and progress are told by it."""
+        shape = BlockShape.of(self._loaded.module.config)
+        device, dtype = self._loaded.devices[0], self._loaded.dtype
+        return sustained_gemm_rate(device, dtype, shape, seconds=_MEASURING_SECONDS)
+
+    def run(self, setting: str, tasks: list[TextTask]) -> None:
+        plan, model = self._plan, self._model
+        committer = self._committer  # its processes start while the weights load
+        loaded = self._loaded
+        study = plan.study.activations
+        mode = AttentionMode(plan.study.attention.mode, plan.study.attention.last_n)
+        options = ExtractOptions(study.poolings, study.storage, mode, study.token_budget)
+        rate = self._gemm_rate
+        _log.info("activations %s %s: %s", model, setting, _cost(tasks, options, loaded, rate))
+        provenance = _provenance(plan, model, setting, loaded)
+        rate *= len(loaded.modules)
+        for item in extract(loaded.modules, tasks, options, gemm_rate=rate):
+            committer.put(shard_commits(plan, model, setting, item, provenance))
+            _log.info("activations %s %s: %s", model, setting, item.progress.render())
+        committer.flush()
+
+
+def shard_keys(
+    plan: Plan, site: Site, setting: str, texts: pl.DataFrame, kind: str = "activation_shard"
+) -> list[ArtifactKey]:
+    """Keys of one cell's shards, in the order of the texts.
+
+    Args:
+        plan: the plan.
+        site: model and layer.
+        setting: the setting.
+        texts: `tables.TEXTS`.
+        kind: `activation_shard` or `attention_shard`.
+    """
+    key_of = getattr(plan, kind)
     return [
-        plan.activation_shard(site, setting, problem_id, input_sha256)
+        key_of(site, setting, problem_id, input_sha256)
         for problem_id, input_sha256 in texts.select("problem_id", "input_sha256").iter_rows()
     ]
 
 
 def _missing_layers(
-    plan: Plan, setting: str, sites: Sequence[Site], texts: pl.DataFrame
+    plan: Plan, key_of: Any, setting: str, sites: Sequence[Site], texts: pl.DataFrame
 ) -> dict[int, list[int]]:
     """Problem id -> layers that no shard holds yet; problems without any are left out."""
     missing: dict[int, list[int]] = defaultdict(list)
     for site in sites:
-        keys = _shard_keys(plan, site, setting, texts)
+        keys = shard_keys(plan, site, setting, texts, key_of.__name__)
         for problem_id, key in zip(texts["problem_id"], keys, strict=True):
-            if plan.store.find(key) is None:
+            # Adopted, since a kill between a shard's name and its partition's pointer leaves the
+            # first without the second.
+            if plan.store.adopt(key) is None:
                 missing[problem_id].append(site.layer)
     return dict(missing)
 
 
-def _load(plan: Plan, model: str) -> LoadedModel:
-    spec = plan.model(model)
-    files = resolve_checkpoint(spec, plan.checkpoints_root)
-    return load_base_model(files, spec, pick_device(plan.study.activations.device))
-
-
-def _extract_setting(
-    plan: Plan,
-    model: str,
-    setting: str,
-    texts: pl.DataFrame,
-    spans: pl.DataFrame,
-    missing: dict[int, list[int]],
-    loaded: LoadedModel,
-) -> None:
-    provenance = _provenance(plan, model, setting, loaded)
-    storage = plan.study.activations.storage
-    for problem_id, shards, progress in extract(loaded.module, texts, spans, missing, storage):
-        for layer, shard in shards.items():
-            key = plan.activation_shard(Site(model, layer), setting, problem_id, shard.input_sha256)
-            _commit_shard(plan, key, shard, provenance)
-        _log.info("activations %s %s: %s", model, setting, progress.render())
-
-
-def _commit_shard(
-    plan: Plan, key: ArtifactKey, shard: ActivationShard, provenance: dict[str, Any]
-) -> None:
-    def write(folder: Path) -> None:
-        write_tensors(
-            folder / "activations.safetensors",
-            {"mean": shard.mean},
-            {"dimensions": "sentence d_model", "layer": str(shard.layer)},
-        )
-
-    if shard.dtype != plan.study.activations.storage:
-        _log.warning(
-            "%s: an activation of %.3g does not fit float16, stored as float32",
-            "/".join(key.partition),
-            shard.max_abs,
-        )
-    plan.commit(
-        key,
-        write,
-        {
-            **provenance,
-            "layer": shard.layer,
-            "dtype_stored": shard.dtype,
-            "max_abs": shard.max_abs,
-        },
-        estimate_bytes=shard.mean.numel() * shard.mean.element_size(),
+def _cost(
+    tasks: Sequence[TextTask], options: ExtractOptions, loaded: LoadedModel, rate: float
+) -> str:
+    shape = BlockShape.of(loaded.module.config)
+    kept: dict[str, int] = defaultdict(int)
+    for task in tasks:
+        n_sentences = len(task.spans)
+        n_in_spans = sum(end - start for start, end in task.spans)
+        for pooling in options.poolings:
+            n_bytes = bytes_of(pooling, n_sentences, n_in_spans, loaded.d_model, options.storage)
+            kept[pooling] += n_bytes * len(task.layers)
+        mode = options.attention
+        n_bytes = attention_bytes(mode.kind, shape.n_heads, n_sentences, mode.last_n)
+        kept["attention"] += n_bytes * len(task.attention_layers)
+    return cost_line(
+        len(tasks),
+        sum(len(task.token_ids) for task in tasks),
+        sum(pass_flop(shape, [len(task.token_ids)], task.deepest + 1) for task in tasks),
+        {name: n_bytes for name, n_bytes in kept.items() if n_bytes},
+        gemm_rate=rate,
+        device=loaded.devices[0].type,
+        n_devices=len(loaded.modules),
     )
 
 
@@ -153,11 +242,9 @@ def _provenance(plan: Plan, model: str, setting: str, loaded: LoadedModel) -> di
     return {
         **dataset_provenance(plan, model, setting),
         **{f"checkpoint_{name}": value for name, value in plan.checkpoint(model).items()},
-        "pooling": plan.study.activations.pooling,
         "text_view": plan.study.spans.text_view,
-        "device": str(loaded.device),
+        "devices": [str(device) for device in loaded.devices],
         "dtype_computed": str(loaded.dtype).removeprefix("torch."),
-        "attention": ATTENTION,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -165,10 +252,10 @@ def _provenance(plan: Plan, model: str, setting: str, loaded: LoadedModel) -> di
 
 def _commit_index(plan: Plan, site: Site, setting: str, texts: pl.DataFrame) -> Outcome:
     spans = plan.spans(site.model, setting)
-    shards = _shard_keys(plan, site, setting, texts)
+    shards = shard_keys(plan, site, setting, texts)
 
-    def write(folder: Path) -> None:
-        manifests = [plan.store.open(key).manifest for key in shards]
+    def write(folder: Any) -> None:
+        manifests = [plan.store.inspect(key).manifest for key in shards]
         table = pl.DataFrame(
             {
                 "problem_id": texts["problem_id"],
@@ -183,6 +270,6 @@ def _commit_index(plan: Plan, site: Site, setting: str, texts: pl.DataFrame) -> 
         **dataset_provenance(plan, site.model, setting),
         **{f"checkpoint_{name}": value for name, value in plan.checkpoint(site.model).items()},
         "layer": site.layer,
-        "pooling": plan.study.activations.pooling,
+        "poolings": list(plan.study.activations.poolings),
     }
     return commit_once(plan, plan.activations(site, setting), write, provenance, [spans, *shards])

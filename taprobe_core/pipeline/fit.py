@@ -14,7 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import torch
 
+from taprobe_core.activations.shards import ACTIVATIONS_FILE
+from taprobe_core.errors import ConfigError
 from taprobe_core.features import ProbeData, join_features
 from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline.outcome import Outcome, commit_once
@@ -22,28 +25,53 @@ from taprobe_core.pipeline.plan import Plan
 from taprobe_core.probes import fit_recipe, save_probes
 from taprobe_core.splits import make_folds
 from taprobe_core.store import ArtifactKey, write_table
-from taprobe_core.study import ProbeRecipe
+from taprobe_core.study import Pooling, ProbeRecipe
 
 
-def read_activations(plan: Plan, site: Site, setting: str) -> dict[int, np.ndarray]:
-    """Read one site and setting's pooled activations.
+def read_shards(
+    plan: Plan, site: Site, setting: str
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Read one site and setting's activations, one problem at a time.
 
-    Returns:
-        problem id -> [sentence, d_model], float32, in sentence order.
+    Yields:
+        problem id, and the tensors of its shard by pooling (`activations.ActivationShard`), in the
+        number type they are stored in, on the CPU.
 
     Raises:
         MissingArtifactError: they are not extracted yet.
         CorruptArtifactError: a shard differs from its manifest.
     """
     index = plan.store.open(plan.activations(site, setting)).read_table("shards.parquet")
-    return {
-        problem_id: plan.store.open(
-            ArtifactKey("activation_shards", (str(site), setting, f"problem_{problem_id}"), shard)
+    for problem_id, shard in index.select("problem_id", "shard_fingerprint").iter_rows():
+        partition = (str(site), setting, f"problem_{problem_id}")
+        artifact = plan.store.open(ArtifactKey("activation_shards", partition, shard))
+        yield problem_id, artifact.read_tensors(ACTIVATIONS_FILE)
+
+
+def read_activations(
+    plan: Plan, site: Site, setting: str, pooling: Pooling = "mean"
+) -> dict[int, np.ndarray]:
+    """Read one pooling of one site and setting's activations.
+
+    Returns:
+        problem id -> [sentence, d_model], float32, in sentence order; for `tokens` [token, d_model]
+        of all sentences.
+
+    Raises:
+        ConfigError: the study does not keep this pooling.
+        MissingArtifactError: they are not extracted yet.
+        CorruptArtifactError: a shard differs from its manifest.
+    """
+    kept = plan.study.activations.poolings
+    if pooling not in kept:
+        raise ConfigError(
+            f"no pooling {pooling!r}",
+            f"study {plan.study.name}, activations.poolings",
+            f"add it there, or use one of {', '.join(kept)}",
         )
-        .read_tensors("activations.safetensors")["mean"]
-        .float()
-        .numpy()
-        for problem_id, shard in index.select("problem_id", "shard_fingerprint").iter_rows()
+    return {
+        problem_id: tensors[pooling].float().numpy()
+        for problem_id, tensors in read_shards(plan, site, setting)
     }
 
 

@@ -3,35 +3,36 @@
 A `Plan` answers one question for every stage and cell: under which key does, or will, its artifact
 stand in the store? The key is a hash of the stage's code version, the slice of the study that the
 stage depends on, and the keys upstream of it, so a plan costs no computation beyond hashing the
-source files once. Running the stages belongs in the sibling modules.
+source files once. Finding what the study names belongs in `sources`, running the stages in the
+other sibling modules.
 
-    rollouts ─┬─ labels ──────────────┐
-              └─ spans ── activations ┴─ fits ── probe_fits ── deferral_plans ─┐
-                                                         └─────────────────────┴─ evaluation
+    rollouts ─┬─ labels ───────────────────┐
+              └─ spans ─┬─ activations ────┴─ fits ── probe_fits ── deferral_plans ─┐
+                        │                                    └──────────────────────┴─ evaluation
+                        └─ vertical_attention ── receiver_heads
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property, wraps
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from taprobe_core.checkpoints import checkpoint_identity, tokenizer_sha256
-from taprobe_core.demo import DemoWorld
-from taprobe_core.errors import ConfigError, TaprobeError
 from taprobe_core.keys import Site, Trial
-from taprobe_core.pipeline.world import ensure_demo_world
-from taprobe_core.rollouts import RolloutSource, content_digest, open_source
+from taprobe_core.pipeline.sources import Sources
 from taprobe_core.store import Artifact, ArtifactKey, Store, fingerprint
-from taprobe_core.study import DemoSource, Model, PolicySource, ProbeRecipe, Study
+from taprobe_core.study import SPEED_ONLY, ProbeRecipe, Study
 
 CODE_VERSIONS: Mapping[str, str] = {
     "rollouts": "2",
     "labels": "2",
     "spans": "1",
-    "activation_shards": "1",
-    "activations": "1",
+    "activation_shards": "2",
+    "activations": "2",
+    "attention_shards": "1",
+    "vertical_attention": "1",
+    "receiver_heads": "1",
     "fits": "1",
     "probe_fits": "1",
     "deferral_plans": "1",
@@ -42,95 +43,19 @@ CODE_VERSIONS: Mapping[str, str] = {
 """Raised by hand when a stage's results change; every fingerprint below it then changes too."""
 
 
-T = TypeVar("T")
-
-
-def _asked_once(method: Callable[..., T]) -> Callable[..., T]:
-    """Cache a plan's method, and its errors too: an unreachable hub costs half a minute a try."""
-
-    @cache
-    def ask(*arguments: Any) -> T | TaprobeError:
-        try:
-            return method(*arguments)
-        except TaprobeError as error:
-            return error
-
-    @wraps(method)
-    def answer(*arguments: Any) -> T:
-        found = ask(*arguments)
-        if isinstance(found, TaprobeError):
-            raise found
-        return found
-
-    return answer
-
-
-class Plan:
+class Plan(Sources):
     """Keys of one study's artifacts in one store.
 
     Args:
         study: the study.
         store: where the artifacts stand.
-        data_root: folder for what is built beside the store: the demo world and stand-in
-            checkpoints.
+        data_root: folder for what is built beside the store.
     """
 
     def __init__(self, study: Study, store: Store, data_root: Path) -> None:
-        self.study = study
+        super().__init__(study, data_root)
         self.store = store
-        self.data_root = data_root
         self._configs: dict[ArtifactKey, Mapping[str, Any]] = {}
-
-    @property
-    def checkpoints_root(self) -> Path:
-        """Folder of the stand-in checkpoints."""
-        return self.data_root / "checkpoints"
-
-    @cached_property
-    def demo(self) -> DemoWorld | None:
-        """The demo world, built on first use; None when the study has another source."""
-        source = self.study.rollouts.source
-        if not isinstance(source, DemoSource | PolicySource):
-            return None
-        return ensure_demo_world(self.study, source, self.data_root / "demo")
-
-    @cached_property
-    def source(self) -> RolloutSource:
-        """The opened rollout source; a hub revision is resolved here, once."""
-        return open_source(self.study.rollouts, self.demo.rollouts_folder if self.demo else None)
-
-    @cache
-    def model(self, key: str) -> Model:
-        """The model of a key; a stand-in without a tokenizer gets the demo's.
-
-        Raises:
-            ConfigError: the study has no such model.
-        """
-        if key not in self.study.models:
-            raise ConfigError(
-                f"no model {key!r}",
-                f"study {self.study.name}",
-                f"use one of {list(self.study.models)}",
-            )
-        model = self.study.models[key]
-        is_stand_in = model.checkpoint.kind == "stand_in"
-        if self.demo is not None and model.tokenizer is None and is_stand_in:
-            return model.model_copy(update={"tokenizer": str(self.demo.tokenizer_folder)})
-        return model
-
-    @_asked_once
-    def checkpoint(self, model: str) -> Mapping[str, str]:
-        """Identity of the model's checkpoint and tokenizer, without loading weights."""
-        spec = self.model(model)
-        return {
-            **checkpoint_identity(spec),
-            "tokenizer_sha256": tokenizer_sha256(spec),
-        }
-
-    @_asked_once
-    def dataset_version(self, model: str, setting: str) -> str:
-        """Digest of the source files of one model and setting."""
-        return content_digest(self.source, self.model(model), self.study.rollouts, setting)
 
     @cache
     def rollouts(self, model: str, setting: str) -> ArtifactKey:
@@ -176,7 +101,7 @@ class Plan:
             "checkpoint": dict(self.checkpoint(site.model)),
             "layer": site.layer,
             "dtype": self.model(site.model).dtype,
-            **self.study.activations.model_dump(mode="json", exclude={"device"}),
+            **self.study.activations.model_dump(mode="json", exclude=set(SPEED_ONLY)),
         }
 
     def activation_shard(
@@ -189,6 +114,26 @@ class Plan:
             {**self._activation_config(site), "input_sha256": input_sha256},
         )
 
+    def _attention_config(self, site: Site) -> dict[str, Any]:
+        attention = self.study.attention
+        return {
+            "checkpoint": dict(self.checkpoint(site.model)),
+            "layer": site.layer,
+            "dtype": self.model(site.model).dtype,
+            "mode": attention.mode,
+            "last_n": attention.last_n if attention.mode == "light" else None,
+        }
+
+    def attention_shard(
+        self, site: Site, setting: str, problem_id: int, input_sha256: str
+    ) -> ArtifactKey:
+        """Key of one problem's vertical attention: mass between its sentences, per head."""
+        return self._key(
+            "attention_shards",
+            (str(site), setting, f"problem_{problem_id}"),
+            {**self._attention_config(site), "input_sha256": input_sha256},
+        )
+
     @cache
     def activations(self, site: Site, setting: str) -> ArtifactKey:
         """Key of the index of one site and setting's shards."""
@@ -197,6 +142,42 @@ class Plan:
             (str(site), setting),
             self._activation_config(site),
             self.spans(site.model, setting),
+        )
+
+    @cache
+    def vertical_attention(self, site: Site, setting: str) -> ArtifactKey:
+        """Key of the index of one site and setting's attention shards, and what follows from them.
+
+        Only the mode `full` makes head by head figures, and only they depend on proximity and depth
+        control.
+        """
+        attention = self.study.attention
+        is_full = attention.mode == "full"
+        return self._key(
+            "vertical_attention",
+            (str(site), setting),
+            {
+                **self._attention_config(site),
+                "proximity": list(attention.proximity) if is_full else None,
+                "depth_control": attention.depth_control if is_full else None,
+            },
+            self.spans(site.model, setting),
+        )
+
+    @cache
+    def receiver_heads(self, model: str, setting: str) -> ArtifactKey:
+        """Key of the receiver heads of one model and setting, chosen over all its sites."""
+        attention = self.study.attention
+        return self._key(
+            "receiver_heads",
+            (model, setting),
+            {
+                "proximity": list(attention.proximity),
+                "depth_control": attention.depth_control,
+                "n_receiver_heads": attention.n_receiver_heads,
+                "splits": self.study.splits.model_dump(mode="json"),
+            },
+            *(self.vertical_attention(site, setting) for site in self.sites(model)),
         )
 
     @cache
@@ -275,7 +256,7 @@ class Plan:
         return self._key(
             "study_report",
             (self.study.name,),
-            self.study.model_dump(mode="json", exclude={"activations": {"device"}}),
+            self.study.model_dump(mode="json", exclude={"activations": set(SPEED_ONLY)}),
             self.leaderboard(),
         )
 
@@ -298,8 +279,12 @@ class Plan:
             upstream=upstream,
             estimate_bytes=estimate_bytes,
             code_version=CODE_VERSIONS[key.stage],
-            config=self._configs[key],
+            config=self.config_of(key),
         )
+
+    def config_of(self, key: ArtifactKey) -> Mapping[str, Any]:
+        """The slice of the study that a key of this plan stands for."""
+        return self._configs[key]
 
     def _key(
         self,

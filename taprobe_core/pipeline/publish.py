@@ -18,7 +18,16 @@ from taprobe_core.selection import select_on_validation
 from taprobe_core.store import library_versions
 from taprobe_core.study import StandInCheckpoint
 
-_FINGERPRINTED = ("rollouts", "labels", "spans", "activations", "leaderboard")
+_FINGERPRINTED = (
+    "rollouts",
+    "labels",
+    "spans",
+    "activations",
+    "vertical_attention",
+    "receiver_heads",
+    "leaderboard",
+)
+"""Stages whose fingerprints the report lists, as far as the study has them."""
 
 
 def ensure_study_report(plan: Plan) -> Outcome:

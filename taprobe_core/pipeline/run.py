@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from taprobe_core.errors import ConfigError
 from taprobe_core.keys import parse_site, parse_trial
-from taprobe_core.pipeline.cells import STAGES, Cell
+from taprobe_core.pipeline.attention import ensure_receiver_heads, ensure_vertical_attention
+from taprobe_core.pipeline.cells import Cell, check_stage
 from taprobe_core.pipeline.extract import ensure_activations
 from taprobe_core.pipeline.fit import ensure_probe_fits
 from taprobe_core.pipeline.judge import (
@@ -23,6 +23,7 @@ _PER_CELL: Mapping[str, Callable[[Plan, Cell], Outcome]] = {
     "rollouts": lambda plan, cell: ensure_rollouts(plan, *cell),
     "labels": lambda plan, cell: ensure_labels(plan, *cell),
     "spans": lambda plan, cell: ensure_spans(plan, *cell),
+    "receiver_heads": lambda plan, cell: ensure_receiver_heads(plan, *cell),
     "deferral_plans": lambda plan, cell: ensure_deferral_plans(
         plan, parse_site(cell[0]), parse_trial(cell[1])
     ),
@@ -37,28 +38,29 @@ def run_stage(plan: Plan, stage: str, cells: Sequence[Cell]) -> Iterator[tuple[C
 
     Args:
         plan: the plan.
-        stage: a stage of `cells.STAGES`.
+        stage: a stage that the study has (`cells.stages_of`).
         cells: cells of that stage, in any order.
 
     Yields:
-        (cell, outcome). Activations and fits come grouped by model and setting, so the order may
-        differ from that of `cells`.
+        (cell, outcome). Activations, attention and fits come grouped by what they share, so the
+        order may differ from that of `cells`.
 
     Raises:
-        ConfigError: there is no such stage.
+        ConfigError: the study has no such stage.
         MissingArtifactError: an upstream stage has not run.
     """
-    if stage == "activations":
+    check_stage(plan.study, stage)
+    if stage in ("activations", "vertical_attention"):
+        # Cells that share passes through the model go in together.
         sites = [(parse_site(site), setting) for site, setting in cells]
-        yield from _keyed(ensure_activations(plan, sites))
+        ensure = ensure_activations if stage == "activations" else ensure_vertical_attention
+        yield from _keyed(ensure(plan, sites))
     elif stage == "probe_fits":
         trials = [(parse_site(site), parse_trial(trial)) for site, trial in cells]
         yield from _keyed(ensure_probe_fits(plan, trials))
-    elif stage in _PER_CELL:
+    else:
         for cell in cells:
             yield cell, _PER_CELL[stage](plan, cell)
-    else:
-        raise ConfigError(f"no stage {stage!r}", None, f"use one of {', '.join(STAGES)}")
 
 
 def _keyed(outcomes: Iterator[Outcome]) -> Iterator[tuple[Cell, Outcome]]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from taprobe_core.demo import BUNDLE, DEMO_CODE_VERSION, DemoWorld, write_demo_world
-from taprobe_core.demo.bundle import MANIFEST, file_sha256, verify_files
+from taprobe_core.demo.bundle import MANIFEST, verify_files
 from taprobe_core.demo.world import write_policy_world
 from taprobe_core.store import fingerprint
 from taprobe_core.store.disk import disk_errors
+from taprobe_core.store.integrity import file_sha256
 from taprobe_core.study import DemoSource, PolicySource, Study
 
 _log = logging.getLogger(__name__)

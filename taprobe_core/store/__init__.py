@@ -5,6 +5,7 @@ manifest      what an artifact holds and was made from; strict, self-checking
 files         Parquet, safetensors, JSON
 integrity     sha256 of files, once per process
 artifacts     Store and Artifact: find, open, commit, adopt
+committer     many commits, by threads of this process or by child processes (workers, worker)
 audit         verify, lineage, usage, prune, discard
 backend       what a store needs from the place that keeps it
 local         that place as folders; disk and lock are its tools
@@ -14,10 +15,13 @@ from taprobe_core.store.artifact import Artifact
 from taprobe_core.store.artifacts import Store
 from taprobe_core.store.audit import Lineage, Verdict
 from taprobe_core.store.backend import Backend
+from taprobe_core.store.committer import Committer
+from taprobe_core.store.disk import write_bytes
 from taprobe_core.store.files import (
     read_json,
     read_table,
     read_tensors,
+    tensor_parts,
     write_json,
     write_table,
     write_tensors,
@@ -25,11 +29,15 @@ from taprobe_core.store.files import (
 from taprobe_core.store.fingerprint import ArtifactKey, fingerprint, parse_key
 from taprobe_core.store.local import LocalBackend
 from taprobe_core.store.manifest import FileRecord, Manifest, library_versions
+from taprobe_core.store.workers import CommitWorkers, FileCommit
 
 __all__ = [
     "Artifact",
     "ArtifactKey",
     "Backend",
+    "CommitWorkers",
+    "Committer",
+    "FileCommit",
     "FileRecord",
     "Lineage",
     "LocalBackend",
@@ -42,6 +50,8 @@ __all__ = [
     "read_json",
     "read_table",
     "read_tensors",
+    "tensor_parts",
+    "write_bytes",
     "write_json",
     "write_table",
     "write_tensors",

@@ -20,7 +20,7 @@ from taprobe_core.errors import CorruptArtifactError, MissingArtifactError, Stal
 from taprobe_core.store import upkeep
 from taprobe_core.store.artifact import Artifact
 from taprobe_core.store.backend import Backend
-from taprobe_core.store.disk import disk_errors, disk_full
+from taprobe_core.store.disk import disk_errors, disk_full, write_bytes
 from taprobe_core.store.draft import Draft
 from taprobe_core.store.fingerprint import ArtifactKey, check_key
 from taprobe_core.store.integrity import remember_sha256
@@ -81,9 +81,8 @@ class Store(StoreReader):
         """
         check_key(key)
         sources = [check_key(each) for each in upstream]
-        draft = Draft(key, code_version, config or {}, provenance, sources)
-        draft.check()
-        reused = self.adopt(key)
+        draft = Draft(key, code_version, config or {}, provenance, sources).checked()
+        reused = self._adopt(key)
         if reused is not None:
             return reused
         with self._errors(key, estimate_bytes), self.locked(key):
@@ -97,6 +96,9 @@ class Store(StoreReader):
             BusyArtifactError: another process holds the partition for too long.
             ArtifactError: the store cannot be read, or the pointer not be moved.
         """
+        return self._adopt(check_key(key))
+
+    def _adopt(self, key: ArtifactKey) -> Artifact | None:
         found = self._usable(key)
         with self._errors(key):
             if found is None or self._is_current(key):
@@ -135,8 +137,8 @@ class Store(StoreReader):
             )
         with self._backend.staging(key) as folder:
             write(folder)
-            rendered = render_manifest(draft.manifest(folder, self._next_sequence(key)))
-            (folder / MANIFEST_NAME).write_bytes(rendered)
+            rendered = render_manifest(draft.body(folder, self._next_sequence(key)))
+            write_bytes(folder / MANIFEST_NAME, rendered)
             # Parsed back, so that a fresh artifact is the very thing that a later `open` returns.
             manifest = parse_manifest(rendered, str(folder))
             self._backend.publish(key, folder)

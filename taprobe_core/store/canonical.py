@@ -90,8 +90,9 @@ def _key(key: Any, at: str) -> str:
 
 def _text(text: str, at: str) -> str:
     # Python spells half a surrogate pair, and strict readers then refuse the whole file.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise NotJsonError("half a surrogate pair", at) from None
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise NotJsonError("half a surrogate pair", at) from None
     return text

@@ -1,13 +1,14 @@
 """What a commit knows before its files exist, and the manifest that it becomes.
 
-Turns a key, a config slice, provenance and a folder of fresh files into a `Manifest`. When that
-happens belongs in `artifacts`. Invariant: what cannot be stored is refused before a stage runs.
+Turns a key, a config slice, provenance and a folder of fresh files into the fields of a manifest.
+When that happens belongs in `artifacts`. Invariant: what cannot be stored is refused before a stage
+runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from taprobe_core.store.fingerprint import ArtifactKey
 from taprobe_core.store.integrity import describe_files
 from taprobe_core.store.local import file_sizes
 from taprobe_core.store.lock import this_process
-from taprobe_core.store.manifest import Manifest, Writer, library_versions
+from taprobe_core.store.manifest import FORMAT, SCHEMA_VERSION, library_versions
 
 
 @dataclass(frozen=True)
@@ -31,32 +32,41 @@ class Draft:
     provenance: Mapping[str, Any]
     upstream: Sequence[ArtifactKey]
 
-    def manifest(self, folder: Path, sequence: int) -> Manifest:
-        """Describe the files in `folder`; `sequence` numbers the version in its partition.
+    def checked(self) -> Draft:
+        """Return this draft with a copy of the config as the manifest will hold it.
 
         Raises:
-            ArtifactError: a file is unfit, or JSON cannot hold a value.
+            ArtifactError: JSON cannot hold the config or the provenance; names the path.
+        """
+        self._plain("provenance")
+        return replace(self, config=self._plain("config"))
+
+    def body(self, folder: Path, sequence: int) -> dict[str, Any]:
+        """Describe the files in `folder`; `sequence` numbers the version in its partition.
+
+        Returns:
+            The fields of a `Manifest` but its hash, as JSON values.
+
+        Raises:
+            ArtifactError: a file is unfit, or JSON cannot hold the provenance any more.
         """
         writer = this_process()
-        return Manifest(
-            stage=self.key.stage,
-            partition=self.key.partition,
-            fingerprint=self.key.fingerprint,
-            sequence=sequence,
-            created_at=datetime.now(UTC),
-            code_version=self.code_version,
-            config=self._plain("config"),
-            upstream=tuple(map(str, self.upstream)),
-            provenance=self._plain("provenance"),
-            versions=library_versions(),
-            writer=Writer(host=writer.host, pid=writer.pid, run_id=writer.run_id),
-            files=describe_files(folder, file_sizes(folder)),
-        )
-
-    def check(self) -> None:
-        """Raise `ArtifactError` now if the manifest could not hold the provenance or the config."""
-        self._plain("config")
-        self._plain("provenance")
+        return {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "stage": self.key.stage,
+            "partition": list(self.key.partition),
+            "fingerprint": self.key.fingerprint,
+            "sequence": sequence,
+            "created_at": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            "code_version": self.code_version,
+            "config": self.config,
+            "upstream": [str(key) for key in self.upstream],
+            "provenance": self._plain("provenance"),
+            "versions": library_versions(),
+            "writer": {"host": writer.host, "pid": writer.pid, "run_id": writer.run_id},
+            "files": describe_files(folder, file_sizes(folder)),
+        }
 
     def _plain(self, field: str) -> dict[str, Any]:
         try:

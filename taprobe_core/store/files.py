@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 
 from taprobe_core.errors import ArtifactError, CorruptArtifactError, NonFiniteError
 from taprobe_core.store.canonical import NotJsonError, canonical_json
-from taprobe_core.store.disk import is_system_error
+from taprobe_core.store.disk import is_system_error, write_bytes
 from taprobe_core.store.manifest import DISCARD
 
 if TYPE_CHECKING:
@@ -29,6 +30,20 @@ if TYPE_CHECKING:
 TABLE_SUFFIX = ".parquet"
 TENSORS_SUFFIX = ".safetensors"
 JSON_SUFFIX = ".json"
+
+DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+"""Types that tensors are stored in: torch's name to that of the format."""
 
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100_000_000
@@ -66,26 +81,47 @@ def write_tensors(
 ) -> None:
     """Write named tensors as safetensors.
 
-    Tensors may be views, share memory or live on a device; each is written out whole.
+    Tensors may be views, share memory or live on a device; each is written out whole. The same
+    tensors and metadata give the same bytes, in whatever order they come.
 
     Args:
         path: file to make; its name ends in `.safetensors`.
-        tensors: dense tensors of any shape and type.
+        tensors: dense tensors of any shape, of a type in `DTYPES`.
         metadata: text kept in the file's header, for example dimension names.
 
     Raises:
-        ArtifactError: another suffix.
+        ArtifactError: another suffix, or a type that the format does not know.
     """
-    from safetensors.torch import save_file  # torch takes seconds to import
-
     _check_suffix(path, TENSORS_SUFFIX)
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(_separate(tensors), path, metadata=dict(metadata) if metadata else None)
-    # save_file leaves the file readable by its owner only, and its metadata in random order.
-    path.chmod(mode)
-    if metadata:
-        _sort_metadata(path)
+    write_bytes(path, *tensor_parts(tensors, metadata))
+
+
+def tensor_parts(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> list[bytes | memoryview]:
+    """Return a safetensors file as the parts that it is written from; see `write_tensors`.
+
+    Args:
+        tensors: dense tensors; parts share the memory of those that are contiguous on the CPU.
+        metadata: text kept in the file's header.
+
+    Raises:
+        ArtifactError: a type that the format does not know.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    # Large numbers first: with a header of a multiple of 8 bytes, all data is then aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": _dtype_name(name, tensors[name]),
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return [_LENGTH.pack(len(text)) + text, *(_raw(tensors[name]) for name in names)]
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -113,8 +149,8 @@ def tensor_header(path: Path) -> dict[str, Any]:
     Raises:
         CorruptArtifactError: the header is cut, not JSON, or does not cover the file exactly.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
         head = file.read(_LENGTH.size)
         length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else size
         raw = file.read(length) if length <= min(size, _MAX_HEADER_BYTES) else b""
@@ -180,27 +216,21 @@ def _check_suffix(path: Path, suffix: str) -> None:
         )
 
 
-def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    separate: dict[str, torch.Tensor] = {}
-    taken: set[int] = set()
-    for name, tensor in tensors.items():
-        dense = tensor.detach().cpu().contiguous()
-        storage = dense.untyped_storage().data_ptr()
-        separate[name] = dense.clone() if storage in taken else dense
-        taken.add(storage)
-    return separate
+def _dtype_name(name: str, tensor: torch.Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ArtifactError(
+            f"a tensor of type {dtype}", repr(name), f"convert it to {', '.join(DTYPES)}"
+        )
+    return DTYPES[dtype]
 
 
-def _sort_metadata(path: Path) -> None:
-    with path.open("r+b") as file:
-        length = _LENGTH.unpack(file.read(_LENGTH.size))[0]
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        # Only the order changes, so the length cannot; if it did, the data would be overwritten.
-        if len(ordered) <= length:
-            file.seek(_LENGTH.size)
-            file.write(ordered.ljust(length))
+def _raw(tensor: torch.Tensor) -> memoryview:
+    import torch  # torch takes seconds to import
+
+    dense = tensor.detach().cpu().contiguous()
+    # As bytes, because numpy has no bfloat16.
+    return dense.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _finite_float(text: str) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from taprobe_core.errors import ConfigError
@@ -95,6 +96,7 @@ def is_fingerprint(text: str) -> bool:
     return _FINGERPRINT.fullmatch(text) is not None
 
 
+@lru_cache(maxsize=4096)
 def is_part(text: str) -> bool:
     """Tell whether `text` may name a stage or stand in a partition."""
     return (

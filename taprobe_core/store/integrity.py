@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -23,16 +24,7 @@ from taprobe_core.store.files import (
     read_json,
     tensor_header,
 )
-from taprobe_core.store.manifest import (
-    DISCARD,
-    MANIFEST_NAME,
-    FileRecord,
-    Manifest,
-    PlainContent,
-    TableContent,
-    TensorInfo,
-    TensorsContent,
-)
+from taprobe_core.store.manifest import DISCARD, MANIFEST_NAME, FileRecord, Manifest
 
 _FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9@._-]{0,199}")
 
@@ -78,7 +70,7 @@ def is_known_bad(path: Path, record: FileRecord) -> bool:
         return False
 
 
-def describe_files(folder: Path, sizes: Mapping[str, int]) -> dict[str, FileRecord]:
+def describe_files(folder: Path, sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Describe freshly written files for a manifest.
 
     Args:
@@ -86,7 +78,7 @@ def describe_files(folder: Path, sizes: Mapping[str, int]) -> dict[str, FileReco
         sizes: every file below it, by relative path, with its size in bytes.
 
     Returns:
-        One record per file, sorted by path.
+        One `FileRecord` per file, as JSON values, sorted by path.
 
     Raises:
         ArtifactError: no file, a name that not every system can hold, a link, a file named like the
@@ -105,7 +97,7 @@ def describe_files(folder: Path, sizes: Mapping[str, int]) -> dict[str, FileReco
                 "write regular files with names of A-Z, a-z, 0-9, '@', '.', '_' and '-'; "
                 f"{MANIFEST_NAME!r} is taken",
             )
-    return {name: _describe(folder / name) for name in sorted(sizes)}
+    return {name: _describe(folder / name, sizes[name]) for name in sorted(sizes)}
 
 
 def check_sizes(manifest: Manifest, sizes: Mapping[str, int], where: str) -> None:
@@ -162,11 +154,11 @@ def _state(path: Path) -> _State:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _describe(path: Path) -> FileRecord:
+def _describe(path: Path, size: int) -> dict[str, Any]:
     try:
         content = _content(path)
     except (CorruptArtifactError, pl.exceptions.PolarsError) as error:
@@ -176,27 +168,26 @@ def _describe(path: Path) -> FileRecord:
             str(path),
             "write it with write_table, write_tensors or write_json",
         ) from None
-    size = path.stat().st_size
-    return FileRecord(size_bytes=size, sha256=_sha256(path), content=content)
+    return {"size_bytes": size, "sha256": _sha256(path), "content": content}
 
 
-def _content(path: Path) -> TensorsContent | TableContent | PlainContent:
+def _content(path: Path) -> dict[str, Any]:
     if path.suffix == TENSORS_SUFFIX:
         header = tensor_header(path)
         metadata = header.pop("__metadata__", {})
         tensors = {
-            name: TensorInfo(dtype=info["dtype"], shape=tuple(info["shape"]))
-            for name, info in header.items()
+            name: {"dtype": info["dtype"], "shape": info["shape"]} for name, info in header.items()
         }
-        return TensorsContent(tensors=tensors, metadata=metadata)
+        return {"kind": "tensors", "tensors": tensors, "metadata": metadata}
     if path.suffix == TABLE_SUFFIX:
         table = pl.scan_parquet(path, glob=False, hive_partitioning=False)
         columns = {name: _type_name(dtype) for name, dtype in table.collect_schema().items()}
-        return TableContent(n_rows=table.select(pl.len()).collect().item(), columns=columns)
+        n_rows = table.select(pl.len()).collect().item()
+        return {"kind": "table", "n_rows": n_rows, "columns": columns}
     if path.suffix == JSON_SUFFIX:
         read_json(path)
-        return PlainContent(kind="json")
-    return PlainContent(kind="bytes")
+        return {"kind": "json"}
+    return {"kind": "bytes"}
 
 
 def _type_name(dtype: pl.DataType) -> str:

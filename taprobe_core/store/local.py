@@ -15,6 +15,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from taprobe_core.store.backend import NOT_REGULAR, POINTER
@@ -47,13 +48,19 @@ class LocalBackend:
         self._root = root.absolute()
         self._had_root = self._root.is_dir()
 
+    @property
+    def root(self) -> Path:
+        """Folder of the store, absolute."""
+        return self._root
+
     def where(self, stage: str, partition: tuple[str, ...], name: str = "") -> str:
         """Path of the partition, or of something in it."""
-        return str(self._partition(stage, partition) / name)
+        folder = str(self._partition(stage, partition))
+        return f"{folder}/{name}" if name else folder
 
     def folder(self, key: ArtifactKey) -> Path:
         """`<root>/<stage>/<part>/.../<fingerprint>`."""
-        return self._partition(key.stage, key.partition) / key.fingerprint
+        return _folder(self._root, key.stage, *key.partition, key.fingerprint)
 
     def sizes(self, key: ArtifactKey) -> dict[str, int] | None:
         """Bytes of every file of a version by relative path; None if absent."""
@@ -88,7 +95,7 @@ class LocalBackend:
         try:
             if not stat.S_ISREG(path.lstat().st_mode):
                 return "(not a regular file)"
-            with path.open("rb") as file:
+            with path.open("rb", buffering=0) as file:
                 return file.read(_MAX_POINTER_BYTES).decode("ascii", "backslashreplace").strip()
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -102,9 +109,10 @@ class LocalBackend:
         make_folder(folder)
         self._had_root = True
         with hold_lock(folder, timeout_s):
-            for entry in folder.iterdir():
-                if entry.name.startswith(TEMPORARY):
-                    _delete(entry)
+            with os.scandir(folder) as entries:
+                left = [entry.name for entry in entries if entry.name.startswith(TEMPORARY)]
+            for name in left:
+                _delete(folder / name)
             yield
 
     def free_bytes(self) -> int | None:
@@ -120,7 +128,8 @@ class LocalBackend:
             folder.mkdir()
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.is_dir():
+                shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, key: ArtifactKey, folder: Path) -> None:
         """Flush the staged folder, rename it, swap `CURRENT`, flush the partition."""
@@ -152,7 +161,7 @@ class LocalBackend:
         sync_path(self._partition(key.stage, key.partition))
 
     def _partition(self, stage: str, partition: tuple[str, ...]) -> Path:
-        return self._root.joinpath(stage, *partition)
+        return _folder(self._root, stage, *partition)
 
     def _below(self, stage: str, partition: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         folder = self._partition(stage, partition)
@@ -169,6 +178,11 @@ class LocalBackend:
         hidden = target.with_name(temporary_name(target.name))
         target.rename(hidden)
         _delete(hidden)
+
+
+@lru_cache(maxsize=1024)
+def _folder(root: Path, *parts: str) -> Path:
+    return root.joinpath(*parts)
 
 
 def file_sizes(folder: Path) -> dict[str, int]:

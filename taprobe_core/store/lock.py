@@ -7,20 +7,26 @@ The owner file beside the lock only serves the message; the lock itself is `floc
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from taprobe_core.errors import BusyArtifactError
+from taprobe_core.store.disk import write_bytes
 
 LOCK_NAME = ".lock"
 OWNER_NAME = ".lock.owner"
+POLL_S = 0.01
+"""How often a waiting writer asks for the lock, in seconds."""
+
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextmanager
@@ -35,24 +41,50 @@ def hold_lock(folder: Path, timeout_s: float) -> Iterator[None]:
         BusyArtifactError: still held after `timeout_s`; names host, pid and run of the owner.
         OSError: the folder is gone or read-only, or its file system has no locks.
     """
-    # A soft lock would outlive a killed owner, so a file system without flock is refused instead.
-    lock = FileLock(folder / LOCK_NAME, timeout=timeout_s, fallback_to_soft=False)
+    descriptor = _wait(folder, timeout_s)
+    owner = folder / OWNER_NAME
     try:
-        lock.acquire()
-    except Timeout:
-        raise BusyArtifactError(
-            f"another process has been writing here for over {timeout_s:g} s ({_owner(folder)})",
-            str(folder),
-            "wait until it ends and run again; if it hangs, stop it: its lock goes with it",
-        ) from None
-    try:
-        (folder / OWNER_NAME).write_text(json.dumps(asdict(this_process())), encoding="ascii")
+        write_bytes(owner, json.dumps(vars(this_process())).encode())
         try:
             yield
         finally:
-            (folder / OWNER_NAME).unlink(missing_ok=True)
+            owner.unlink(missing_ok=True)
     finally:
-        lock.release()
+        # Closing alone would leave the lock to a child that was forked meanwhile.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _wait(folder: Path, timeout_s: float) -> int:
+    """Return a descriptor that holds the lock."""
+    deadline = time.monotonic() + timeout_s
+    while (descriptor := _try_lock(folder / LOCK_NAME)) is None:
+        if time.monotonic() >= deadline:
+            raise BusyArtifactError(
+                f"another process has been writing here for over {timeout_s:g} s "
+                f"({_owner(folder)})",
+                str(folder),
+                "wait until it ends and run again; if it hangs, stop it: its lock goes with it",
+            )
+        time.sleep(POLL_S)
+    return descriptor
+
+
+def _try_lock(path: Path) -> int | None:
+    descriptor = os.open(path, _FLAGS, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A lock whose name was deleted meanwhile excludes nobody who comes after.
+        is_held = os.fstat(descriptor).st_nlink > 0
+    except BlockingIOError:
+        is_held = False
+    except BaseException:
+        os.close(descriptor)
+        raise
+    if is_held:
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 @dataclass(frozen=True)
@@ -68,11 +100,16 @@ class Owner:
 def this_process() -> Owner:
     """Describe this process, now."""
     return Owner(
-        host=os.uname().nodename,
+        host=_host(),
         pid=os.getpid(),
         run_id=os.environ.get("TAPROBE_RUN_ID"),
         since=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+@cache
+def _host() -> str:
+    return os.uname().nodename
 
 
 def _owner(folder: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
@@ -18,9 +19,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from taprobe_core.errors import ArtifactError, ConfigError, CorruptArtifactError, StaleArtifactError
-from taprobe_core.store.canonical import canonical_json
 from taprobe_core.store.fingerprint import ArtifactKey, parse_key
 
+FORMAT = "taprobe-artifact"
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 DISCARD = "run `taprobe verify --discard`, then run the stage again"
@@ -33,10 +34,11 @@ def _check_key_text(text: str) -> str:
         raise ValueError(error.what) from None
 
 
+_encode = json.JSONEncoder(allow_nan=False).encode
 _ZEROS = "0" * 64
 # Text values hold no raw newline and nested fields stand further right, so only the manifest's own
 # field can look like this.
-_OWN_SHA256 = re.compile(rb'^ "sha256": "([0-9a-f]{64})"', re.MULTILINE)
+_OWN_SHA256 = re.compile(rb'\n "sha256": "([0-9a-f]{64})"')
 
 _Count = Annotated[int, Field(ge=0)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -156,14 +158,31 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def render_manifest(manifest: Manifest) -> bytes:
+def render_manifest(body: Mapping[str, Any]) -> bytes:
     """Spell a manifest: sorted keys, one value per line, one space of indent per level.
 
-    `sha256` is the hash of these bytes with 64 zeros in its own place.
+    Args:
+        body: the fields of a `Manifest`, JSON values only; `sha256` need not be among them.
+
+    Returns:
+        ASCII JSON. `sha256` is the hash of these bytes with 64 zeros in its own place.
     """
-    body = manifest.model_dump(mode="json") | {"sha256": _ZEROS}
-    blank = (canonical_json(body, indent=1) + "\n").encode()
-    return _OWN_SHA256.sub(_own_field(hashlib.sha256(blank).hexdigest()), blank)
+    blank = (_spell({**body, "sha256": _ZEROS}, "\n") + "\n").encode()
+    return blank.replace(_own_field(_ZEROS), _own_field(hashlib.sha256(blank).hexdigest()))
+
+
+def _spell(value: Any, gap: str) -> str:
+    # The text of json.dumps(value, sort_keys=True, indent=1), which has no fast path for an indent.
+    if type(value) is int:
+        return str(value)
+    if not value or not isinstance(value, dict | list):
+        return _encode(value)
+    inner = gap + " "
+    if isinstance(value, list):
+        items = [inner + _spell(item, inner) for item in value]
+        return "[" + ",".join(items) + gap + "]"
+    items = [f"{inner}{_encode(key)}: {_spell(value[key], inner)}" for key in sorted(value)]
+    return "{" + ",".join(items) + gap + "}"
 
 
 def parse_manifest(raw: bytes, where: str) -> Manifest:
@@ -194,7 +213,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
 
 
 def _own_field(digest: str) -> bytes:
-    return f' "sha256": "{digest}"'.encode()
+    return f'\n "sha256": "{digest}"'.encode()
 
 
 def _refusal(raw: bytes, where: str, error: ValidationError) -> ArtifactError:

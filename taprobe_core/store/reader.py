@@ -53,7 +53,7 @@ class StoreReader:
             ArtifactError: the store cannot be read.
         """
         try:
-            return self._usable(key)
+            return self._usable(check_key(key))
         except StaleArtifactError:
             return None
 
@@ -74,14 +74,10 @@ class StoreReader:
 
     def inspect(self, key: ArtifactKey) -> Artifact:
         """Return a committed artifact after every check but the hashes; errors as `open`."""
-        where = self._where(check_key(key))
-        with disk_errors(where):
-            manifest = self._manifest(key)
-            sizes = self._backend.sizes(key)
-            if sizes is None:
-                raise _missing(where)
-            check_sizes(manifest, sizes, where)
-            return self._artifact(key, manifest)
+        artifact = self._inspect(check_key(key))
+        if artifact is None:
+            raise _missing(self._where(key))
+        return artifact
 
     def current(self, stage: str, partition: Sequence[str]) -> ArtifactKey | None:
         """Return the version that was committed or adopted last, or None.
@@ -135,10 +131,22 @@ class StoreReader:
         """Count artifacts, files and bytes by stage; see `audit.usage`."""
         return audit.usage(self)
 
+    def _inspect(self, key: ArtifactKey) -> Artifact | None:
+        where = self._where(key)
+        with disk_errors(where):
+            sizes = self._backend.sizes(key)
+            if sizes is None:
+                return None
+            manifest = self._manifest(key)
+            check_sizes(manifest, sizes, where)
+            return self._artifact(key, manifest)
+
     def _usable(self, key: ArtifactKey) -> Artifact | None:
         try:
-            artifact = self.inspect(key)
+            artifact = self._inspect(key)
         except (MissingArtifactError, CorruptArtifactError):
+            return None
+        if artifact is None:
             return None
         with disk_errors(str(artifact.path)):
             files = artifact.manifest.files.items()

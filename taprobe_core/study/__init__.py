@@ -6,9 +6,9 @@
 `schema` (the JSON schema for editors) stands beside them and is imported by its own name.
 """
 
+from taprobe_core.study.activations import SPEED_ONLY, Activations, Attention, Pooling, Storage
 from taprobe_core.study.config import (
     DEFAULT_RECIPES,
-    Activations,
     Checkpoint,
     Deferral,
     DemoCheckpoint,
@@ -36,7 +36,9 @@ from taprobe_core.study.source import load_study, parse_study, shipped_studies
 
 __all__ = [
     "DEFAULT_RECIPES",
+    "SPEED_ONLY",
     "Activations",
+    "Attention",
     "Checkpoint",
     "Deferral",
     "DemoCheckpoint",
@@ -48,6 +50,7 @@ __all__ = [
     "MirrorSource",
     "Model",
     "PolicySource",
+    "Pooling",
     "PretrainedCheckpoint",
     "ProbeRecipe",
     "Probes",
@@ -56,6 +59,7 @@ __all__ = [
     "Spans",
     "Splits",
     "StandInCheckpoint",
+    "Storage",
     "Study",
     "Target",
     "load_study",

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from taprobe_core.keys import Site, Trial
+from taprobe_core.study.activations import Activations, Attention
 from taprobe_core.study.fields import (
     CommitSha,
     Count,
@@ -40,6 +41,7 @@ from taprobe_core.study.models import (
 __all__ = [
     "DEFAULT_RECIPES",
     "Activations",
+    "Attention",
     "Checkpoint",
     "Deferral",
     "DemoCheckpoint",
@@ -141,14 +143,6 @@ class Spans(StudyPart):
     """Which text the model reads: as it wrote it, or as the rollouts' prompts joined it."""
 
     text_view: Literal["base", "flattened"] = "base"
-
-
-class Activations(StudyPart):
-    """How activations are read and kept."""
-
-    pooling: Literal["mean"] = "mean"
-    storage: Literal["float16", "float32"] = "float16"
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
 class ProbeRecipe(StudyPart):
@@ -262,6 +256,7 @@ class Study(StudyPart):
     labels: Labels = Labels()
     spans: Spans = Spans()
     activations: Activations = Activations()
+    attention: Attention = Attention()
     probes: Probes = Probes()
     splits: Splits = Splits()
     evaluation: Evaluation = Evaluation()
@@ -276,6 +271,17 @@ class Study(StudyPart):
                 f"{missing}, which probes.recipes lacks",
                 f"name recipes of this study ({', '.join(known)}), or add the missing ones",
                 ("evaluation", "baselines"),
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _means_are_kept(self) -> Self:
+        readers = [recipe.name for recipe in self.probes.recipes if recipe.reads_activations]
+        if readers and "mean" not in self.activations.poolings:
+            raise study_fault(
+                f"no pooling `mean`, which the recipes {', '.join(readers)} read",
+                "add mean, or remove these recipes from probes.recipes",
+                ("activations", "poolings"),
             )
         return self
 

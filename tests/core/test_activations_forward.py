@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,19 +163,31 @@ class Misshapen(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
         self.fault = fault
+        self.config = SimpleNamespace(_attn_implementation="sdpa")
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
         hidden = torch.zeros(*input_ids.shape, 4)
         if self.fault == "did not run":
             return self.layers[0](hidden)
-        return self.layers[1](self.layers[0](hidden.transpose(0, 1)))
+        if self.fault == "turned":
+            hidden = hidden.transpose(0, 1)
+        return self.layers[1](self.layers[0](hidden))
+
+
+class Bare(Misshapen):
+    """A forward pass that takes tokens alone."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.layers[1](self.layers[0](torch.zeros(*input_ids.shape, 4)))
 
 
 @pytest.mark.parametrize(
     ("make", "what"),
     [
         (lambda: Misshapen("did not run").eval(), "block 1 did not run in Misshapen"),
-        (lambda: Misshapen("turned").eval(), "block 1 gives states of shape"),
+        (lambda: Misshapen("turned").eval(), "block 0 gives states of shape"),
+        (lambda: Misshapen("no attention").eval(), "0 of 2 blocks attended within texts"),
+        (lambda: Bare("bare").eval(), "whose forward takes no attention arguments in Bare"),
         (lambda: tiny("qwen2").train(), "training mode"),
         (lambda: nn.Linear(4, 4).eval(), "no list of blocks named layers or h in Linear"),
     ],
@@ -185,17 +198,3 @@ def test_a_model_of_another_kind_is_refused(make: Callable[[], nn.Module], what:
         pooled_layers(model, [1, 2, 3], [(1, 3)], [1])
     for block in getattr(model, "layers", []):
         assert not block._forward_hooks
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu_states_are_bit_equal_and_repeat(dtype: torch.dtype) -> None:
-    model = tiny("qwen2").to("cuda", dtype)
-    with torch.inference_mode():
-        own = model(torch.tensor([TOKENS]).cuda(), output_hidden_states=True, use_cache=False)
-    each = pooled_layers(model, TOKENS, EACH_TOKEN, [0, 2])
-    assert torch.equal(each[2], own.hidden_states[3][0].float())
-    runs = [pooled_layers(model, TOKENS, SPANS, [2])[2] for _ in range(5)]
-    assert all(torch.equal(runs[0], run) for run in runs)
-    assert runs[0].device.type == "cuda"

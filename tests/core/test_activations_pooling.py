@@ -10,11 +10,19 @@ from hypothesis import strategies as st
 
 from taprobe_core.activations import (
     FLOAT16_MAX,
+    Pooling,
     Progress,
     finite_faults,
+    pool,
     shape_faults,
     span_means,
-    to_storage,
+)
+from taprobe_core.activations.pooling import (
+    check_finite,
+    fits,
+    join_indexes,
+    span_index,
+    value_range,
 )
 from taprobe_core.errors import NonFiniteError, SpanError
 
@@ -71,37 +79,72 @@ def test_a_span_that_is_empty_or_outside_is_refused(
     assert "5 tokens" in caught.value.what
 
 
+POOLINGS: tuple[Pooling, ...] = ("mean", "last", "max", "boundary", "tokens")
+
+
+@given(pooled_texts())
+def test_every_pooling_equals_its_definition(
+    text: tuple[torch.Tensor, list[tuple[int, int]]],
+) -> None:
+    hidden, spans = text
+    padded = torch.cat([torch.zeros_like(hidden[:1]), hidden])  # so that each has a token before it
+    shifted = [(start + 1, end + 1) for start, end in spans]
+    pooled = pool(padded, span_index(shifted, len(padded)), POOLINGS)
+    for at, (start, end) in enumerate(shifted):
+        assert torch.equal(pooled["last"][at], padded[end - 1])
+        assert torch.equal(pooled["boundary"][at], padded[start - 1])
+        assert torch.equal(pooled["max"][at], padded[start:end].amax(dim=0))
+    tokens = torch.cat([padded[start:end] for start, end in shifted])
+    assert torch.equal(pooled["tokens"], tokens)
+    assert {name: rows.dtype for name, rows in pooled.items() if name != "mean"} == dict.fromkeys(
+        POOLINGS[1:], hidden.dtype
+    )
+
+
+def test_the_maximum_of_a_bad_token_is_bad() -> None:
+    hidden = torch.ones(6, 2)
+    hidden[1, 0] = NAN
+    rows = pool(hidden, span_index([(0, 3), (3, 6)], 6), ["max"])["max"]
+    assert torch.isnan(rows).tolist() == [[True, False], [False, False]]
+
+
+def test_texts_of_a_pack_are_pooled_as_alone() -> None:
+    hidden = torch.randn(12, 3)
+    one, two = span_index([(1, 3), (2, 5)], 5), span_index([(1, 2), (3, 7)], 7)
+    joined = pool(hidden, join_indexes([one, two], [0, 5]), POOLINGS)
+    alone = [pool(hidden[:5], one, POOLINGS), pool(hidden[5:], two, POOLINGS)]
+    for pooling in POOLINGS:
+        assert torch.equal(joined[pooling], torch.cat([each[pooling] for each in alone]))
+
+
 @pytest.mark.parametrize(
-    ("largest", "asked", "kept"),
+    ("largest", "storage", "is_held"),
     [
-        (FLOAT16_MAX, "float16", "float16"),
-        (-FLOAT16_MAX, "float16", "float16"),
-        (65505.0, "float16", "float32"),
-        (-1e9, "float16", "float32"),
-        (1.0, "float32", "float32"),
+        (FLOAT16_MAX, "float16", True),
+        (-FLOAT16_MAX, "float16", True),
+        (65520.0, "float16", False),
+        (-1e9, "float16", False),
+        (1e9, "bfloat16", True),
+        (3.4e38, "bfloat16", False),
+        (3.4e38, "float32", True),
     ],
 )
-def test_storage_stays_float32_where_float16_overflows(
-    largest: float, asked: str, kept: str
-) -> None:
-    means = torch.tensor([[0.5, largest], [1.0, 2.0]])
-    stored, dtype = to_storage(means, asked)
-    assert dtype == kept
-    assert stored.dtype == getattr(torch, kept)
-    assert torch.equal(stored.float(), means)
+def test_what_a_storage_type_holds(largest: float, storage: str, is_held: bool) -> None:
+    rows = torch.tensor([[0.5, largest], [1.0, 2.0]])
+    assert fits(value_range(rows), storage) == is_held  # type: ignore[arg-type]
+    cast = rows.to(getattr(torch, storage))
+    assert bool(torch.isfinite(cast).all()) == is_held
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("storage", ["float16", "float32"])
-def test_storage_refuses_what_is_not_finite(value: float, storage: str) -> None:
-    means = torch.zeros(4, 3)
-    means[2, 1] = means[3, 0] = value
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    rows = torch.zeros(4, 3)
+    check_finite(value_range(rows), rows, "problem 7, layer 3, mean")
+    rows[2, 1] = rows[3, 0] = value
     with pytest.raises(NonFiniteError) as caught:
-        to_storage(means, storage, where="problem 7, layer 3")
-    assert caught.value.where == "problem 7, layer 3, sentence 2"
-    assert f"2 of 4 sentence means are not finite, first {value}" in caught.value.what
-    with pytest.raises(NonFiniteError, match="in sentence 2"):
-        to_storage(means, storage)
+        check_finite(value_range(rows), rows, "problem 7, layer 3, mean, sentence")
+    assert caught.value.where == "problem 7, layer 3, mean, sentence 2"
+    assert f"2 of 4 rows are not finite, first {value} in row 2, dimension 1" in caught.value.what
 
 
 def test_finite_faults_name_problem_and_sentence() -> None:

@@ -19,10 +19,11 @@ from taprobe_core.checkpoints import (
     checkpoint_identity,
     load_base_model,
     load_tokenizer,
-    pick_device,
+    pick_devices,
     resolve_checkpoint,
     tokenizer_sha256,
 )
+from taprobe_core.checkpoints.loading import weight_bytes
 from taprobe_core.errors import (
     ConfigError,
     DiskFullError,
@@ -393,7 +394,8 @@ class TestLoading:
     def test_the_base_model_is_what_the_files_say(
         self, built: CheckpointFiles, tokenizer: Path
     ) -> None:
-        loaded = load_base_model(built, stand_in_model(tokenizer), CPU)
+        model = stand_in_model(tokenizer).model_copy(update={"dtype": "float32"})
+        loaded = load_base_model(built, model, [CPU])
         stored = load_file(built.folder / "model.safetensors")
         state = loaded.module.state_dict()
 
@@ -403,21 +405,40 @@ class TestLoading:
         assert not loaded.module.training
         assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
 
-    def test_half_precision_is_computed_in_float32_on_a_cpu(
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+    def test_a_model_computes_in_the_dtype_of_the_study(
+        self, built: CheckpointFiles, tokenizer: Path, dtype: str
+    ) -> None:
+        model = stand_in_model(tokenizer).model_copy(update={"dtype": dtype})
+        loaded = load_base_model(built, model, [CPU])
+
+        assert loaded.dtype == getattr(torch, dtype)
+        assert {parameter.dtype for parameter in loaded.module.parameters()} == {loaded.dtype}
+
+    def test_every_device_gets_a_copy_with_weights_of_its_own(
         self, built: CheckpointFiles, tokenizer: Path
     ) -> None:
-        model = stand_in_model(tokenizer).model_copy(update={"dtype": "float16"})
-        loaded = load_base_model(built, model, CPU)
+        loaded = load_base_model(built, stand_in_model(tokenizer), [CPU, CPU])
+        one, two = loaded.modules
+        tokens = torch.tensor([[1, 2, 3]])
 
-        assert loaded.dtype == torch.float32
-        assert {parameter.dtype for parameter in loaded.module.parameters()} == {torch.float32}
+        assert loaded.devices == (CPU, CPU)
+        assert torch.equal(one(tokens).last_hidden_state, two(tokens).last_hidden_state)
+        ones = {parameter.data_ptr() for parameter in one.parameters()}
+        assert ones.isdisjoint(parameter.data_ptr() for parameter in two.parameters())
+
+    def test_weights_are_counted_from_the_headers(self, built: CheckpointFiles) -> None:
+        stored = load_file(built.folder / "model.safetensors")
+        n_values = sum(tensor.numel() for tensor in stored.values())
+
+        assert weight_bytes(built, torch.bfloat16) == 2 * n_values
 
     def test_a_head_is_left_out(self, folder: Path) -> None:
         file = folder / "model.safetensors"
         weights = {f"model.{name}": value for name, value in load_file(file).items()}
         save_file(weights | {"lm_head.weight": torch.zeros(64, 16)}, file, {"format": "pt"})
         edit_json(folder / "config.json", architectures=["Qwen2ForCausalLM"])
-        loaded = load_base_model(CheckpointFiles(folder, {}), pretrained_model(folder), CPU)
+        loaded = load_base_model(CheckpointFiles(folder, {}), pretrained_model(folder), [CPU])
 
         assert not any("lm_head" in name for name, _ in loaded.module.named_parameters())
         assert torch.equal(loaded.module.state_dict()["norm.weight"], weights["model.norm.weight"])
@@ -428,7 +449,7 @@ class TestLoading:
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
         with pytest.raises(ModelMismatchError, match=r"1 weights.*layers\.1\.mlp\.up_proj"):
-            load_base_model(CheckpointFiles(folder, {}), pretrained_model(folder), CPU)
+            load_base_model(CheckpointFiles(folder, {}), pretrained_model(folder), [CPU])
 
     @pytest.mark.parametrize(
         "changes", [{"model_type": "unheard_of"}, {"model_type": None}, {"hidden_size": 32}]
@@ -437,12 +458,12 @@ class TestLoading:
         edit_json(folder / "config.json", **changes)
 
         with pytest.raises(ModelError, match=rf"cannot load[\s\S]*{folder}\nFix: "):
-            load_base_model(CheckpointFiles(folder, {}), pretrained_model(folder), CPU)
+            load_base_model(CheckpointFiles(folder, {}), pretrained_model(folder), [CPU])
 
     def test_loading_is_quiet(
         self, built: CheckpointFiles, tokenizer: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        load_base_model(built, stand_in_model(tokenizer), CPU)
+        load_base_model(built, stand_in_model(tokenizer), [CPU])
 
         assert capfd.readouterr() == ("", "")
 
@@ -451,16 +472,17 @@ class TestDevice:
     def test_auto_takes_what_is_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert pick_device("auto") == pick_device("cpu") == CPU
+        assert pick_devices("auto") == pick_devices("cpu") == (CPU,)
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        assert pick_device("auto").type == "cuda"
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert pick_devices("auto") == (torch.device("cuda:0"), torch.device("cuda:1"))
 
     def test_an_absent_device_is_a_config_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
         with pytest.raises(ConfigError, match=r"'cuda'.*in activations\.device\nFix: set it to"):
-            pick_device("cuda")
+            pick_devices("cuda")
 
 
 def test_naming_a_checkpoint_does_not_import_torch(tokenizer: Path) -> None:

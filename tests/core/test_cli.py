@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from taprobe_core.cli import EXIT_FIXABLE, EXIT_INTERRUPTED, EXIT_UNSOUND, guarded
-from taprobe_core.pipeline import STAGES, open_plan
+from taprobe_core.pipeline import open_plan, stages_of
 from taprobe_core.store import Artifact, ArtifactKey, write_json
 
 # The package has an attribute of the module's name: the application itself.
@@ -40,28 +41,80 @@ def test_check_says_what_a_run_would_do(built: Any, taprobe: Command, copied: Pa
     said = taprobe("check", built.study)
     assert said.code == 0
     assert f"study small is valid; data folder {copied}" in said.out
-    for stage in STAGES:
+    for stage in stages_of(open_plan(built.study, copied).study):
         assert stage in said.out
-    assert "measured" in said.out
+    for stage in ("vertical_attention", "receiver_heads"):
+        assert stage not in said.out
+    assert "tiny: stand-in of random weights\nall 2 layers, 16 wide, float32 on " in said.out
+    assert "FLOP/s measured\n" in said.out
+    assert "under 1 s" in said.out
+    assert "expected: of the passes alone, at " in said.out
+    assert "~" not in said.out
+
+
+def test_check_without_a_measurement_expects_no_time(built: Any, taprobe: Command) -> None:
+    said = taprobe("check", built.study, "--no-measure")
+    assert said.code == 0
+    assert "expected" not in said.out
+    assert "measured" not in said.out
+    assert "~: assumed, 150 sentences a text and 22 tokens a sentence" in said.out
+    assert "~19,800" in said.out
 
 
 def test_check_for_a_script(built: Any, taprobe: Command, tmp_path: Path) -> None:
     found = json.loads(taprobe("check", built.study, "--json").out)
     assert found["study"] == "small"
     assert found["data_root"] == str(tmp_path / "data")
-    assert {row["stage"]: row["n_present"] for row in found["stages"]} == dict.fromkeys(STAGES, 0)
+    stages = stages_of(open_plan(built.study, tmp_path).study)
+    assert {row["stage"]: row["n_present"] for row in found["stages"]} == dict.fromkeys(stages, 0)
     assert [row["basis"] for row in found["forecast"]] == ["assumed", "assumed"]
     assert found["models"][0]["is_present"] is True
+    assert found["speed"]["gemm_rates"]["tiny"] > 0
+    assert all(row["expected_compute_s"] > 0 for row in found["forecast"])
     assert not (tmp_path / "data" / "artifacts").exists()
 
 
+def test_check_where_hardly_anything_is_known(built: Any, taprobe: Command, tmp_path: Path) -> None:
+    study = yaml.safe_load(built.study.read_text())
+    study["models"]["tiny"] |= {
+        "checkpoint": {"kind": "pretrained", "path": str(tmp_path / "gone")},
+        "n_layers": 48,
+        "layers": [3, 24],
+    }
+    study["models"]["wide"] = study["models"]["tiny"] | {"d_model": 128, "layers": [7]}
+    file = tmp_path / "unknown.yaml"
+    file.write_text(yaml.safe_dump(study))
+    said = taprobe("check", file, "--no-measure")
+    assert f"tiny: {tmp_path / 'gone'}, not here\n2 of 48 layers (to 24), float32 on" in said.out
+    assert "layer 7 of 48, 128 wide, float32" in said.out
+    assert "in all: not known without the checkpoints" in said.out
+    assert "operations: of unknown blocks, 12 · width² weights" in said.out
+    assert said.out.count("note: no such folder") == 1
+
+
 def test_storage_takes_its_assumptions_from_the_command(built: Any, taprobe: Command) -> None:
-    said = taprobe(
-        "storage", built.study, "--sentences-per-problem", 10, "--tokens-per-sentence", 3, "--json"
-    )
-    rows = json.loads(said.out)
+    assumed = ("--sentences-per-problem", 10, "--tokens-per-sentence", 3)
+    rows = json.loads(taprobe("storage", built.study, *assumed, "--json").out)
     assert [(row["n_sentences"], row["n_tokens"]) for row in rows] == [(60, 180)] * 2
-    assert "storage forecast" in taprobe("storage", built.study).out
+    said = taprobe("storage", built.study, *assumed)
+    assert said.out.startswith("storage forecast: mean\n")
+    # 60 sentences, 2 layers of 16 values in float16; every token three times that.
+    assert "~60  3.8 KiB  (12 KiB)  3.8 KiB" in said.out
+    assert "in all: 7.5 KiB" in said.out
+    assert "(tokens): the states of all tokens, not kept by this study" in said.out
+
+
+def test_storage_of_all_that_can_be_kept(built: Any, taprobe: Command, tmp_path: Path) -> None:
+    study = yaml.safe_load(built.study.read_text())
+    study["activations"] = {"poolings": ["mean", "last", "tokens"]}
+    study["attention"] = {"mode": "full"}
+    file = tmp_path / "all.yaml"
+    file.write_text(yaml.safe_dump(study))
+    said = taprobe("storage", file)
+    assert said.out.startswith("storage forecast: mean, last, tokens; attention, full\n")
+    head = next(line for line in said.out.splitlines() if line.startswith("setting"))
+    assert head.split()[1:] == ["sentences", "2", "poolings", "tokens", "attention", "in", "all"]
+    assert "not kept" not in said.out
 
 
 def test_verify_of_a_sound_store(built: Any, taprobe: Command, copied: Path) -> None:

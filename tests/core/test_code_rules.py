@@ -8,6 +8,7 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,8 @@ sys.exit(f"loaded: {loaded}" if loaded else 0)
 def test_the_core_never_imports_dagster() -> None:
     modules = [each.name for each in pkgutil.walk_packages(taprobe_core.__path__, "taprobe_core.")]
     assert "taprobe_core.pipeline.run" in modules
+    if find_spec("triton") is None:  # comes with PyTorch for CUDA, and is imported there alone
+        modules.remove("taprobe_core.activations.kernels")
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, *modules],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},

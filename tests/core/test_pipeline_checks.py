@@ -15,6 +15,8 @@ from taprobe_core.store import ArtifactKey, write_table, write_tensors
 
 CORRECT = "correct_base_solution"
 TEXT, SITE, TRIAL = ("tiny", CORRECT), ("tiny@L00", CORRECT), ("tiny@L00", f"{CORRECT}@s00")
+BUILT = [stage for stage in CHECKS if stage not in ("vertical_attention", "receiver_heads")]
+"""Of a study that asks for no attention."""
 Change = Callable[[pl.DataFrame], pl.DataFrame]
 
 
@@ -105,10 +107,10 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], Callable[[Plan], None], list[str]
         ["spans do not number"]),
     "not numbers": (
         "activations", SITE, lambda plan: falsify_shard(plan, 0, nan_at),
-        ["problem_", "4 values are NaN or infinite"]),
+        ["mean: problem ", "2 of ", "sentences are not finite, first sentence 1"]),
     "a row short": (
         "activations", SITE, lambda plan: falsify_shard(plan, 1, lambda mean: mean[1:].clone()),
-        ["problem_", "rows, ", "spans"]),
+        ["mean: problem ", " rows for ", " sentences"]),
     "a problem never tested": (
         "probe_fits", TRIAL,
         lambda plan: falsify_fit(
@@ -123,7 +125,7 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], Callable[[Plan], None], list[str]
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", CHECKS)
+@pytest.mark.parametrize("stage", BUILT)
 def test_sound_artifacts_have_no_fault(built: Any, stage: str) -> None:
     plan = open_plan(built.study, built.data)
     for name, check in CHECKS[stage].items():
@@ -148,7 +150,7 @@ def test_a_planted_fault_is_found_and_named(
     assert check(own, other) == []
 
 
-@pytest.mark.parametrize("stage", CHECKS)
+@pytest.mark.parametrize("stage", BUILT)
 def test_one_flipped_byte_stops_the_check(own: Plan, stage: str) -> None:
     cell = cells_of(own.study, stage)[0]
     key = key_of(own, stage, cell)

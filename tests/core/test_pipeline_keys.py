@@ -13,7 +13,6 @@ from taprobe_core.keys import Site
 from taprobe_core.pipeline import (
     CODE_VERSIONS,
     DIMENSIONS,
-    STAGES,
     CellFilter,
     Plan,
     cells_of,
@@ -22,6 +21,7 @@ from taprobe_core.pipeline import (
     key_of,
     open_plan,
     run_stage,
+    stages_of,
 )
 from taprobe_core.store import ArtifactKey, Store
 from taprobe_core.study import ProbeRecipe, Study, parse_study
@@ -40,6 +40,8 @@ CHANGES: dict[str, tuple[tuple[str | int, ...], Any, set[str]]] = {
     "dtype": (("models", "tiny", "dtype"), "bfloat16", FROM_ACTIVATIONS),
     "weights": (("models", "tiny", "checkpoint", "seed"), 1, FROM_ACTIVATIONS),
     "device": (("activations", "device"), "cpu", set()),
+    "token budget": (("activations", "token_budget"), 4096, set()),
+    "poolings": (("activations", "poolings"), ["mean", "last"], FROM_ACTIVATIONS),
     "regularization": (("probes", "recipes", 2, "regularization"), 2, FROM_FITS),
     "target": (("probes", "target"), "importance_abs", FROM_FITS),
     "split": (("splits", "val_fraction"), 0.2, FROM_FITS),
@@ -74,7 +76,7 @@ def with_value(values: dict[str, Any], path: tuple[str | int, ...], value: Any) 
 def all_keys(plan: Plan) -> dict[tuple[str, ...], ArtifactKey]:
     return {
         (stage, *cell): key_of(plan, stage, cell)
-        for stage in STAGES
+        for stage in stages_of(plan.study)
         for cell in cells_of(plan.study, stage)
     }
 
@@ -172,9 +174,9 @@ def test_what_cannot_be_reached_is_asked_for_once(
         asked.append(arguments)
         raise SourceUnavailableError("no network")
 
-    monkeypatch.setattr("taprobe_core.pipeline.plan.content_digest", unreachable)
+    monkeypatch.setattr("taprobe_core.pipeline.sources.content_digest", unreachable)
     fresh = Plan(plan.study, plan.store, plan.data_root)
-    for stage in STAGES:
+    for stage in stages_of(fresh.study):
         with pytest.raises(SourceUnavailableError, match="no network"):
             key_of(fresh, stage, cells_of(fresh.study, stage)[0])
     assert len(asked) == 1

@@ -17,7 +17,7 @@ from taprobe_core.errors import ConfigError, MissingArtifactError, NonFiniteErro
 from taprobe_core.evaluation import evaluate
 from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline import (
-    STAGES,
+    CHECKS,
     Plan,
     cells_of,
     describe,
@@ -30,11 +30,25 @@ from taprobe_core.pipeline import (
     read_probe_data,
     read_scores,
     run_stage,
+    stages_of,
     world,
 )
 from taprobe_core.pipeline.publish import ensure_study_report
 from taprobe_core.store import Store
 from taprobe_core.study import parse_study
+
+STAGES = (
+    "rollouts",
+    "labels",
+    "spans",
+    "activations",
+    "probe_fits",
+    "deferral_plans",
+    "evaluation",
+    "leaderboard",
+    "study_report",
+)
+"""Those of a study that asks for no attention."""
 
 CORRECT, INCORRECT = "correct_base_solution", "incorrect_base_solution"
 SITE = Site("tiny", 0)
@@ -72,8 +86,8 @@ class Passes:
         self.n_texts = 0
         real = extract.extract
 
-        def counting(*args: Any) -> Iterator[Extracted]:
-            for item in real(*args):
+        def counting(*args: Any, **options: Any) -> Iterator[Extracted]:
+            for item in real(*args, **options):
                 self.n_texts += 1
                 self.seen += [(item.problem_id, layer) for layer in item.shards]
                 yield item
@@ -82,6 +96,7 @@ class Passes:
 
 
 def test_every_stage_makes_every_cell_and_yields_it_under_its_key(built: Any, plan: Plan) -> None:
+    assert stages_of(plan.study) == STAGES
     for stage in STAGES:
         cells = cells_of(plan.study, stage)
         outcomes = built.outcomes[stage]
@@ -195,7 +210,7 @@ def test_a_missing_input_is_named_with_a_fix(built: Any, stage: str, tmp_path: P
 
 
 def test_an_unknown_stage_is_refused(plan: Plan) -> None:
-    with pytest.raises(ConfigError, match="no stage 'label'\nFix: use one of rollouts, labels"):
+    with pytest.raises(ConfigError, match=r"'label' in study small\nFix: use one of rollouts, lab"):
         next(run_stage(plan, "label", []))
 
 
@@ -258,6 +273,30 @@ def test_weights_are_loaded_once_for_all_sites_and_settings(
     assert len(loads) == 1
     assert passes.n_texts == 12
     assert len(passes.seen) == 24
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16", "float32"])
+def test_every_storage_and_pooling_is_read_back_as_float32(own: Plan, storage: str) -> None:
+    values = own.study.model_dump(mode="json")
+    poolings = ["mean", "last", "tokens"]
+    values["activations"] |= {"storage": storage, "poolings": poolings}
+    other = open_plan(parse_study(yaml.safe_dump(values), "other.yaml"), own.data_root)
+    cell = (str(SITE), CORRECT)
+    list(run_stage(other, "activations", [cell]))
+    kept, found = read_activations(own, SITE, CORRECT), read_activations(other, SITE, CORRECT)
+    assert kept.keys() == found.keys()
+    for problem_id, mean in found.items():
+        assert mean.dtype == np.float32
+        np.testing.assert_allclose(mean, kept[problem_id], rtol=1e-2, atol=1e-3)
+    spans = table(own, "spans", ("tiny", CORRECT), "spans.parquet")
+    tokens = read_activations(other, SITE, CORRECT, "tokens")
+    assert sum(len(rows) for rows in tokens.values()) == spans["n_tokens"].sum()
+    (check,) = CHECKS["activations"].values()
+    assert check(other, cell) == []
+    assert describe(other, "activations", cell).n_rows == spans.height
+    with pytest.raises(ConfigError, match="no pooling 'max' in study small") as caught:
+        read_activations(other, SITE, CORRECT, "max")
+    assert str(caught.value).endswith("use one of mean, last, tokens")
 
 
 def test_features_are_those_of_the_shards_in_sentence_order(plan: Plan) -> None:

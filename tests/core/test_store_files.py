@@ -130,6 +130,54 @@ def test_views_and_shared_memory_are_written_whole(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor.detach())
 
 
+def test_bfloat16_comes_back_bit_for_bit_and_the_manifest_says_so(tmp_path: Path) -> None:
+    # Every bit pattern, so also infinities, NaN with their payloads and subnormal numbers.
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).reshape(256, 256)
+    tensors = {"tokens": patterns.view(torch.bfloat16), "offsets": torch.tensor([0, 256])}
+    key = ArtifactKey("activation_shards", ("m@L07",), fingerprint("a", "1", {}, []))
+
+    def write(folder: Path) -> None:
+        write_tensors(folder / "a.safetensors", tensors, {"dtype": "bfloat16"})
+
+    Store(tmp_path).commit(key, write, provenance={})
+    artifact = Store(tmp_path).open(key)
+    found = artifact.read_tensors("a.safetensors")
+    assert found["tokens"].dtype == torch.bfloat16
+    assert torch.equal(found["tokens"].view(torch.int16), patterns)
+    assert torch.equal(found["offsets"], tensors["offsets"])
+    assert artifact.manifest.files["a.safetensors"].content.model_dump() == {
+        "kind": "tensors",
+        "tensors": {
+            "tokens": {"dtype": "BF16", "shape": (256, 256)},
+            "offsets": {"dtype": "I64", "shape": (2,)},
+        },
+        "metadata": {"dtype": "bfloat16"},
+    }
+
+
+def test_data_is_aligned_to_its_type_whatever_the_order_of_the_tensors(tmp_path: Path) -> None:
+    tensors = {
+        "flags": torch.tensor([True, False, True]),
+        "mean": torch.ones(1, 3, dtype=torch.float16),
+        "mass": torch.ones(3),
+        "ids": torch.arange(3),
+    }
+    for name, order in (("a", tensors), ("b", dict(reversed(tensors.items())))):
+        write_tensors(tmp_path / f"{name}.safetensors", order)
+    raw = (tmp_path / "a.safetensors").read_bytes()
+    assert raw == (tmp_path / "b.safetensors").read_bytes()
+    assert struct.unpack("<Q", raw[:8])[0] % 8 == 0
+    for name, info in tensor_header(tmp_path / "a.safetensors").items():
+        assert info["data_offsets"][0] % tensors[name].element_size() == 0
+
+
+def test_a_type_that_the_format_does_not_know_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"complex64.*phase") as caught:
+        write_tensors(tmp_path / "t.safetensors", {"phase": torch.ones(1, dtype=torch.complex64)})
+    assert "bfloat16" in str(caught.value)
+    assert not (tmp_path / "t.safetensors").exists()
+
+
 def test_tensor_files_have_the_mode_of_every_other_file(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", 1)
     write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1)})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError
 from typing import Any
@@ -57,9 +58,13 @@ def example(**changes: Any) -> Manifest:
     return Manifest(**fields | changes)
 
 
+def rendered(manifest: Manifest) -> bytes:
+    return render_manifest(manifest.model_dump(mode="json"))
+
+
 def test_the_spelling_is_part_of_the_format() -> None:
     # Another spelling needs another schema version: old manifests would be refused as changed.
-    raw = render_manifest(example())
+    raw = rendered(example())
     assert raw.splitlines()[0:8] == [
         b"{",
         b' "code_version": "1",',
@@ -74,7 +79,7 @@ def test_the_spelling_is_part_of_the_format() -> None:
 
 
 def test_the_hash_covers_every_byte_but_its_own() -> None:
-    raw = render_manifest(example())
+    raw = rendered(example())
     own = parse_manifest(raw, "here").sha256.encode()
     assert raw.count(own) == 1
     assert hashlib.sha256(raw.replace(own, b"0" * 64)).hexdigest().encode() == own
@@ -86,20 +91,22 @@ def test_render_then_parse_is_identity(
     config: dict[str, object], provenance: dict[str, object]
 ) -> None:
     manifest = example(config=config, provenance=provenance)
-    raw = render_manifest(manifest)
+    raw = rendered(manifest)
     parsed = parse_manifest(raw, "here")
     assert parsed.model_copy(update={"sha256": manifest.sha256}) == manifest
-    assert render_manifest(parsed) == raw
+    assert rendered(parsed) == raw
+    body = json.dumps(parsed.model_dump(mode="json"), indent=1, sort_keys=True)
+    assert raw == (body + "\n").encode()
 
 
 def test_a_hash_hidden_in_the_content_is_not_taken_for_its_own() -> None:
     trap = 'x\n "sha256": "' + "f" * 64 + '"'
-    raw = render_manifest(example(provenance={"sha256": "e" * 64, trap: {"sha256": "d" * 64}}))
+    raw = rendered(example(provenance={"sha256": "e" * 64, trap: {"sha256": "d" * 64}}))
     assert parse_manifest(raw, "here").provenance["sha256"] == "e" * 64
 
 
 def test_two_own_hashes_are_refused() -> None:
-    raw = render_manifest(example())
+    raw = rendered(example())
     line = next(each for each in raw.splitlines(keepends=True) if each.startswith(b' "sha256"'))
     with pytest.raises(CorruptArtifactError):
         parse_manifest(raw.replace(line, line + line), "here")

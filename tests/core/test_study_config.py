@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from pydantic import ValidationError
 
 from taprobe_core.study import (
     DEFAULT_RECIPES,
+    Activations,
     Model,
     PretrainedCheckpoint,
     load_study,
+    parse_study,
     resolve_folder,
 )
 
@@ -68,6 +71,20 @@ def test_the_default_recipes_say_what_they_depend_on() -> None:
         "mlp_probe": (True, True),
         "activations_plus_position": (True, False),
     }
+
+
+def test_the_order_of_poolings_is_not_the_authors() -> None:
+    written: Any = ("tokens", "boundary", "mean")
+    assert Activations(poolings=written).poolings == ("mean", "boundary", "tokens")
+    assert Activations().poolings == ("mean",)
+
+
+def test_a_study_whose_recipes_read_no_activations_may_keep_any_pooling() -> None:
+    values = load_study("demo", environ={}).model_dump(mode="json")
+    values["activations"]["poolings"] = ["last"]
+    values["probes"]["recipes"] = values["probes"]["recipes"][:2]
+
+    assert parse_study(json.dumps(values), "s.yaml").activations.poolings == ("last",)
 
 
 def test_a_study_cannot_be_changed() -> None:

@@ -156,9 +156,11 @@ class TestValues:
         text = edited("name: tiny", "name: tiny\ndescription: no")
         text += "probes: {recipes: [{name: r, features: [text], regularization: 1e-3}]}\n"
         text += "evaluation: {baselines: []}\n"
+        text += "attention: {mode: off}\n"
         study = parse_study(text, "s.yaml")
 
         assert study.description == "no"
+        assert study.attention.mode == "off"
         assert study.probes.recipes[0].regularization == 0.001
 
     def test_anchors_and_aliases_may_be_used(self) -> None:
@@ -320,6 +322,21 @@ def test_a_fault_names_line_key_found_and_fix(
             "a name of its own",
         ),
         ("description: [x]", "description", '["x"]', "to text"),
+        ("activations: {pooling: mean}", "activations.pooling", "unknown", "mean `poolings`?"),
+        ("activations: {poolings: [meen]}", "poolings[0]", "'meen'", "did you mean `mean`?"),
+        ("activations: {poolings: []}", "activations.poolings", "[]", "at least 1 value"),
+        ("activations: {poolings: [mean, mean]}", "poolings", "['mean']", "each value once"),
+        (
+            "activations: {poolings: [last, max]}",
+            "activations.poolings",
+            "no pooling `mean`, which the recipes linear_probe, mlp_probe",
+            "add mean",
+        ),
+        ("activations: {storage: bf16}", "storage", "'bf16'", "did you mean `bfloat16`?"),
+        ("activations: {token_budget: 0}", "token_budget", "found 0", "at least 1"),
+        ("attention: {mode: ful}", "attention.mode", "'ful'", "did you mean `full`?"),
+        ("attention: {proximity: [4, -1]}", "proximity[1]", "found -1", "at least 1"),
+        ("attention: {depth: rank}", "attention.depth", "unknown", "mean `depth_control`?"),
     ],
 )
 def test_a_fault_of_a_further_part(part: str, key: str, found: str, fix: str) -> None:

@@ -1,4 +1,4 @@
-"""A small study, materialized once through Dagster and shared by the tests of the rim."""
+"""A small study with every stage there is, materialized once and shared by the tests of the rim."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from taprobe_core.pipeline import Plan, open_plan
 from taprobe_core.study import Study, parse_study
-from taprobe_dagster.assets import OPS
+from taprobe_dagster.assets import ops_of
 from taprobe_dagster.definitions import build_defs
 from taprobe_dagster.launch import execute, launches_of
 from taprobe_dagster.resources import Workbench
@@ -18,7 +18,7 @@ from taprobe_dagster.resources import Workbench
 
 @pytest.fixture(scope="session")
 def study(small_text: str) -> Study:
-    return parse_study(small_text, "small.yaml")
+    return parse_study(f"{small_text}attention: {{mode: full}}\n", "small.yaml")
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def n_computed(plan: Plan, defs: dg.Definitions, instance: dg.DagsterInstance) -
         op: sum(
             execute(defs, instance, launch) for launch in launches_of(instance, plan, op, stages)
         )
-        for op, stages in OPS.items()
+        for op, stages in ops_of(plan.study).items()
     }
 
 

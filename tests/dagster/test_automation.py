@@ -9,22 +9,22 @@ import pytest
 
 from taprobe_core.pipeline import Plan, open_plan
 from taprobe_core.study import Study
-from taprobe_dagster.assets import OPS
+from taprobe_dagster.assets import ops_of
 from taprobe_dagster.automation import op_jobs, schedules, wanted_cells_sensor
 from taprobe_dagster.definitions import build_defs
 from taprobe_dagster.resources import Workbench
 
 
 def _sensor_tick(instance: dg.DagsterInstance, plan: Plan) -> dg.SensorExecutionData:
-    sensor = wanted_cells_sensor(op_jobs())
+    sensor = wanted_cells_sensor(op_jobs(plan.study))
     with dg.build_sensor_context(
         instance=instance, resources={"workbench": Workbench(plan.study, plan.data_root)}
     ) as context:
         return sensor.evaluate_tick(context)
 
 
-def test_everything_is_off_by_default() -> None:
-    jobs = op_jobs()
+def test_everything_is_off_by_default(study: Study) -> None:
+    jobs = op_jobs(study)
     stopped = dg.DefaultScheduleStatus.STOPPED
     assert [schedule.default_status for schedule in schedules(jobs)] == [stopped, stopped]
     assert wanted_cells_sensor(jobs).default_status == dg.DefaultSensorStatus.STOPPED
@@ -69,7 +69,7 @@ def test_the_sensor_waits_for_runs_under_way(
 def test_the_schedule_covers_the_whole_evaluation_grid(
     study: Study, plan: Plan, fresh: dg.DagsterInstance, n_computed: Mapping[str, int]
 ) -> None:
-    schedule = schedules(op_jobs())[0]
+    schedule = schedules(op_jobs(study))[0]
     with dg.build_schedule_context(
         instance=fresh, resources={"workbench": Workbench(plan.study, plan.data_root)}
     ) as context:
@@ -92,7 +92,7 @@ def test_the_definitions_load_whole(study: Study) -> None:
 
 def test_each_op_has_a_job_over_its_own_grid(study: Study) -> None:
     repository = build_defs(study).get_repository_def()
-    for op in OPS:
+    for op, stages in ops_of(study).items():
         assert repository.get_job(f"{op}_job").asset_layer.executable_asset_keys == {
-            dg.AssetKey(stage) for stage in OPS[op]
+            dg.AssetKey(stage) for stage in stages
         }

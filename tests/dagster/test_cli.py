@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from taprobe_core.errors import ConfigError
-from taprobe_core.pipeline import STAGES, cells_of, open_plan
+from taprobe_core.pipeline import cells_of, open_plan, stages_of
 from taprobe_core.store import Artifact, Store
 from taprobe_dagster import cli
 
@@ -54,7 +54,7 @@ def test_a_fresh_event_log_adopts_the_store_and_flipped_bytes_are_mended_alone(
     built: Any, taprobe: Command, copied: Path
 ) -> None:
     study = open_plan(built.study, copied).study
-    n_cells = sum(len(cells_of(study, stage)) for stage in STAGES)
+    n_cells = sum(len(cells_of(study, stage)) for stage in stages_of(study))
     said = taprobe("run", built.study)
     assert said.code == 0
     assert counts(said) == (n_cells, 0, n_cells, 5)
@@ -105,7 +105,8 @@ def test_a_part_of_the_study_runs_alone(built: Any, taprobe: Command, empty: Pat
 @pytest.mark.parametrize(
     ("words", "found", "known"),
     [
-        (["--select", "lables"], "no stage lables", "rollouts, labels"),
+        (["--select", "lables"], "no stage 'lables'", "rollouts, labels"),
+        (["--select", "receiver_heads"], "no stage 'receiver_heads'", "set attention.mode to full"),
         (["--site", "tiny@L07"], "no site tiny@L07", "tiny@L00, tiny@L01"),
         (["--trial", "x", "--trial", "y"], "no trial x, y", f"{CORRECT}@s00"),
         (["--select", "evaluation"], "never built", "run the stage again"),

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taprobe_core.pipeline import DIMENSIONS, PARENTS, STAGES, cells_of
+from taprobe_core.pipeline import DIMENSIONS, PARENTS, STAGES, cells_of, stages_of
 from taprobe_core.study import Study, parse_study
+from taprobe_dagster.assets import ops_of
 from taprobe_dagster.definitions import build_defs
 from taprobe_dagster.partitions import boxes, cell_of, grid_of, partition_key
 
@@ -47,6 +48,10 @@ def test_a_site_reads_its_model_and_a_trial_its_setting(study: Study) -> None:
 
     one = "correct_base_solution"
     assert read("activations", ("other@L02", one), "spans") == {("other", one)}
+    assert read("receiver_heads", ("other", one), "vertical_attention") == {
+        ("other@L00", one),
+        ("other@L02", one),
+    }
     assert read("probe_fits", ("tiny@L01", f"{one}@s01"), "activations") == {("tiny@L01", one)}
     assert read("probe_fits", ("tiny@L01", f"{one}@s01"), "labels") == {("tiny", one)}
     assert read("evaluation", ("tiny@L01", one), "probe_fits") == {
@@ -60,6 +65,20 @@ def test_every_parent_that_the_pipeline_reads_is_a_dependency(study: Study) -> N
     for stage, parents in PARENTS.items():
         found = {key.to_user_string() for key in graph.get(dg.AssetKey(stage)).parent_keys}
         assert found == set(parents or ("dataset",))
+
+
+@pytest.mark.parametrize(("mode", "stages"), [("off", set()), ("light", {"vertical_attention"})])
+def test_a_study_has_the_assets_of_the_attention_it_asks_for(
+    small_text: str, mode: str, stages: set[str]
+) -> None:
+    study = parse_study(f"{small_text}attention: {{mode: {mode}}}\n", "small.yaml")
+    defs = build_defs(study)
+    dg.Definitions.validate_loadable(defs)
+    found = {key.to_user_string() for key in defs.resolve_asset_graph().materializable_asset_keys}
+    assert found == set(stages_of(study))
+    assert found & {"vertical_attention", "receiver_heads"} == stages
+    assert {job.name for job in defs.jobs or ()} == {f"{op}_job" for op in ops_of(study)}
+    assert "choose_receiver_heads" not in ops_of(study)
 
 
 def test_a_study_of_two_models_and_twenty_seeds_has_6400_trial_cells() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import time
 from collections.abc import Mapping
 
 import dagster as dg
 import pytest
+import yaml
 from dagster._core.definitions.data_version import (
     CachingStaleStatusResolver,
     StaleStatus,
@@ -16,13 +20,14 @@ from dagster._core.loader import LoadingContextForTest
 
 from taprobe_core.errors import MissingArtifactError
 from taprobe_core.pipeline import CHECKS, STAGES, CellFilter, Plan, cells_of, key_of, open_plan
-from taprobe_core.study import Study
-from taprobe_dagster.assets import OPS
+from taprobe_core.study import Study, parse_study
+from taprobe_dagster.assets import OPS, ops_of
 from taprobe_dagster.definitions import build_defs
 from taprobe_dagster.launch import (
     PID_TAG,
     execute,
     fail_abandoned_runs,
+    interrupts_kept,
     launches_of,
     stages_in,
     wanted_cells,
@@ -33,7 +38,9 @@ from taprobe_dagster.resources import Workbench
 
 def _all_launches(instance: dg.DagsterInstance, plan: Plan) -> list[object]:
     return [
-        launch for op, stages in OPS.items() for launch in launches_of(instance, plan, op, stages)
+        launch
+        for op, stages in ops_of(plan.study).items()
+        for launch in launches_of(instance, plan, op, stages)
     ]
 
 
@@ -71,6 +78,47 @@ def test_activations_say_dataset_model_and_fingerprint(
     assert metadata["checkpoint_kind"].value == "stand_in"
     assert str(metadata["picture"].value).startswith("![activations](data:image/png;base64,")
     assert isinstance(metadata["mean_norm"].value, float)
+
+
+def test_receiver_heads_show_their_table_and_what_else_explains_them(
+    plan: Plan, instance: dg.DagsterInstance, n_computed: Mapping[str, int]
+) -> None:
+    shown = {}
+    for stage in ("vertical_attention", "receiver_heads"):
+        event = instance.get_latest_materialization_event(dg.AssetKey(stage))
+        assert event is not None
+        assert event.asset_materialization is not None
+        shown[stage] = event.asset_materialization.metadata
+        assert str(shown[stage]["picture"].value).startswith(f"![{stage}](data:image/png;base64,")
+    top = shown["receiver_heads"]["top_heads"]
+    assert isinstance(top, dg.TableMetadataValue)
+    assert {"layer", "head", "n_folds", "kurtosis"} <= {each.name for each in top.schema.columns}
+    assert top.records[0].data["n_folds"] == 6
+    assert isinstance(shown["receiver_heads"]["split_half_pearson"].value, float)
+    attention = shown["vertical_attention"]
+    for name in ("median_bos_share", "median_first_sentence_share", "median_distance_r_squared"):
+        assert 0 <= float(str(attention[name].value)) <= 1
+
+
+def test_a_light_study_materializes_attention_from_the_last_tokens_and_no_heads(
+    small_text: str, fresh: dg.DagsterInstance, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    values = yaml.safe_load(small_text)
+    del values["models"]["other"]
+    values |= {"settings": ["correct_base_solution"], "attention": {"mode": "light"}}
+    light = parse_study(yaml.safe_dump(values), "light.yaml")
+    plan = open_plan(light, tmp_path_factory.mktemp("light"))
+    defs = build_defs(light, {"workbench": Workbench(light, plan.data_root)})
+    for op in ("read_rollouts", "extract_activations"):
+        for launch in launches_of(fresh, plan, op, ops_of(light)[op]):
+            execute(defs, fresh, launch)
+    cells = cells_of(light, "vertical_attention")
+    assert fresh.get_materialized_partitions(dg.AssetKey("vertical_attention")) == {
+        partition_key("vertical_attention", cell) for cell in cells
+    }
+    files = plan.store.open(key_of(plan, "vertical_attention", cells[0])).manifest.files
+    assert set(files) == {"shards.parquet", "scores.parquet"}
+    assert "choose_receiver_heads" not in ops_of(light)
 
 
 def test_every_check_passes_on_sound_artifacts(
@@ -121,7 +169,8 @@ def test_a_changed_label_definition_makes_labels_stale_and_leaves_activations(
 
     assert wanted("labels") == len(cells_of(changed, "labels"))
     assert wanted("probe_fits") == len(cells_of(changed, "probe_fits"))
-    assert wanted("rollouts") == wanted("spans") == wanted("activations") == 0
+    for stage in ("rollouts", "spans", "activations", "vertical_attention", "receiver_heads"):
+        assert wanted(stage) == 0
 
 
 def test_one_cell_runs_alone(
@@ -176,6 +225,24 @@ def test_a_corrupt_artifact_fails_its_blocking_check_or_its_read(
     assert [verdict.key for verdict in unsound] == [key]
 
 
+class Finalized:
+    def __del__(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_that_comes_while_a_finalizer_runs_is_not_lost() -> None:
+    hook = sys.unraisablehook
+    # Whoever runs the tests may ignore interrupts, as a worker process does.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts_kept():  # noqa: PT012
+            Finalized()
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert sys.unraisablehook is hook
+
+
 def test_a_run_whose_process_is_gone_is_failed(fresh: dg.DagsterInstance) -> None:
     def started(pid: int) -> str:
         tags = {PID_TAG: f"{os.uname().nodename}:{pid}"}
@@ -197,6 +264,7 @@ def _status(instance: dg.DagsterInstance, run_id: str) -> dg.DagsterRunStatus:
     return run.status
 
 
-def test_a_selection_keeps_the_order_of_the_op() -> None:
-    assert stages_in("read_rollouts", frozenset({"spans", "rollouts"})) == ("rollouts", "spans")
-    assert stages_in("read_rollouts", None) == OPS["read_rollouts"]
+def test_a_selection_keeps_the_order_of_the_op(study: Study) -> None:
+    chosen = frozenset({"spans", "rollouts"})
+    assert stages_in(study, "read_rollouts", chosen) == ("rollouts", "spans")
+    assert stages_in(study, "read_rollouts", None) == OPS["read_rollouts"]

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from taprobe_core.pipeline import STAGES, cells_of, open_plan, run_stage
+from taprobe_core.pipeline import cells_of, open_plan, run_stage, stages_of
 from taprobe_core.store import LocalBackend, Store
 
 
@@ -55,7 +55,7 @@ def arm(log: str, kill: tuple[int, str] | None) -> None:
 def run(study: str, data: str, log: str, kill: tuple[int, str] | None) -> None:
     arm(log, kill)
     plan = open_plan(study, data)
-    for stage in STAGES:
+    for stage in stages_of(plan.study):
         for _ in run_stage(plan, stage, cells_of(plan.study, stage)):
             pass
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from taprobe_core.pipeline import STAGES, cells_of, open_plan
+from taprobe_core.pipeline import cells_of, open_plan, stages_of
 from taprobe_core.store import Manifest, Store
 
 CHILD = Path(__file__).with_name("run_steps.py")
@@ -116,11 +116,13 @@ def test_killed_at_many_points_nothing_finished_is_lost_or_redone(
     kept: dict[str, Manifest] = {}
     for kill in [*KILLED_AT, *((chance.randint(1, 3), "in") for _ in range(2))]:
         assert forks.run(killed, kill) == -signal.SIGKILL, kill
-        n_redone += kill[1] == "in"
         found = manifests(killed)
         assert kept.items() <= found.items()
-        # Killed in the middle of its writing, an artifact does not show at all.
-        assert len(found) == len(forks.begun()) - n_redone
+        # Killed in the middle of its writing, an artifact does not show at all. The two shards of
+        # a text are written at once, so the kill of one may cut the other too.
+        n_cut = len(forks.begun()) - n_redone - len(found)
+        assert int(kill[1] == "in") <= n_cut <= 2
+        n_redone += n_cut
         kept = found
     assert forks.run(killed) == 0
 
@@ -189,5 +191,5 @@ def test_the_command_killed_and_interrupted_through_dagster_then_finishes(
     assert kept.items() <= found.items()
     assert list(data.rglob(".tmp-*")) == []
     plan = open_plan(study, data)
-    n_cells = sum(len(cells_of(plan.study, stage)) for stage in STAGES)
+    n_cells = sum(len(cells_of(plan.study, stage)) for stage in stages_of(plan.study))
     assert f"{n_cells} artifacts: " in last

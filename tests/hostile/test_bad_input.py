@@ -35,11 +35,11 @@ from taprobe_core.errors import (
     UnsafeModelError,
 )
 from taprobe_core.keys import Site, Trial
-from taprobe_core.pipeline import STAGES, Plan, cells_of, open_plan, read_scores, run_stage
+from taprobe_core.pipeline import Plan, cells_of, open_plan, read_scores, run_stage
 from taprobe_core.store import Store
 
 CORRECT = "correct_base_solution"
-UP_TO_FITS = STAGES[:5]
+UP_TO_FITS = ("rollouts", "labels", "spans", "activations", "probe_fits")
 Values = dict[str, Any]
 
 

@@ -1,0 +1,167 @@
+"""Causal attention inside each text of a pack, and nothing between texts.
+
+Registered with transformers as an attention function, so that the library's own blocks call it with
+queries and keys after the rotary embedding, and no mask is built. Packing through `position_ids`
+alone would build a dense mask over the whole pack, and with a cache or a mask given it would let
+texts read each other without a word. What does not belong here: which texts share a pack.
+
+The invariant: a text's result has the bits that it has alone: each text's attention is computed by
+itself (SDPA), or, on CUDA in half precision, by a kernel that never splits keys by what else is in
+the pack (`torch.nn.attention.varlen`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from taprobe_core.activations.packing import Layout
+from taprobe_core.errors import ModelError
+
+NAME = "taprobe_packed"
+"""Under which transformers knows `packed_attention`."""
+
+Watcher = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None, float], None]
+"""Gets layer, query [token, head, d_head], key [token, kv_head, d_head], log-sum-exp [head, token]
+or None, and scale, of a whole pack, before its attention is used."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed_layout: Layout | None = None,
+    packed_watcher: Watcher | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend causally within each text; the signature is transformers' attention interface.
+
+    Args:
+        module: the attention module; its `layer_idx` is the layer.
+        query: [1, head, token, d_head], after the rotary embedding.
+        key: [1, kv_head, token, d_head].
+        value: like `key`.
+        attention_mask: must be None; the layout says all.
+        scaling: factor of the scores; None for 1 / sqrt(d_head).
+        sliding_window: tokens that a query sees; None for all.
+        softcap: bound of the scores; None for none.
+        packed_layout: where the texts lie.
+        packed_watcher: is shown queries and keys.
+
+    Returns:
+        [1, token, head, d_head], and None for the weights.
+
+    Raises:
+        ModelError: no layout, a mask, or a kind of attention that packs do not support.
+    """
+    if packed_layout is None or attention_mask is not None:
+        raise ModelError(
+            "packed attention without a layout, or with a mask",
+            type(module).__name__,
+            "run texts through taprobe_core.activations.extract",
+        )
+    if softcap is not None or (sliding_window or packed_layout.longest) < packed_layout.longest:
+        raise ModelError(
+            f"attention with a window of {sliding_window} tokens or scores capped at {softcap}",
+            type(module).__name__,
+            "use a model with full causal attention, or leave out the texts beyond the window",
+        )
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    packed_layout.attended.append(layer)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if is_half_on_cuda(query):
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        output, lse = varlen_attention(q, k, v, packed_layout, scale)
+        if packed_watcher is not None:
+            packed_watcher(layer, q, k, lse, scale)
+        return output[None], None
+    if packed_watcher is not None:
+        packed_watcher(layer, query[0].transpose(0, 1), key[0].transpose(0, 1), None, scale)
+    outputs = [
+        sdpa_attention_forward(
+            module,
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            attention_mask=None,
+            scaling=scaling,
+            is_causal=True,
+        )[0]
+        for start, end in packed_layout.bounds
+    ]
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
+
+
+def is_half_on_cuda(states: torch.Tensor) -> bool:
+    """Whether `varlen_attention` takes these states."""
+    return states.is_cuda and states.dtype in (torch.float16, torch.bfloat16)
+
+
+def varlen_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend causally within each text, all texts in one call of PyTorch's varlen kernel.
+
+    Text by text through cuDNN takes two thirds of its time on an H200, but cuDNN plans 45 ms for
+    every length that it meets, in every thread, which the texts of a study do not win back.
+
+    Args:
+        query: [token, head, d_head], half precision, CUDA.
+        key: [token, kv_head, d_head].
+        value: like `key`.
+        layout: where the texts lie.
+        scale: factor of the scores.
+
+    Returns:
+        [token, head, d_head], and the log-sum-exp of the scores, float32 [head, token].
+    """
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    edges, longest = layout.cumulative, layout.longest
+    # PyTorch before 2.12 shares keys among heads without being told, and knows no such argument.
+    is_told = "enable_gqa" in signature(varlen_attn).parameters
+    grouped: dict[str, Any] = {"enable_gqa": True} if is_told else {}
+    output, lse = varlen_attn(
+        query,
+        key,
+        value,
+        edges,
+        edges,
+        longest,
+        longest,
+        return_aux=AuxRequest(lse=True),
+        scale=scale,
+        window_size=(-1, 0),
+        **grouped,
+    )
+    return output, lse
+
+
+@contextmanager
+def packed(base_model: nn.Module) -> Iterator[None]:
+    """Let the model's own blocks call `packed_attention` within the block.
+
+    Args:
+        base_model: a transformers model; its configuration is set back afterwards.
+    """
+    AttentionInterface.register(NAME, packed_attention)
+    config: Any = base_model.config
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,197 @@
+"""Packs over devices: one after the other in step, or ahead of whoever takes the results.
+
+On a CPU a pass begins when its results are asked for. On CUDA a thread per model queues packs, so
+that no device waits for the host, for another device, or for results to be taken. What does not
+belong here: which texts make a pack, and what a pack does.
+
+The invariant: short memory makes packs smaller and is logged; whatever ends the iteration ends the
+threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from queue import SimpleQueue
+from threading import Condition
+
+import torch
+from torch import nn
+
+from taprobe_core.activations.options import ExtractOptions
+from taprobe_core.activations.passes import QueuedPack, TextShards
+from taprobe_core.activations.tasks import TextTask
+from taprobe_core.errors import ModelError
+
+_log = logging.getLogger(__name__)
+
+_AHEAD = 2
+"""Packs of a device in flight: one running, one queued behind it."""
+
+Packs = Sequence[Sequence[TextTask]]
+
+
+def run_in_step(
+    models: Sequence[nn.Module], packs: Packs, options: ExtractOptions
+) -> Iterator[TextShards]:
+    """Run one pack after the other, each when its first text is asked for.
+
+    Args:
+        models: equal weights; packs go round them.
+        packs: texts of each pass, in order.
+        options: what to keep.
+
+    Raises:
+        ModelError: out of memory on a single text.
+        NonFiniteError: a value is NaN or infinite.
+    """
+    waiting = deque(packs)
+    n_run = 0
+    while waiting:
+        tasks = waiting.popleft()
+        try:
+            pack = QueuedPack(models[n_run % len(models)], tasks, options)
+        except RuntimeError as error:
+            _check_out_of_memory(error, tasks)
+            waiting.extendleft(reversed(_halves(tasks)))
+            continue
+        n_run += 1
+        yield from pack.results()
+
+
+def run_ahead(
+    models: Sequence[nn.Module], packs: Packs, options: ExtractOptions
+) -> Iterator[TextShards]:
+    """Keep every model's device busy, and yield texts as their packs are done.
+
+    Args:
+        models: equal weights, each on devices of its own.
+        packs: texts of each pass; the first ones begin first.
+        options: what to keep.
+
+    Raises:
+        ModelError: out of memory on a single text.
+        NonFiniteError: a value is NaN or infinite.
+    """
+    lanes = _Lanes(packs, options)
+    with ThreadPoolExecutor(len(models), thread_name_prefix="lane") as threads:
+        runs = [threads.submit(lanes.run, model) for model in models]
+        try:
+            n_left = len(models)
+            while n_left:
+                item = lanes.done.get()
+                if item is None:
+                    n_left -= 1
+                    continue
+                model, pack = item
+                yield from pack.results()
+                lanes.release(model)
+            for run in runs:
+                run.result()
+        finally:
+            lanes.stop()
+
+
+class _Lanes:
+    """What the threads share: packs that wait, packs in flight, packs that are queued."""
+
+    def __init__(self, packs: Packs, options: ExtractOptions) -> None:
+        self.done: SimpleQueue[tuple[nn.Module, QueuedPack] | None] = SimpleQueue()
+        self._options = options
+        self._waiting = deque(packs)
+        self._in_flight: dict[nn.Module, int] = {}
+        self._changed = Condition()
+        self._is_stopped = False
+
+    def run(self, model: nn.Module) -> None:
+        """Queue packs on one model's device until none waits; the body of a thread."""
+        try:
+            device = next(model.parameters()).device
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                while (tasks := self._next(model)) is not None:
+                    self._launch(model, tasks)
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            self.done.put(None)
+
+    def release(self, model: nn.Module) -> None:
+        """One pack of the model has been taken: its memory is free."""
+        with self._changed:
+            self._in_flight[model] -= 1
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Let every thread end after the pack it is queueing."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
+
+    def _next(self, model: nn.Module) -> Sequence[TextTask] | None:
+        with self._changed:
+            self._wait(model, _AHEAD - 1)
+            if self._is_stopped or not self._waiting:
+                return None
+            self._in_flight[model] = self._in_flight.get(model, 0) + 1
+            return self._waiting.popleft()
+
+    def _wait(self, model: nn.Module, n_in_flight: int) -> None:
+        """Wait, holding the condition, until so few packs of the model are in flight."""
+        self._changed.wait_for(
+            lambda: self._is_stopped or self._in_flight.get(model, 0) <= n_in_flight
+        )
+
+    def _launch(self, model: nn.Module, tasks: Sequence[TextTask]) -> None:
+        if self._is_queued(model, tasks, is_last=False):
+            return
+        # Others of this device may hold the memory: it is theirs until they are taken.
+        with self._changed:
+            self._wait(model, 1)
+        torch.cuda.empty_cache()
+        if self._is_queued(model, tasks, is_last=True):
+            return
+        with self._changed:
+            self._waiting.extendleft(reversed(_halves(tasks)))
+        self.release(model)
+
+    def _is_queued(self, model: nn.Module, tasks: Sequence[TextTask], *, is_last: bool) -> bool:
+        """Queue a pack; False where it finds no memory."""
+        try:
+            pack = QueuedPack(model, tasks, self._options)
+        except RuntimeError as error:
+            _check_out_of_memory(error, tasks if is_last else ())
+            return False
+        self.done.put((model, pack))
+        return True
+
+
+def _check_out_of_memory(error: RuntimeError, tasks: Sequence[TextTask]) -> None:
+    """Raise what is no lack of memory, and a lack of it on a single text with the text's name."""
+    # On the CPU the allocator raises a plain RuntimeError; its text is all there is to know it by.
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        raise error
+    if len(tasks) == 1:
+        task = tasks[0]
+        n_layers = len({*task.layers, *task.attention_layers})
+        raise ModelError(
+            f"out of memory on a text of {len(task.token_ids)} tokens at {n_layers} layers",
+            f"problem {task.problem_id}",
+            "free the device, use a smaller dtype or fewer layers, set activations.device to "
+            "cpu, or leave the problem out with rollouts.problem_ids",
+        ) from error
+
+
+def _halves(tasks: Sequence[TextTask]) -> tuple[Sequence[TextTask], Sequence[TextTask]]:
+    half = len(tasks) // 2
+    _log.warning(
+        "out of memory on a pack of %d texts, %d tokens: going on with packs of %d and %d",
+        len(tasks),
+        sum(len(task.token_ids) for task in tasks),
+        half,
+        len(tasks) - half,
+    )
+    return tasks[:half], tasks[half:]
