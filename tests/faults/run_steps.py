@@ -3,12 +3,14 @@
 Reads lines of JSON `{"study", "data", "log", "kill"}` and answers each with the fork's exit code.
 The fork runs every stage over every cell, without Dagster. A line of the log is the key of an
 artifact whose writing has begun. `kill` is [n, moment]: SIGKILL at the n-th such artifact, either
-`in` the middle of its writing or just `after` it has its name; null lets the fork finish.
+`in` the middle of its writing or just `after` it has its name; null lets the fork finish. Artifacts
+are committed by several threads, so it is the artifact that is counted, not the moment.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -27,25 +29,28 @@ def die() -> None:
 
 
 def arm(log: str, kill: tuple[int, str] | None) -> None:
-    n_begun = 0
+    begun = itertools.count(1)
     stop_at, moment = kill or (0, "")
+    last: Any = None
     real_commit, real_publish = Store.commit, LocalBackend.publish
 
     def commit(self: Store, key: Any, write: Callable[[Path], None], **more: Any) -> Any:
         def noting(folder: Path) -> None:
-            nonlocal n_begun
-            n_begun += 1
+            nonlocal last
+            n = next(begun)
+            if n == stop_at:
+                last = key
             with Path(log).open("a") as file:
                 file.write(f"{key}\n")
             write(folder)
-            if n_begun == stop_at and moment == "in":
+            if n == stop_at and moment == "in":
                 die()
 
         return real_commit(self, key, noting, **more)
 
     def publish(self: LocalBackend, key: Any, folder: Path) -> None:
         real_publish(self, key, folder)
-        if n_begun == stop_at and moment == "after":
+        if key == last and moment == "after":
             die()
 
     Store.commit = commit  # type: ignore[method-assign]
