@@ -9,12 +9,14 @@ Invariant: an undefined value is null, left out of its mean, and counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from taprobe_core.metrics import pooled_pr_auc
+from taprobe_core.batched_metrics import pr_auc_rows, rank_rows
+from taprobe_core.score_blocks import ScoreBlocks
 
 ROW = ("recipe", "protocol", "split")
 """Key of a summary row."""
@@ -46,7 +48,45 @@ def chance_pr_auc(n_sentences: int, n_anchors: int) -> float:
     return (harmonic + (n_sentences - harmonic) * others) / n_sentences
 
 
-def problem_values(per_problem: pl.DataFrame, metric: str) -> pl.DataFrame:
+def chance_levels(
+    n_sentences: NDArray[np.integer], n_anchors: NDArray[np.integer]
+) -> NDArray[np.float64]:
+    """Return `chance_pr_auc` of many problems.
+
+    Args:
+        n_sentences: [problem].
+        n_anchors: [problem].
+
+    Returns:
+        [problem] float64; NaN where there are no anchors or nothing else.
+    """
+    n, k = np.asarray(n_sentences, dtype=np.int64), np.asarray(n_anchors, dtype=np.int64)
+    harmonic = np.cumsum(np.append(0.0, 1.0 / np.arange(1, max(n.max(initial=1), 1) + 1)))[n]
+    others = (k - 1) / np.maximum(n - 1, 1)
+    level = (harmonic + (n - harmonic) * others) / np.maximum(n, 1)
+    return np.where((k > 0) & (k < n), level, np.nan)
+
+
+def normalised_skill(value: pl.Expr, chance: pl.Expr, level: pl.Expr | float = 1.0) -> pl.Expr:
+    """Return the share of the way from chance to a level: (value - chance) / (level - chance).
+
+    Percentiles and settings have other base rates and so other chance levels; this is what may be
+    compared across them. 0 is chance, 1 the level, below 0 worse than chance.
+
+    Args:
+        value: the metric.
+        chance: what a random ranking reaches.
+        level: what is to be reached: 1 is a perfect ranking, else for instance what the labels
+            themselves reach when measured again, or the true importance.
+
+    Returns:
+        Null where a part is null, or the level is not above chance.
+    """
+    room = pl.lit(level) - chance if isinstance(level, float) else level - chance
+    return pl.when(room > 0).then((value - chance) / room)
+
+
+def problem_values(per_problem: pl.DataFrame, metric: str = "primary") -> pl.DataFrame:
     """Average a metric over seeds and folds inside each problem, on test.
 
     Args:
@@ -62,16 +102,18 @@ def problem_values(per_problem: pl.DataFrame, metric: str) -> pl.DataFrame:
 
 
 def summarise(
-    per_problem: pl.DataFrame, scored: pl.DataFrame, names: Sequence[str], primary: str
+    per_problem: pl.DataFrame,
+    scored: ScoreBlocks,
+    names: Sequence[str],
+    about: Mapping[str, Mapping[str, str]],
 ) -> pl.DataFrame:
     """Summarise problems to one row per recipe × protocol × split.
 
     Args:
         per_problem: `EvaluationTables.problem_metrics`.
-        scored: scores joined with `is_anchor`, with a `seed` column, for the pooled PR-AUC; no
-            rows when scores do not rank anchors.
+        scored: from `make_blocks`, for the pooled PR-AUC.
         names: metric columns.
-        primary: the metric that recipes are ranked by.
+        about: what to say of each recipe: column -> recipe -> text.
 
     Returns:
         `EvaluationTables.metrics`.
@@ -81,12 +123,10 @@ def summarise(
         pl.col("n_sentences", "n_anchors").first(),
         pl.col("seed").n_unique().alias("n_seeds"),
     )
-    chance = [
-        chance_pr_auc(n, k) if 0 < k < n else None
-        for n, k in in_problem.select("n_sentences", "n_anchors").iter_rows()
-    ]
+    sizes = in_problem.select(pl.col("n_sentences", "n_anchors").fill_null(0)).to_numpy().T
+    chance = pl.Series("chance_pr_auc", chance_levels(*sizes)).fill_nan(None)
     means = (
-        in_problem.with_columns(pl.Series("chance_pr_auc", chance, pl.Float64))
+        in_problem.with_columns(chance)
         .group_by(ROW, maintain_order=True)
         .agg(
             pl.len().cast(pl.Int64).alias("n_problems"),
@@ -96,12 +136,13 @@ def summarise(
         )
     )
     columns = [part for name in names for part in (name, f"{name}_std", f"n_undefined_{name}")]
+    said = [pl.col("recipe").replace_strict(dict(text)).alias(at) for at, text in about.items()]
     return (
         means.join(_spread(per_problem, names), on=ROW)
         .join(_pooled(scored), on=ROW, how="left")
-        .with_columns(pl.lit(primary).alias("primary_metric"))
+        .with_columns(said)
         .select(
-            *(*ROW, "primary_metric", "n_problems", "n_seeds"),
+            *(*ROW, *about, "n_problems", "n_seeds"),
             *(*columns, "pooled_pr_auc", "chance_pr_auc"),
         )
         .sort(ROW)
@@ -120,13 +161,39 @@ def _means(frame: pl.DataFrame, key: Sequence[str], names: Sequence[str]) -> pl.
     return frame.group_by(key, maintain_order=True).agg(pl.col(*names).mean())
 
 
-def _pooled(scored: pl.DataFrame) -> pl.DataFrame:
-    rows = [
-        (*key[:3], pooled_pr_auc(pool))
-        for key, pool in scored.group_by(*ROW, "seed", maintain_order=True)
-    ]
-    schema = {name: scored.schema[name] for name in ROW} | {"pooled_pr_auc": pl.Float64()}
-    pooled = pl.DataFrame(rows, schema, orient="row").with_columns(
-        pl.col("pooled_pr_auc").fill_nan(None)
+def _pooled(scored: ScoreBlocks) -> pl.DataFrame:
+    """PR-AUC over the test sentences of all problems together, mean over seeds.
+
+    Problems weigh by their anchors, and scores of different folds are compared as if they shared
+    a scale: an extra beside the mean over problems.
+    """
+    key = [*ROW, "seed"]
+    unit, score, positive = [], [], []
+    for block in scored.of_split("test"):
+        mine = np.flatnonzero(block.ranks_anchors)
+        unit.append(np.repeat(block.units[mine], len(block.columns)))
+        score.append(block.scores[mine].ravel())
+        positive.append(block.positive[mine].ravel())
+    schema = {name: scored.units.schema[name] for name in ROW} | {"pooled_pr_auc": pl.Float64()}
+    if not sum(map(len, unit)):
+        return pl.DataFrame(schema=schema)
+    groups = scored.units.select(pl.struct(key).rank("dense").alias("group"), *key)
+    group = groups["group"].to_numpy()[np.concatenate(unit)]
+    order = np.argsort(group, kind="stable")
+    starts = np.flatnonzero(np.diff(group[order], prepend=0))
+    scores, hits = np.concatenate(score)[order], np.concatenate(positive)[order]
+    found = {
+        int(group[order[start]]): pr_auc_rows(hit[None], rank_rows(part[None]))[0]
+        for start, part, hit in zip(
+            starts, np.split(scores, starts[1:]), np.split(hits, starts[1:]), strict=True
+        )
+    }
+    pooled = pl.DataFrame(
+        {"group": list(found), "pooled_pr_auc": list(found.values())}, nan_to_null=True
     )
-    return pooled.group_by(ROW).agg(pl.col("pooled_pr_auc").mean())
+    return (
+        groups.unique("group", maintain_order=True)
+        .join(pooled.cast({"group": groups.schema["group"]}), on="group", maintain_order="left")
+        .group_by(ROW, maintain_order=True)
+        .agg(pl.col("pooled_pr_auc").mean())
+    )

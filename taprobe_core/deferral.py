@@ -10,9 +10,8 @@ Invariant: accepted negatives + accepted positives + deferred = all test sentenc
 
 A tuned plan is a point estimate and no guarantee: its error on new problems is not bounded, the
 validation problems are few, and sentences of one problem are not independent. Every row of the
-plan table says so. Thresholds are tuned against `is_anchor` whatever the target; with a
-continuous target that is well defined (scores are real numbers) but only meaningful when a higher
-score means a more important sentence, which `importance_signed` does not promise.
+plan table says so. Thresholds are tuned against `is_anchor` whatever the target, so the scores
+must grow with importance: signed targets and residuals do not promise that, and get no plan.
 """
 
 from __future__ import annotations
@@ -20,12 +19,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from taprobe_core.errors import LabelError, PlanError
 from taprobe_core.study.config import Deferral
 from taprobe_core.tables import DECISIONS_ON_SENTENCE, OBJECTIVES, PLANS, PROTOCOLS
-from taprobe_core.thresholds import SLACK, Objective, choose, decide, pair_grid
+from taprobe_core.thresholds import SLACK, Objective, Thresholds, choose, decide, pair_grid
 
 POINT_ESTIMATE = "none: point estimate, thresholds tuned on validation"
 
@@ -56,6 +57,9 @@ _DECIDED = pl.Schema(
         "is_anchor": pl.Boolean(),
     }
 )
+
+_Decided = tuple[Objective, NDArray[np.uint32], NDArray[np.uint8]]
+"""An objective, rows of test sentences, and what is decided of each."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +98,17 @@ def plan_deferrals(
         *(Objective("error", value) for value in deferral.errors),
     ]
     joined = _with_labels(scores, labels).sort("protocol", "fold", maintain_order=True)
-    tuned, decided = [_TUNED.to_frame()], [_DECIDED.to_frame()]
-    for _, fold in joined.group_by("recipe", "protocol", "fold", maintain_order=True):
-        for tuning, decisions in _plan_fold(fold, objectives):
-            tuned.append(tuning)
-            decided.append(decisions)
-    decisions = pl.concat(decided)
-    return DeferralTables(_pool(pl.concat(tuned), decisions), decisions.drop("is_anchor"))
+    tuned, decided = [], []
+    folds = joined.select(
+        "recipe", "protocol", "fold", "split", "score", "is_anchor"
+    ).with_row_index()
+    for key, fold in folds.group_by("recipe", "protocol", "fold", maintain_order=True):
+        for objective, best, rows, codes in _plan_fold(key, fold, objectives):
+            tuned.append((key[0], key[1], *objective, *best))
+            decided.append((objective, rows, codes))
+    decisions = _decisions(joined, decided)
+    plans = _pool(pl.DataFrame(tuned, _TUNED, orient="row"), decisions)
+    return DeferralTables(plans, decisions.drop("is_anchor"))
 
 
 def relabel_runs(decisions: pl.DataFrame) -> pl.DataFrame:
@@ -150,29 +158,40 @@ def _with_labels(scores: pl.DataFrame, labels: pl.DataFrame) -> pl.DataFrame:
 
 
 def _plan_fold(
-    fold: pl.DataFrame, objectives: Sequence[Objective]
-) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
-    val = fold.filter(pl.col("split") == "val")
-    test = fold.filter(pl.col("split") == "test")
-    recipe, protocol, index = fold.select("recipe", "protocol", "fold").row(0)
-    if not val.height or not test.height:
+    key: tuple[object, ...], fold: pl.DataFrame, objectives: Sequence[Objective]
+) -> Iterator[tuple[Objective, Thresholds, NDArray[np.uint32], NDArray[np.uint8]]]:
+    """Each objective: its thresholds, the rows of the test sentences, what is decided of them."""
+    index, split, score, is_anchor = (
+        fold[name].to_numpy() for name in ("index", "split", "score", "is_anchor")
+    )
+    val, test = split == "val", split == "test"
+    if not val.any() or not test.any():
         raise PlanError(
-            f"{val.height} validation and {test.height} test sentences, a plan needs both",
-            f"recipe {recipe!r}, {protocol}, fold {index}",
+            f"{val.sum()} validation and {test.sum()} test sentences, a plan needs both",
+            "recipe {!r}, {}, fold {}".format(*key),
             "raise splits.val_fraction, or take more problems",
         )
-    grid = pair_grid(val["score"].to_numpy(), val["is_anchor"].to_numpy())
-    test_score = test["score"].to_numpy()
+    grid = pair_grid(score[val], is_anchor[val])
     for objective in objectives:
         best = choose(grid, objective)
-        tuned = pl.DataFrame([(recipe, protocol, *objective, *best)], _TUNED, orient="row")
-        code = pl.Series("decision", decide(test_score, best.negative, best.positive))
-        decided = test.with_columns(
-            pl.lit(objective.kind, _KEY_DTYPES["objective"]).alias("objective"),
-            pl.lit(objective.value, pl.Float64).alias("objective_value"),
+        yield objective, best, index[test], decide(score[test], best.negative, best.positive)
+
+
+def _decisions(joined: pl.DataFrame, decided: Sequence[_Decided]) -> pl.DataFrame:
+    if not decided:
+        return _DECIDED.to_frame()
+    sizes = [len(rows) for _, rows, _ in decided]
+    objectives, values = zip(*(objective for objective, _, _ in decided), strict=True)
+    code = pl.Series("decision", np.concatenate([codes for _, _, codes in decided]))
+    return (
+        joined[np.concatenate([rows for _, rows, _ in decided])]
+        .with_columns(
+            pl.Series("objective", np.repeat(objectives, sizes), _KEY_DTYPES["objective"]),
+            pl.Series("objective_value", np.repeat(values, sizes), pl.Float64),
             code.cat.to(_DECIDED["decision"]),
         )
-        yield tuned, decided.select(_DECIDED.names())
+        .select(_DECIDED.names())
+    )
 
 
 def _pool(tuned: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:

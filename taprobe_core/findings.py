@@ -4,7 +4,8 @@ One finding per setting and model, from the choice that validation made over all
 and layers (`selection.ANY_ACTIVATION_PROBE`), under the protocol with most test problems. What does
 not belong here: computing intervals, and laying sentences out.
 
-Invariant: "beats" is said only where the whole 95 % interval lies above zero, and nothing is
+Invariant: "beats" is said only where the whole 95 % interval lies above zero and the sign-flip
+test, corrected for every comparison that was planned with it, is at 0.05 or below; nothing is
 concluded where there is no interval.
 """
 
@@ -25,9 +26,19 @@ VERDICT_LABELS: Mapping[Verdict, str] = {
     "mixed": "Beats some baselines, not all",
     "no evidence": "No evidence of beating the baselines",
     "worse": "Beats no baseline, stays below at least one",
-    "cannot say": "Too few problems to say",
+    "cannot say": "No interval, so nothing can be said",
 }
 """How a verdict is written for readers."""
+
+LEVEL = 0.05
+"""A corrected p at or below it counts."""
+
+CORRECTION_LABELS = {
+    "holm": "Holm",
+    "benjamini_hochberg": "Benjamini-Hochberg",
+    "none": "uncorrected",
+}
+"""How a correction is written for readers."""
 
 METRIC_LABELS = {"pr_auc": "PR-AUC", "spearman": "Spearman"}
 """How a metric is written for readers."""
@@ -79,13 +90,7 @@ def findings(selected: pl.DataFrame) -> list[Finding]:
     Returns:
         One finding per setting × model, in table order; empty without activation probes.
     """
-    headline = selected.filter(pl.col("recipe") == ANY_ACTIVATION_PROBE)
-    most = (
-        headline.group_by("protocol").agg(pl.col("n_problems").max()).sort("n_problems", "protocol")
-    )
-    if not most.height:
-        return []
-    shown = headline.filter(pl.col("protocol") == most["protocol"][-1])
+    shown = headline_rows(selected)
     return [
         _finding(str(setting), str(model), group.to_dicts())
         for (setting, model), group in shown.group_by("setting", "model", maintain_order=True)
@@ -96,27 +101,39 @@ def verdict_of(row: Mapping[str, Any]) -> Verdict:
     """Return what one comparison shows.
 
     Args:
-        row: with delta_low and delta_high, None where there is no interval.
+        row: with delta_low and delta_high, None where there is no interval, and p_adjusted.
     """
-    low, high = row["delta_low"], row["delta_high"]
+    low, high, p = row["delta_low"], row["delta_high"], row["p_adjusted"]
     if low is None or high is None:
         return "cannot say"
-    if low > 0:
-        return "beats"
-    return "worse" if high < 0 else "no evidence"
+    if p is None or p > LEVEL or low <= 0 <= high:
+        return "no evidence"
+    return "beats" if low > 0 else "worse"
 
 
 def interval_text(row: Mapping[str, Any]) -> str:
-    """Write a difference with its interval, or without one.
+    """Write a difference with its interval, or without one, and its corrected test.
 
     Args:
-        row: with delta, delta_low and delta_high.
+        row: with delta, delta_low, delta_high and p_adjusted.
     """
     if row["delta"] is None:
         return "undefined"
     if row["delta_low"] is None:
         return f"{row['delta']:+.3f}, no interval"
-    return f"{row['delta']:+.3f}, 95 % interval {row['delta_low']:+.3f} to {row['delta_high']:+.3f}"
+    interval = f"95 % interval {row['delta_low']:+.3f} to {row['delta_high']:+.3f}"
+    return f"{row['delta']:+.3f}, {interval}, {p_text(row['p_adjusted'])}"
+
+
+def p_text(p: float | None) -> str:
+    """Write a p-value: three digits, or that it is below them.
+
+    Args:
+        p: in [0, 1], or None.
+    """
+    if p is None:
+        return "p undefined"
+    return "p < 0.001" if p < 0.001 else f"p {p:.3f}"
 
 
 def _finding(setting: str, model: str, rows: Sequence[Mapping[str, Any]]) -> Finding:
@@ -139,9 +156,17 @@ def _finding(setting: str, model: str, rows: Sequence[Mapping[str, Any]]) -> Fin
     ]
     notes = sorted({row["interval_note"] for row in rows if row["interval_note"]})
     reasons = f" No interval: {'; '.join(notes)}." if notes else ""
-    return Finding(
-        setting, model, _together(verdicts), f"{opening} It {'; it '.join(clauses)}.{reasons}"
-    )
+    text = f"{opening} It {'; it '.join(clauses)}.{_corrected(first)}{reasons}"
+    return Finding(setting, model, _together(verdicts), text)
+
+
+def _corrected(row: Mapping[str, Any]) -> str:
+    n = row["n_contrasts"]
+    if not n or row["correction"] == "none":
+        return ""
+    name = CORRECTION_LABELS.get(row["correction"], row["correction"])
+    planned = "planned comparison" if row["is_planned"] else "comparison"
+    return f" p is corrected for {n} {planned}{'s' if n > 1 else ''} ({name})."
 
 
 _VERBS: Mapping[Verdict, str] = {

@@ -1,11 +1,10 @@
-"""Judge a ranking of sentences: labels and scores in, numbers out.
+"""Judge a ranking of sentences: labels and scores in, a number out.
 
 Metrics are computed inside a problem, because the problem is the unit of inference; pooling over
 problems is an extra. A metric that has no value (one class, a constant column, fewer than two
 rows) is NaN, never 0 or 1, so that it can be counted. What does not belong here: intervals, tests
-and comparisons between recipes (`evaluation`).
-
-Called once per problem, recipe, site and seed: every metric is a handful of array operations.
+and comparisons between recipes (`evaluation`), and the same for thousands of rankings at once
+(`batched_metrics`), for which these functions are the reference.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
 from taprobe_core.study.config import Target
@@ -94,83 +92,21 @@ def recall_at_k(importance_abs: ArrayLike, score: ArrayLike, k: int) -> float:
     return float(hits[np.argsort(-scores, kind="stable")[:k]].sum() / k)
 
 
-def problem_metrics(
-    frame: pl.DataFrame, recall_at: Sequence[int] = (5, 10), target: Target = "anchor_binary"
-) -> pl.DataFrame:
-    """Return the metrics of each problem.
-
-    Args:
-        frame: one row per sentence, in sentence order, with problem_id, importance_abs,
-            importance_signed, is_anchor and score; with true_importance and is_true_anchor where
-            the truth is known.
-        recall_at: values of k.
-        target: what the scores predict. Spearman compares with signed importance when it is
-            `importance_signed`, else with absolute importance. Scores of signed importance do not
-            rank anchors (a large negative importance makes one), so PR-AUC and recall are NaN.
-
-    Returns:
-        One row per problem, ascending: problem_id, n_sentences, n_anchors (Int64), pr_auc,
-        spearman, recall_at_<k> ... (Float64, NaN where undefined). With the truth also
-        true_pr_auc, the scores against the true anchors, and oracle_pr_auc, what the absolute true
-        importance as a score reaches against the labelled anchors.
-    """
-    ordered = frame.sort("problem_id", maintain_order=True)
-    problem_id = ordered["problem_id"].to_numpy()
-    signed, absolute, anchor, score = (
-        ordered[name].to_numpy()
-        for name in ("importance_signed", "importance_abs", "is_anchor", "score")
-    )
-    ranks_anchors = target != "importance_signed"
-    correlate = absolute if ranks_anchors else signed
-    starts = np.flatnonzero(np.diff(problem_id, prepend=-1))
-    has_truth = "is_true_anchor" in frame.columns
-    true = ordered.select("is_true_anchor", pl.col("true_importance").abs()) if has_truth else None
-    records = []
-    for start, stop in zip(starts, np.append(starts, len(problem_id))[1:], strict=True):
-        part = slice(int(start), int(stop))
-        record: dict[str, float | int] = {
-            "problem_id": int(problem_id[start]),
-            "n_sentences": int(stop - start),
-            "n_anchors": int(anchor[part].sum()),
-            "pr_auc": pr_auc(anchor[part], score[part]) if ranks_anchors else float("nan"),
-            "spearman": spearman(correlate[part], score[part]),
-        }
-        for k in recall_at:
-            record[f"recall_at_{k}"] = (
-                recall_at_k(absolute[part], score[part], k) if ranks_anchors else float("nan")
-            )
-        if true is not None:
-            true_anchor, effect = (column.to_numpy()[part] for column in true)
-            record["true_pr_auc"] = (
-                pr_auc(true_anchor, score[part]) if ranks_anchors else float("nan")
-            )
-            record["oracle_pr_auc"] = pr_auc(anchor[part], effect)
-        records.append(record)
-    return pl.DataFrame(records, schema=_schema(recall_at, has_truth))
-
-
-def pooled_pr_auc(frame: pl.DataFrame) -> float:
-    """PR-AUC over the sentences of all problems together; NaN with one class.
-
-    Problems weigh by their anchors, and scores of different folds are compared as if they shared
-    a scale: an extra beside the mean over problems.
-
-    Args:
-        frame: one row per sentence with is_anchor and score.
-    """
-    return pr_auc(frame["is_anchor"].to_numpy(), frame["score"].to_numpy())
+def primary_metric(target: Target) -> str:
+    """Return the metric that recipes are ranked by: `pr_auc` for anchors, else `spearman`."""
+    return "pr_auc" if target == "anchor_binary" else "spearman"
 
 
 def metric_names(recall_at: Sequence[int], has_truth: bool) -> list[str]:
-    """Return the metric columns, in table order."""
-    truth = ["true_pr_auc", "oracle_pr_auc"] if has_truth else []
-    return ["pr_auc", "spearman", *(f"recall_at_{k}" for k in recall_at), *truth]
+    """Return the metric columns, in table order.
 
-
-def _schema(recall_at: Sequence[int], has_truth: bool) -> dict[str, type[pl.DataType]]:
-    floats = metric_names(recall_at, has_truth)
-    counts = ["problem_id", "n_sentences", "n_anchors"]
-    return {**dict.fromkeys(counts, pl.Int64), **dict.fromkeys(floats, pl.Float64)}
+    Args:
+        recall_at: values of k.
+        has_truth: whether the true importance is known.
+    """
+    truth = ["true_pr_auc", "oracle_pr_auc", "oracle_spearman"] if has_truth else []
+    own = ["pr_auc", "spearman", "pearson", *(f"recall_at_{k}" for k in recall_at)]
+    return [*own, "label_pr_auc", "label_spearman", *truth]
 
 
 def _centred_ranks(values: NDArray[np.generic]) -> _DOUBLES:

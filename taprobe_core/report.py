@@ -5,7 +5,7 @@ content security policy. What does not belong here: reading the store, computing
 words of the headline (`findings`).
 
 Invariant: no value can become markup. Every string is escaped, and characters that would reorder or
-hide text (controls, bidirectional overrides) are shown as symbols.
+hide text are shown as symbols (`visible_text`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from markupsafe import Markup
 
 from taprobe_core import plots
 from taprobe_core.findings import (
+    CORRECTION_LABELS,
     METRIC_LABELS,
     VERDICT_LABELS,
     findings,
     headline_rows,
     main_protocol,
+    p_text,
 )
 from taprobe_core.leaderboard import TRUTH_LEVELS, baselines_of
 from taprobe_core.selection import ANY_ACTIVATION_PROBE
+from taprobe_core.visible_text import visible
 
 TOP = 10
 """Ranked rows shown per setting and protocol, beside the recipes without activations."""
@@ -77,6 +80,7 @@ class ReportData:
         plans: `tables.PLANS` with setting, model, layer and seed.
         skipped: `tables.SKIPPED` with setting and model.
         example: one trace, or None.
+        diagnostics: from `diagnose`; none leaves the section out.
         figures: title -> PNG of further figures, such as label histograms.
         versions: library -> version.
         fingerprints: stage, partition, fingerprint.
@@ -94,6 +98,7 @@ class ReportData:
     plans: pl.DataFrame
     skipped: pl.DataFrame
     example: Example | None = None
+    diagnostics: pl.DataFrame = field(default_factory=pl.DataFrame)
     figures: Mapping[str, bytes] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     fingerprints: pl.DataFrame = field(default_factory=pl.DataFrame)
@@ -110,8 +115,7 @@ def render_report(data: ReportData) -> str:
     """
     board = data.leaderboard
     protocol = main_protocol(board)
-    name = str(board["metric"][0]) if board.height else "pr_auc"
-    metric = METRIC_LABELS.get(name, name)
+    metric = _metric_label(board)
     main_board = board.filter(pl.col("protocol").cast(pl.String) == pl.lit(protocol))
     page = (
         _environment()
@@ -124,8 +128,9 @@ def render_report(data: ReportData) -> str:
             boards=_boards(board, protocol),
             baselines=baselines_of(board),
             truth_levels={k: v for k, v in TRUTH_LEVELS.items() if k in board.columns},
-            layer_figures=_layer_figures(main_board, metric),
+            layer_figures=_layer_figures(main_board),
             comparisons=_comparisons(data.selected, protocol),
+            diagnostics=_by_setting(data.diagnostics, protocol),
             plan_blocks=_plan_blocks(data.plans, board, protocol),
             sentences=_shaded(data.example.sentences) if data.example else [],
             figures=[(name, plots.to_data_uri(png)) for name, png in data.figures.items()],
@@ -133,31 +138,6 @@ def render_report(data: ReportData) -> str:
         )
     )
     return page.strip() + "\n"
-
-
-def visible(text: str) -> str:
-    """Replace characters that act on a display instead of being shown.
-
-    Args:
-        text: any text.
-
-    Returns:
-        C0 controls as their pictures (U+2400 on; newline and tab stay), C1 controls, bidirectional
-        and other format characters, and lone surrogates as U+FFFD.
-    """
-    return text.translate(_SYMBOLS)
-
-
-_FORMAT_CODES = (
-    *(0xAD, 0x61C, 0x200B, 0x200E, 0x200F),
-    *(*range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFC)),
-)
-_SYMBOLS: Mapping[int, str] = {
-    **{code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)},
-    0x7F: "\u2421",
-    **dict.fromkeys((*range(0x80, 0xA0), *_FORMAT_CODES), "\ufffd"),
-    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),
-}
 
 
 def _template() -> str:
@@ -173,9 +153,14 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        num=_num, signed=_signed, share=_share, p_value=_p_value, csp_hash=_csp_hash
+        num=_num, signed=_signed, share=_share, p_value=p_text, csp_hash=_csp_hash
     )
-    environment.globals.update(verdict_labels=VERDICT_LABELS, any_probe=ANY_ACTIVATION_PROBE)
+    environment.globals.update(
+        verdict_labels=VERDICT_LABELS,
+        correction_labels=CORRECTION_LABELS,
+        metric_labels=METRIC_LABELS,
+        any_probe=ANY_ACTIVATION_PROBE,
+    )
     return environment
 
 
@@ -197,10 +182,9 @@ def _share(value: float | None) -> str | None:
     return None if value is None else f"{value:.1%}"
 
 
-def _p_value(value: float | None) -> str | None:
-    if value is None:
-        return None
-    return "p < 0.001" if value < 0.001 else f"p {value:.3f}"
+def _metric_label(board: pl.DataFrame) -> str:
+    names = board["metric"].unique().sort().to_list() if board.height else ["pr_auc"]
+    return " or ".join(METRIC_LABELS.get(name, name) for name in names)
 
 
 def _csp_hash(css: str) -> str:
@@ -211,7 +195,8 @@ def _csp_hash(css: str) -> str:
 def _boards(leaderboard: pl.DataFrame, protocol: str | None) -> list[dict[str, Any]]:
     boards = []
     for (setting, name), block in leaderboard.group_by("setting", "protocol", maintain_order=True):
-        ranked = block.with_row_index("place")
+        # Each metric is ranked on its own, so each has its first rows.
+        ranked = block.with_columns(pl.int_range(pl.len()).over("metric").alias("place"))
         shown = ranked.filter((pl.col("place") < TOP) | pl.col("layer").is_null())
         boards.append(
             {
@@ -221,22 +206,25 @@ def _boards(leaderboard: pl.DataFrame, protocol: str | None) -> list[dict[str, A
                 "n_problems": block["n_problems"].max(),
                 "n_configurations": block["n_configurations"][0],
                 "n_hidden": block.height - shown.height,
+                "has_several_metrics": block["metric"].n_unique() > 1,
             }
         )
     return sorted(boards, key=lambda board: not board["is_main"])
 
 
-def _layer_figures(leaderboard: pl.DataFrame, metric: str) -> list[dict[str, str]]:
+def _layer_figures(leaderboard: pl.DataFrame) -> list[dict[str, str]]:
     figures = []
     rows = leaderboard.sort("setting", "model", maintain_order=True)
-    for (setting, model), block in rows.group_by("setting", "model", maintain_order=True):
+    keys = ["setting", "model", "metric"]
+    for (setting, model, name), block in rows.group_by(keys, maintain_order=True):
         layered = block.drop_nulls("layer")
         if layered["layer"].n_unique() < 2:
             continue
         free = block.filter(pl.col("layer").is_null()).select("recipe", "value")
         levels = {**dict(free.iter_rows()), "chance": block["chance"][0]}
         title = f"{setting} · {model} · {block['protocol'][0]}"
-        png = plots.metric_by_layer(layered, metric=metric, levels=levels, title=title)
+        label = METRIC_LABELS.get(str(name), str(name))
+        png = plots.metric_by_layer(layered, metric=label, levels=levels, title=title)
         figures.append({"title": title, "uri": plots.to_data_uri(png)})
     return figures
 
@@ -264,6 +252,17 @@ def _comparisons(selected: pl.DataFrame, protocol: str | None) -> list[dict[str,
         title = f"{setting} · {name}"
         blocks.append({"title": title, "is_main": name == protocol, "rows": rows})
     return sorted(blocks, key=lambda block: not block["is_main"])
+
+
+def _by_setting(diagnostics: pl.DataFrame, protocol: str | None) -> list[dict[str, Any]]:
+    """One block per setting under the main protocol."""
+    if diagnostics.is_empty():
+        return []
+    shown = diagnostics.filter(pl.col("protocol").cast(pl.String) == pl.lit(protocol))
+    return [
+        {"title": f"{setting} · {protocol}", "rows": block.to_dicts()}
+        for (setting,), block in shown.group_by("setting", maintain_order=True)
+    ]
 
 
 def _plan_blocks(

@@ -15,10 +15,10 @@ from taprobe_core.errors import TaprobeError
 from taprobe_core.pipeline import (
     CHECKS,
     CODE_VERSIONS,
-    PARENTS,
     Cell,
     Plan,
     describe,
+    parents_of,
     run_stage,
     stages_of,
 )
@@ -34,6 +34,12 @@ OPS: dict[str, tuple[str, ...]] = {
     "fit_probes": ("probe_fits", "deferral_plans"),
     "evaluate_probes": ("evaluation",),
     "publish_study": ("leaderboard", "study_report"),
+    "fit_sweep_stage1": ("sweep_stage1",),
+    "choose_sweep_stage2": ("sweep_shortlist_stage2",),
+    "fit_sweep_stage2": ("sweep_stage2",),
+    "choose_sweep_stage3": ("sweep_shortlist_stage3",),
+    "fit_sweep_stage3": ("sweep_stage3",),
+    "publish_sweep": ("sweep_leaderboard", "sweep_paired_deltas", "sweep_stability"),
 }
 """Every op there is -> the stages it materializes; stages of one op share a grid."""
 
@@ -49,12 +55,23 @@ DESCRIPTIONS = {
     "evaluation": "Metrics over problems, and paired deltas against position and text.",
     "leaderboard": "Every recipe of the study, ranked, beside chance and its baselines.",
     "study_report": "One self-contained page: results, pictures, skipped problems, provenance.",
+    "sweep_stage1": "Every target, pooling and residualisation of the sweep, fitted and measured.",
+    "sweep_shortlist_stage2": "Configurations of stage 1 that go on, chosen on validation.",
+    "sweep_stage2": "The shortlisted configurations with every way to read attention.",
+    "sweep_shortlist_stage3": "Configurations of stage 2 that are tuned, chosen on validation.",
+    "sweep_stage3": "The finalists under every setting of their probe.",
+    "sweep_leaderboard": "Every configuration of all stages, ranked on validation, with its test.",
+    "sweep_paired_deltas": "Configurations against position and text, paired over problems.",
+    "sweep_stability": "How far the ranking depends on seeds, problems and settings.",
 }
 
 KINDS = {
     "activations": {"torch", "safetensors"},
     "vertical_attention": {"torch", "safetensors"},
-    "probe_fits": {"scikitlearn", "safetensors"},
+    "probe_fits": {"torch", "safetensors"},
+    "sweep_stage1": {"torch", "parquet"},
+    "sweep_stage2": {"torch", "parquet"},
+    "sweep_stage3": {"torch", "parquet"},
 }
 
 GPU_TAGS = {
@@ -109,20 +126,20 @@ def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
 
 
 def _spec(study: Study, stage: str) -> dg.AssetSpec:
-    parents = PARENTS[stage] or ("dataset",)
+    parents = parents_of(study, stage) or ("dataset",)
     return dg.AssetSpec(
         stage,
         deps=[
             dg.AssetDep(
                 parent,
                 partition_mapping=(
-                    mapping_between(study, parent, stage) if parent in PARENTS else None
+                    mapping_between(study, parent, stage) if parent != "dataset" else None
                 ),
             )
             for parent in parents
         ],
         description=DESCRIPTIONS[stage],
-        group_name=stage,
+        group_name="sweep" if stage.startswith("sweep_") else stage,
         code_version=CODE_VERSIONS[stage],
         kinds=KINDS.get(stage, {"polars", "parquet"}),
         owners=["team:taprobe"],
@@ -133,7 +150,7 @@ def _spec(study: Study, stage: str) -> dg.AssetSpec:
 def _run(
     context: dg.AssetExecutionContext, plan: Plan, stage: str, cells: Sequence[Cell]
 ) -> Iterator[object]:
-    inputs = input_tags(context.instance, stage)
+    inputs = input_tags(context.instance, parents_of(plan.study, stage))
     n_reused = 0
     for cell, outcome in run_stage(plan, stage, cells):
         n_reused += outcome.is_reused

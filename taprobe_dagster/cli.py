@@ -105,6 +105,8 @@ def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) 
 
     show_progress()
     logging.getLogger("dagster").setLevel(logging.CRITICAL)
+    # An interrupt while the event log closes a connection is raised again, and logged besides.
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
     start = time.monotonic()
     n_computed, n_runs = 0, 0
     selected = {op: stages_in(plan.study, op, stages) for op in ops_of(plan.study)}

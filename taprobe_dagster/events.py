@@ -10,7 +10,7 @@ Concept: https://docs.dagster.io/guides/build/assets/asset-versioning-and-cachin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import dagster as dg
 import polars as pl
@@ -23,7 +23,7 @@ from dagster._core.definitions.data_version import (
     INPUT_EVENT_POINTER_TAG_PREFIX,
 )
 
-from taprobe_core.pipeline import CODE_VERSIONS, PARENTS, Cell, Description, Outcome
+from taprobe_core.pipeline import CODE_VERSIONS, Cell, Description, Outcome
 from taprobe_dagster.partitions import partition_key
 
 _SHOWN_INPUTS = 20
@@ -58,14 +58,14 @@ def materialization(
     )
 
 
-def input_tags(instance: dg.DagsterInstance, stage: str) -> dict[str, str]:
+def input_tags(instance: dg.DagsterInstance, parents: Sequence[str]) -> dict[str, str]:
     """Provenance tags that say up to which event each input of a stage has been read.
 
     Called when a stage starts: its inputs are committed by then, so an input event after this
     point with another data version makes the cell stale, and no other does.
     """
     tags: dict[str, str] = {}
-    for parent in PARENTS[stage] or ("dataset",):
+    for parent in parents or ("dataset",):
         record = instance.get_latest_data_version_record(dg.AssetKey(parent), parent == "dataset")
         version = _data_version(record)
         tags[f"{INPUT_DATA_VERSION_TAG_PREFIX}/{parent}"] = version
@@ -108,11 +108,14 @@ def cell_metadata(outcome: Outcome, description: Description) -> dict[str, dg.Me
 
 
 def _table(frame: pl.DataFrame) -> dg.TableMetadataValue:
-    """A short table of numbers, with the types of its columns."""
+    """A short table, with the types of its columns."""
     columns = [
-        dg.TableColumn(name, "int" if dtype.is_integer() else "float")
+        dg.TableColumn(
+            name,
+            "int" if dtype.is_integer() else "float" if dtype.is_float() else "string",
+        )
         for name, dtype in frame.schema.items()
     ]
-    rounded = frame.with_columns(cs.float().round_sig_figs(4))
+    rounded = frame.with_columns(cs.float().round_sig_figs(4), cs.enum().cast(pl.String))
     records = [dg.TableRecord(row) for row in rounded.to_dicts()]
     return dg.MetadataValue.table(records, dg.TableSchema(columns))

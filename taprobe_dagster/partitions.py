@@ -42,7 +42,7 @@ def cell_of(stage: str, key: str) -> Cell:
 def mapping_between(study: Study, parent: str, child: str) -> dg.PartitionMapping | None:
     """How a child's cells map to a parent's; None leaves Dagster's identity default."""
     upstream, downstream = DIMENSIONS[parent], DIMENSIONS[child]
-    if upstream == downstream:
+    if upstream == downstream or not upstream:
         return None
     if not downstream:
         return dg.AllPartitionMapping()

@@ -9,6 +9,7 @@ alone; a value that a definition leaves open is null.
 """
 
 from taprobe_core.attention_tables.receivers import receiver_tables
+from taprobe_core.attention_tables.variants import variant_scores
 from taprobe_core.attention_tables.vertical import VERTICAL_TABLES, vertical_tables
 
-__all__ = ["VERTICAL_TABLES", "receiver_tables", "vertical_tables"]
+__all__ = ["VERTICAL_TABLES", "receiver_tables", "variant_scores", "vertical_tables"]

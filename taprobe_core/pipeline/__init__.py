@@ -13,12 +13,14 @@ from taprobe_core.pipeline.cells import (
     is_complete,
     key_of,
     missing_cells,
+    parents_of,
     stages_of,
 )
 from taprobe_core.pipeline.checks import CHECKS
 from taprobe_core.pipeline.describe import describe
 from taprobe_core.pipeline.description import Description
-from taprobe_core.pipeline.fit import read_activations, read_probe_data, read_scores
+from taprobe_core.pipeline.fit import read_scores
+from taprobe_core.pipeline.inputs import read_activations, read_probe_data
 from taprobe_core.pipeline.opening import data_root, open_plan
 from taprobe_core.pipeline.outcome import Outcome
 from taprobe_core.pipeline.plan import CODE_VERSIONS, Plan
@@ -44,6 +46,7 @@ __all__ = [
     "key_of",
     "missing_cells",
     "open_plan",
+    "parents_of",
     "read_activations",
     "read_attention",
     "read_probe_data",

@@ -153,7 +153,8 @@ def ensure_receiver_heads(plan: Plan, model: str, setting: str) -> Outcome:
 
     def write(folder: Path) -> None:
         kurtosis = read_kurtosis(plan, model, setting)
-        folds = make_folds(kurtosis["problem_id"].unique(), plan.study.splits)
+        present = kurtosis["problem_id"].unique()
+        folds = make_folds(plan.problem_ids(), plan.study.splits, present=present)
         tables = receiver_tables(kurtosis, read_vertical, folds, attention)
         for name, table in tables.items():
             write_table(folder / f"{name}.parquet", table)

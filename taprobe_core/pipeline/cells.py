@@ -1,8 +1,8 @@
 """The grid of cells of each stage, and which of them a study still lacks.
 
 A stage is one of the asset names; a cell is the pair of partition keys of that stage, in the order
-of its dimensions, or the empty tuple for the two stages that have one artifact per study. A study
-has the stages of vertical attention only where it asks for them (`stages_of`).
+of its dimensions, or the empty tuple for the stages that have one artifact per study. A study has
+the stages of vertical attention and of a sweep only where it asks for them (`stages_of`).
 """
 
 from __future__ import annotations
@@ -30,17 +30,28 @@ DIMENSIONS: Mapping[str, tuple[str, ...]] = {
     "evaluation": ("site", "setting"),
     "leaderboard": (),
     "study_report": (),
+    "sweep_stage1": ("site", "setting"),
+    "sweep_shortlist_stage2": (),
+    "sweep_stage2": ("site", "setting"),
+    "sweep_shortlist_stage3": (),
+    "sweep_stage3": ("site", "setting"),
+    "sweep_leaderboard": (),
+    "sweep_paired_deltas": (),
+    "sweep_stability": (),
 }
 """Every stage there is, in data-path order, with the names of its two partition dimensions."""
 
 STAGES = tuple(DIMENSIONS)
 
-_WITHOUT: Mapping[str, frozenset[str]] = {
-    "off": frozenset({"vertical_attention", "receiver_heads"}),
-    "light": frozenset({"receiver_heads"}),
-    "full": frozenset(),
+_ATTENTION: Mapping[str, frozenset[str]] = {
+    "off": frozenset(),
+    "light": frozenset({"vertical_attention"}),
+    "full": frozenset({"vertical_attention", "receiver_heads"}),
 }
-"""Mode of the study's attention -> the stages that it leaves without anything to make."""
+"""Mode of the study's attention -> the stages of attention that it has."""
+
+_OPTIONAL = frozenset(stage for stage in STAGES if stage.startswith("sweep_")) | _ATTENTION["full"]
+"""Stages that only some studies have."""
 
 PARENTS: Mapping[str, tuple[str, ...]] = {
     "rollouts": (),
@@ -49,26 +60,62 @@ PARENTS: Mapping[str, tuple[str, ...]] = {
     "activations": ("spans",),
     "vertical_attention": ("spans",),
     "receiver_heads": ("vertical_attention",),
-    "probe_fits": ("labels", "spans", "activations"),
+    "probe_fits": ("labels", "spans", "activations", "vertical_attention"),
     "deferral_plans": ("probe_fits",),
     "evaluation": ("probe_fits", "deferral_plans"),
     "leaderboard": ("evaluation",),
     "study_report": ("leaderboard",),
+    "sweep_stage1": ("labels", "spans", "activations"),
+    "sweep_shortlist_stage2": ("sweep_stage1",),
+    "sweep_stage2": (
+        "sweep_shortlist_stage2",
+        "labels",
+        "spans",
+        "activations",
+        "vertical_attention",
+    ),
+    "sweep_shortlist_stage3": ("sweep_stage2",),
+    "sweep_stage3": (
+        "sweep_shortlist_stage3",
+        "labels",
+        "spans",
+        "activations",
+        "vertical_attention",
+    ),
+    "sweep_leaderboard": ("sweep_stage1", "sweep_stage2", "sweep_stage3"),
+    "sweep_paired_deltas": ("sweep_stage1", "sweep_stage2", "sweep_stage3"),
+    "sweep_stability": ("sweep_stage1", "sweep_stage2", "sweep_stage3"),
 }
-"""The stages each stage reads; a study that has a stage has its parents. Where two stages have
+"""The stages each stage reads, as far as a study has them (`parents_of`). Where two stages have
 different dimensions, a model stands for all its sites and a setting for all its trials."""
 
 _PARTS = {
     "activations": "activation_shards",
     "vertical_attention": "attention_shards",
     "probe_fits": "fits",
+    "sweep_stage1": "fits",
+    "sweep_stage2": "fits",
+    "sweep_stage3": "fits",
 }
 """Stages whose artifact is an index, with the stage of the parts that it lists."""
 
 
 def stages_of(study: Study) -> tuple[str, ...]:
     """The stages that a study has, in data-path order."""
-    return tuple(stage for stage in STAGES if stage not in _WITHOUT[study.attention.mode])
+    own = _ATTENTION[study.attention.mode]
+    return tuple(
+        stage
+        for stage in STAGES
+        if stage not in _OPTIONAL
+        or stage in own
+        or (stage.startswith("sweep_") and study.sweep is not None)
+    )
+
+
+def parents_of(study: Study, stage: str) -> tuple[str, ...]:
+    """The stages that a stage of a study reads."""
+    known = stages_of(study)
+    return tuple(parent for parent in PARENTS[stage] if parent in known)
 
 
 def check_stage(study: Study, stage: str) -> str:
@@ -81,8 +128,10 @@ def check_stage(study: Study, stage: str) -> str:
     if stage in known:
         return stage
     fix = f"use one of {', '.join(known)}"
-    if stage in STAGES:
-        enough = [mode for mode, without in _WITHOUT.items() if stage not in without]
+    if stage.startswith("sweep_") and stage in STAGES:
+        fix = f"give the study a `sweep`, or {fix}"
+    elif stage in STAGES:
+        enough = [mode for mode, stages in _ATTENTION.items() if stage in stages]
         fix = f"set attention.mode to {' or '.join(enough)}, or {fix}"
     raise ConfigError(f"no stage {stage!r}", f"study {study.name}", fix)
 
@@ -116,7 +165,7 @@ class CellFilter:
 
 def cells_of(study: Study, stage: str, chosen: CellFilter | None = None) -> list[Cell]:
     """Every cell of a stage that the filter takes, in grid order; none where the study lacks it."""
-    if stage in _WITHOUT[study.attention.mode]:
+    if stage not in stages_of(study):
         return []
     chosen = chosen or CellFilter()
     grid: list[Cell] = [()]
@@ -141,6 +190,14 @@ def key_of(plan: Plan, stage: str, cell: Sequence[str]) -> ArtifactKey:
         "evaluation": lambda: plan.evaluation(parse_site(first), second),
         "leaderboard": plan.leaderboard,
         "study_report": plan.study_report,
+        "sweep_stage1": lambda: plan.sweep_fits("stage1", parse_site(first), second),
+        "sweep_shortlist_stage2": lambda: plan.sweep_shortlist("stage2"),
+        "sweep_stage2": lambda: plan.sweep_fits("stage2", parse_site(first), second),
+        "sweep_shortlist_stage3": lambda: plan.sweep_shortlist("stage3"),
+        "sweep_stage3": lambda: plan.sweep_fits("stage3", parse_site(first), second),
+        "sweep_leaderboard": lambda: plan.sweep_table("sweep_leaderboard"),
+        "sweep_paired_deltas": lambda: plan.sweep_table("sweep_paired_deltas"),
+        "sweep_stability": lambda: plan.sweep_table("sweep_stability"),
     }
     return keys[stage]()
 

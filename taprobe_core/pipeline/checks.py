@@ -18,8 +18,13 @@ from taprobe_core.errors import TaprobeError
 from taprobe_core.keys import parse_site, parse_trial
 from taprobe_core.pipeline.attention import read_attention, read_kurtosis
 from taprobe_core.pipeline.cells import Cell
-from taprobe_core.pipeline.fit import read_scores, read_shards
+from taprobe_core.pipeline.fit import read_scores
+from taprobe_core.pipeline.inputs import read_shards
 from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.tripwire_checks import (
+    one_problem_is_memorised,
+    shuffled_labels_at_chance,
+)
 from taprobe_core.spans import cover_faults
 from taprobe_core.splits import check_no_leakage, make_folds
 from taprobe_core.store import Artifact
@@ -144,7 +149,8 @@ def receiver_heads_from_training(plan: Plan, cell: Cell) -> list[str]:
         *_contract(heads, RECEIVER_HEADS, "heads"),
         *_contract(scores, RECEIVER_SCORES, "receiver_scores"),
     ]
-    for fold in make_folds(first["problem_id"].unique(), plan.study.splits):
+    present = first["problem_id"].unique()
+    for fold in make_folds(plan.problem_ids(), plan.study.splits, present=present):
         check_no_leakage(fold)
         mine = heads.filter(protocol=fold.protocol, fold=fold.index)
         trained = (
@@ -172,10 +178,12 @@ def split_coverage(plan: Plan, cell: Cell) -> list[str]:
     problem_ids = spans["problem_id"].unique().sort().to_list()
     scores = read_scores(plan, site, trial)
     faults = []
-    for fold in make_folds(problem_ids, plan.study.splits):
+    splits = plan.study.splits
+    for fold in make_folds(plan.problem_ids(), splits, present=problem_ids):
         check_no_leakage(fold)
         scored = scores.filter(protocol=fold.protocol, fold=fold.index)
-        for split, side in (("val", fold.val), ("test", fold.test)):
+        val = fold.train if splits.inner_folds else fold.val
+        for split, side in (("val", val), ("test", fold.test)):
             found = set(scored.filter(split=split)["problem_id"])
             if found != set(side):
                 faults.append(
@@ -202,6 +210,10 @@ CHECKS: Mapping[str, Mapping[str, Check]] = {
     "vertical_attention": {"vertical_attention_sound": vertical_attention_sound},
     "receiver_heads": {"receiver_heads_from_training": receiver_heads_from_training},
     "probe_fits": {"split_coverage": split_coverage},
+    "evaluation": {
+        "shuffled_labels_at_chance": shuffled_labels_at_chance,
+        "one_problem_is_memorised": one_problem_is_memorised,
+    },
 }
 """Stage -> check name -> check."""
 

@@ -19,8 +19,16 @@ from taprobe_core.pipeline.describe_attention import (
     describe_receiver_heads,
     describe_vertical_attention,
 )
+from taprobe_core.pipeline.describe_sweep import (
+    describe_sweep_deltas,
+    describe_sweep_leaderboard,
+    describe_sweep_shortlist,
+    describe_sweep_stability,
+    describe_sweep_stage,
+)
 from taprobe_core.pipeline.description import Description, largest, mean, median, present
-from taprobe_core.pipeline.fit import read_activations, read_scores
+from taprobe_core.pipeline.fit import read_scores
+from taprobe_core.pipeline.inputs import read_activations
 from taprobe_core.pipeline.judge import read_evaluation
 from taprobe_core.pipeline.plan import Plan
 
@@ -119,6 +127,8 @@ def _probe_fits(plan: Plan, cell: Cell) -> Description:
 def _deferral_plans(plan: Plan, cell: Cell) -> Description:
     key = plan.deferral_plans(parse_site(cell[0]), parse_trial(cell[1]))
     plans = plan.store.open(key).read_table("plans.parquet")
+    if plans.is_empty():
+        return Description({}, 0)
     first = plans.filter(
         protocol=plans["protocol"][0],
         objective=plans["objective"][0],
@@ -181,4 +191,12 @@ _DESCRIBE: Mapping[str, Callable[[Plan, Cell], Description]] = {
     "evaluation": _evaluation,
     "leaderboard": _leaderboard,
     "study_report": _study_report,
+    "sweep_stage1": lambda plan, cell: describe_sweep_stage(plan, "stage1", cell),
+    "sweep_shortlist_stage2": lambda plan, _: describe_sweep_shortlist(plan, "stage2"),
+    "sweep_stage2": lambda plan, cell: describe_sweep_stage(plan, "stage2", cell),
+    "sweep_shortlist_stage3": lambda plan, _: describe_sweep_shortlist(plan, "stage3"),
+    "sweep_stage3": lambda plan, cell: describe_sweep_stage(plan, "stage3", cell),
+    "sweep_leaderboard": describe_sweep_leaderboard,
+    "sweep_paired_deltas": describe_sweep_deltas,
+    "sweep_stability": describe_sweep_stability,
 }

@@ -50,6 +50,7 @@ _log = logging.getLogger(__name__)
 Cell = tuple[Site, str]
 
 _MEASURING_SECONDS = 0.3
+_SECONDS_BETWEEN_LINES = 5
 
 
 def ensure_activations(plan: Plan, cells: Sequence[Cell]) -> Iterator[Outcome]:
@@ -173,9 +174,13 @@ class _Extraction:
         _log.info("activations %s %s: %s", model, setting, _cost(tasks, options, loaded, rate))
         provenance = _provenance(plan, model, setting, loaded)
         rate *= len(loaded.modules)
+        said = time.monotonic()
         for item in extract(loaded.modules, tasks, options, gemm_rate=rate):
             committer.put(shard_commits(plan, model, setting, item, provenance))
-            _log.info("activations %s %s: %s", model, setting, item.progress.render())
+            is_last = item.progress.n_texts_done == item.progress.n_texts
+            if is_last or time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                _log.info("activations %s %s: %s", model, setting, item.progress.render())
         committer.flush()
 
 

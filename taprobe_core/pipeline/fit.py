@@ -1,118 +1,60 @@
-"""Probe fits of any set of (site, trial) cells: each distinct fit once, each committed at once.
+"""Probe fits of any set of (site, trial) cells: each distinct fit once, in few batched solves.
 
-What shares a feature matrix is done on one loaded matrix: cells are grouped by (site, setting).
-A fit is keyed by what it depends on, so baselines are solved once for all sites of a model and
-deterministic recipes once for all seeds; a trial's artifact is an index of its fits.
+What shares a feature matrix is done on one loaded matrix: cells are grouped by (site, setting), and
+all that their trials lack goes into the solvers together. A fit is keyed by what it depends on, so
+baselines are solved once for all sites of a model and deterministic recipes once for all seeds; it
+is committed as soon as its solve is done, and a trial's artifact is an index of its fits.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import polars as pl
-import torch
 
-from taprobe_core.activations.shards import ACTIVATIONS_FILE
-from taprobe_core.errors import ConfigError
-from taprobe_core.features import ProbeData, join_features
+from taprobe_core.attention_tables import variant_scores
+from taprobe_core.checkpoints import pick_devices
+from taprobe_core.features import ProbeData
 from taprobe_core.keys import Site, Trial
+from taprobe_core.pipeline.attention import read_attention
+from taprobe_core.pipeline.inputs import read_probe_data
 from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
-from taprobe_core.probes import fit_recipe, save_probes
+from taprobe_core.pipeline.view import WHOLE, View, kept_rows, take_rows, with_attention
+from taprobe_core.probes import Design, Fit, RecipeFit, fit_batches, save_probes
 from taprobe_core.splits import make_folds
 from taprobe_core.store import ArtifactKey, write_table
-from taprobe_core.study import Pooling, ProbeRecipe
+from taprobe_core.study import ProbeRecipe
 
 
-def read_shards(
-    plan: Plan, site: Site, setting: str
-) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Read one site and setting's activations, one problem at a time.
+class Wanted(NamedTuple):
+    """A fit that somebody asks for.
 
-    Yields:
-        problem id, and the tensors of its shard by pooling (`activations.ActivationShard`), in the
-        number type they are stored in, on the CPU.
-
-    Raises:
-        MissingArtifactError: they are not extracted yet.
-        CorruptArtifactError: a shard differs from its manifest.
+    Attributes:
+        recipe: with its target filled in (`Study.recipes`).
+        seed: of a stochastic recipe.
+        view: which rows it sees, and how attention is scored.
     """
-    index = plan.store.open(plan.activations(site, setting)).read_table("shards.parquet")
-    for problem_id, shard in index.select("problem_id", "shard_fingerprint").iter_rows():
-        partition = (str(site), setting, f"problem_{problem_id}")
-        artifact = plan.store.open(ArtifactKey("activation_shards", partition, shard))
-        yield problem_id, artifact.read_tensors(ACTIVATIONS_FILE)
 
-
-def read_activations(
-    plan: Plan, site: Site, setting: str, pooling: Pooling = "mean"
-) -> dict[int, np.ndarray]:
-    """Read one pooling of one site and setting's activations.
-
-    Returns:
-        problem id -> [sentence, d_model], float32, in sentence order; for `tokens` [token, d_model]
-        of all sentences.
-
-    Raises:
-        ConfigError: the study does not keep this pooling.
-        MissingArtifactError: they are not extracted yet.
-        CorruptArtifactError: a shard differs from its manifest.
-    """
-    kept = plan.study.activations.poolings
-    if pooling not in kept:
-        raise ConfigError(
-            f"no pooling {pooling!r}",
-            f"study {plan.study.name}, activations.poolings",
-            f"add it there, or use one of {', '.join(kept)}",
-        )
-    return {
-        problem_id: tensors[pooling].float().numpy()
-        for problem_id, tensors in read_shards(plan, site, setting)
-    }
-
-
-def read_probe_data(plan: Plan, model: str, setting: str, site: Site | None) -> ProbeData:
-    """Join labels, spans, sentences and, for a site, its activations into one matrix set.
-
-    Raises:
-        MissingArtifactError: an upstream artifact is not there yet.
-    """
-    return join_features(
-        plan.store.open(plan.labels(model, setting)).read_table("labels.parquet"),
-        plan.store.open(plan.spans(model, setting)).read_table("spans.parquet"),
-        plan.store.open(plan.rollouts(model, setting)).read_table("sentences.parquet"),
-        None if site is None else read_activations(plan, site, setting),
-    )
+    recipe: ProbeRecipe
+    seed: int
+    view: View = WHOLE
 
 
 def read_scores(plan: Plan, site: Site, trial: Trial) -> pl.DataFrame:
-    """Read the scores of every recipe of one site and trial (`tables.SCORES`)."""
-    fits = [
-        plan.fit(site, trial.setting, recipe, trial.seed) for recipe in plan.study.probes.recipes
-    ]
+    """Read the scores of every recipe of one site and trial (`tables.SCORES`).
+
+    Raises:
+        MissingArtifactError: a recipe is not fitted yet.
+    """
+    fits = [plan.fit(site, trial.setting, recipe, trial.seed) for recipe in plan.study.recipes]
     return pl.concat([plan.store.open(key).read_table("scores.parquet") for key in fits])
-
-
-class _Bench:
-    """One (site, setting): its features, read only when a fit really needs them."""
-
-    def __init__(self, plan: Plan, site: Site, setting: str) -> None:
-        self._plan, self._site, self._setting = plan, site, setting
-
-    @cached_property
-    def with_activations(self) -> ProbeData:
-        return read_probe_data(self._plan, self._site.model, self._setting, self._site)
-
-    @cached_property
-    def without_activations(self) -> ProbeData:
-        return read_probe_data(self._plan, self._site.model, self._setting, None)
-
-    def data(self, recipe: ProbeRecipe) -> ProbeData:
-        return self.with_activations if recipe.reads_activations else self.without_activations
 
 
 def ensure_probe_fits(plan: Plan, cells: Sequence[tuple[Site, Trial]]) -> Iterator[Outcome]:
@@ -133,56 +75,117 @@ def ensure_probe_fits(plan: Plan, cells: Sequence[tuple[Site, Trial]]) -> Iterat
     for site, trial in cells:
         groups[site, trial.setting].append(trial)
     for (site, setting), trials in groups.items():
-        bench = _Bench(plan, site, setting)
+        wanted = [Wanted(recipe, trial.seed) for trial in trials for recipe in plan.study.recipes]
+        start = time.monotonic()
+        done = ensure_fits(plan, site, setting, wanted)
+        new = {key for key, is_reused in done.items() if not is_reused}
         for trial in trials:
-            yield _ensure_cell(plan, site, trial, bench)
+            index, fits = _commit_index(plan, site, trial)
+            # A fit that trials share is the first one's work.
+            is_reused = index.is_reused and new.isdisjoint(fits)
+            new -= set(fits)
+            yield Outcome(index.artifact, is_reused, time.monotonic() - start)
+            start = time.monotonic()
 
 
-def _ensure_cell(plan: Plan, site: Site, trial: Trial, bench: _Bench) -> Outcome:
-    recipes = plan.study.probes.recipes
-    outcomes = [_ensure_fit(plan, site, trial, recipe, bench) for recipe in recipes]
+def fit_key(plan: Plan, site: Site, setting: str, fit: Wanted) -> ArtifactKey:
+    """Key of a wanted fit at one site and setting."""
+    return plan.fit(site, setting, fit.recipe, fit.seed, fit.view)
+
+
+def ensure_fits(
+    plan: Plan, site: Site, setting: str, wanted: Sequence[Wanted]
+) -> dict[ArtifactKey, bool]:
+    """Fit what the store lacks of one (site, setting), each distinct fit once.
+
+    Unlike other artifacts, fits are computed before the lock of their partition is taken, so two
+    processes that want the same fits at the same time both compute them; one is kept.
+
+    Args:
+        plan: the plan.
+        site: model and layer.
+        setting: the setting.
+        wanted: what to fit.
+
+    Returns:
+        Key of every wanted fit -> whether it stood in the store before.
+
+    Raises:
+        MissingArtifactError: labels, spans or activations are not there yet.
+        PlanError: a split side would be empty.
+    """
+    keys = {fit_key(plan, site, setting, fit): fit for fit in wanted}
+    lacking = {key: fit for key, fit in keys.items() if plan.store.adopt(key) is None}
+    by_view: dict[View, dict[Fit, ArtifactKey]] = defaultdict(dict)
+    for key, each in lacking.items():
+        by_view[each.view][Fit(each.recipe, each.seed)] = key
+    if lacking:
+        bench = _Bench(plan, site, setting, tuple(lacking.values()))
+        for view, fits in by_view.items():
+            for fit, result in fit_batches(bench.design(view), list(fits), bench.device):
+                bench.commit(fits[fit], fit, result)
+    return {key: key not in lacking for key in keys}
+
+
+def _commit_index(plan: Plan, site: Site, trial: Trial) -> tuple[Outcome, list[ArtifactKey]]:
+    recipes = plan.study.recipes
+    keys = [plan.fit(site, trial.setting, recipe, trial.seed) for recipe in recipes]
 
     def write(folder: Path) -> None:
         table = pl.DataFrame(
             {
                 "recipe": [recipe.name for recipe in recipes],
-                "scope": [outcome.key.partition[0] for outcome in outcomes],
-                "fit": [outcome.key.partition[2] for outcome in outcomes],
-                "fit_fingerprint": [outcome.key.fingerprint for outcome in outcomes],
+                "target": [recipe.target for recipe in recipes],
+                "scope": [key.partition[0] for key in keys],
+                "fit": [key.partition[2] for key in keys],
+                "fit_fingerprint": [key.fingerprint for key in keys],
             }
         )
         write_table(folder / "fits.parquet", table)
 
-    outcome = commit_once(
-        plan,
-        plan.probe_fits(site, trial),
-        write,
-        {"site": str(site), "trial": str(trial), "target": plan.study.probes.target},
-        [outcome.key for outcome in outcomes],
-    )
-    return Outcome(
-        outcome.artifact,
-        all(each.is_reused for each in (outcome, *outcomes)),
-        sum(each.duration_s for each in (outcome, *outcomes)),
-    )
+    provenance = {"site": str(site), "trial": str(trial)}
+    return commit_once(plan, plan.probe_fits(site, trial), write, provenance, keys), keys
 
 
-def _ensure_fit(
-    plan: Plan, site: Site, trial: Trial, recipe: ProbeRecipe, bench: _Bench
-) -> Outcome:
-    setting = trial.setting
-    upstream = [plan.labels(site.model, setting), plan.spans(site.model, setting)]
-    if recipe.reads_activations:
-        upstream.append(plan.activations(site, setting))
+@dataclass(frozen=True)
+class _Bench:
+    """What one (site, setting) needs to fit what it lacks."""
 
-    def write(folder: Path) -> None:
-        data = bench.data(recipe)
-        folds = make_folds(data.problems, plan.study.splits)
-        fit = fit_recipe(recipe, plan.study.probes.target, data, folds, trial.seed)
-        save_probes(folder, fit)
-        write_table(folder / "scores.parquet", fit.scores)
+    plan: Plan
+    site: Site
+    setting: str
+    wanted: tuple[Wanted, ...]
 
-    provenance = {"recipe": recipe.name, "target": plan.study.probes.target, "setting": setting}
-    return commit_once(
-        plan, plan.fit(site, setting, recipe, trial.seed), write, provenance, upstream
-    )
+    @cached_property
+    def device(self) -> str:
+        return str(pick_devices(self.plan.study.activations.device)[0])
+
+    @cached_property
+    def _data(self) -> ProbeData:
+        recipes = [each.recipe for each in self.wanted]
+        return read_probe_data(self.plan, self.site.model, self.setting, self.site, recipes)
+
+    def design(self, view: View) -> Design:
+        data = self._data
+        if view.attention is not None:
+            masses = read_attention(self.plan, self.site, self.setting)
+            data = with_attention(data, variant_scores(masses, view.attention))
+        data = take_rows(data, kept_rows(data, view))
+        splits = self.plan.study.splits
+        folds = make_folds(self.plan.problem_ids(), splits, present=data.problems)
+        return Design(data, tuple(folds), splits, self.plan.study.labels)
+
+    def commit(self, key: ArtifactKey, fit: Fit, result: RecipeFit) -> None:
+        def write(folder: Path) -> None:
+            if self.plan.study.probes.keep == "probes":
+                save_probes(folder, result.probes)
+            write_table(folder / "scores.parquet", result.scores)
+
+        provenance = {
+            "recipe": fit.recipe.name,
+            "target": fit.recipe.target,
+            "setting": self.setting,
+            "seed": fit.seed if fit.recipe.is_stochastic else None,
+        }
+        upstream = self.plan.fit_inputs(self.site, self.setting, fit.recipe)
+        commit_once(self.plan, key, write, provenance, upstream)

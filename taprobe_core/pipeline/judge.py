@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import polars as pl
@@ -14,6 +15,9 @@ from taprobe_core.pipeline.fit import read_scores
 from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.store import write_table
+from taprobe_core.study import UNSIGNED_TARGETS
+
+EVALUATION_TABLES = tuple(field.name for field in fields(EvaluationTables))
 
 
 def _labels(plan: Plan, site: Site, setting: str) -> pl.DataFrame:
@@ -23,16 +27,24 @@ def _labels(plan: Plan, site: Site, setting: str) -> pl.DataFrame:
 def ensure_deferral_plans(plan: Plan, site: Site, trial: Trial) -> Outcome:
     """Tune and project one site and trial's deferral plans: tables `plans`, `decisions`.
 
+    Only scores that rank anchors as they are can be cut by thresholds: recipes of a signed target,
+    or fitted to residuals, get no plan.
+
     Raises:
         MissingArtifactError: the fits are not there yet.
         PlanError: no validation sentence to tune on.
     """
     fits = plan.probe_fits(site, trial)
+    ranking = [
+        recipe.name
+        for recipe in plan.study.recipes
+        if recipe.target in UNSIGNED_TARGETS and recipe.residualize == "none"
+    ]
 
     def write(folder: Path) -> None:
         plan.store.open(fits)
         tables = plan_deferrals(
-            read_scores(plan, site, trial),
+            read_scores(plan, site, trial).filter(pl.col("recipe").is_in(ranking)),
             _labels(plan, site, trial.setting),
             plan.study.deferral,
         )
@@ -46,12 +58,12 @@ def ensure_deferral_plans(plan: Plan, site: Site, trial: Trial) -> Outcome:
 def ensure_evaluation(plan: Plan, site: Site, setting: str) -> Outcome:
     """Evaluate one site and setting over all seeds.
 
-    Tables `metrics`, `problem_metrics`, `deltas` and `plans`.
+    The tables of `EvaluationTables`, and `plans`.
 
     Raises:
         MissingArtifactError: a trial's fits or plans are not there yet.
     """
-    trials = [Trial(setting, seed) for seed in plan.study.seeds]
+    trials, recipes = [Trial(setting, seed) for seed in plan.study.seeds], plan.study.recipes
     upstream = [
         *(plan.probe_fits(site, trial) for trial in trials),
         *(plan.deferral_plans(site, trial) for trial in trials),
@@ -64,7 +76,8 @@ def ensure_evaluation(plan: Plan, site: Site, setting: str) -> Outcome:
             {trial.seed: read_scores(plan, site, trial) for trial in trials},
             _labels(plan, site, setting),
             plan.study.evaluation,
-            plan.study.probes.target,
+            {recipe.name: recipe.target or plan.study.probes.target for recipe in recipes},
+            {recipe.name: recipe.residualize for recipe in recipes},
         )
         plans = pl.concat(
             plan.store.open(plan.deferral_plans(site, trial))
@@ -72,9 +85,8 @@ def ensure_evaluation(plan: Plan, site: Site, setting: str) -> Outcome:
             .with_columns(seed=pl.lit(trial.seed, pl.Int64))
             for trial in trials
         )
-        write_table(folder / "metrics.parquet", tables.metrics)
-        write_table(folder / "problem_metrics.parquet", tables.problem_metrics)
-        write_table(folder / "deltas.parquet", tables.deltas)
+        for name in EVALUATION_TABLES:
+            write_table(folder / f"{name}.parquet", getattr(tables, name))
         write_table(folder / "plans.parquet", plans)
 
     provenance = {"site": str(site), "setting": setting, "seeds": list(plan.study.seeds)}
@@ -89,9 +101,7 @@ def read_evaluation(plan: Plan, site: Site, setting: str) -> EvaluationTables:
     """
     artifact = plan.store.open(plan.evaluation(site, setting))
     return EvaluationTables(
-        metrics=artifact.read_table("metrics.parquet"),
-        problem_metrics=artifact.read_table("problem_metrics.parquet"),
-        deltas=artifact.read_table("deltas.parquet"),
+        **{name: artifact.read_table(f"{name}.parquet") for name in EVALUATION_TABLES}
     )
 
 
@@ -106,7 +116,7 @@ def ensure_leaderboard(plan: Plan) -> Outcome:
     def write(folder: Path) -> None:
         board = build_leaderboard(
             [(site, setting, read_evaluation(plan, site, setting)) for site, setting in cells],
-            recipes=plan.study.probes.recipes,
+            recipes=plan.study.recipes,
         )
         write_table(folder / "leaderboard.parquet", board)
 

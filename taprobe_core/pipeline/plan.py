@@ -14,203 +14,77 @@ other sibling modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 from taprobe_core.keys import Site, Trial
-from taprobe_core.pipeline.sources import Sources
-from taprobe_core.store import Artifact, ArtifactKey, Store, fingerprint
-from taprobe_core.study import SPEED_ONLY, ProbeRecipe, Study
+from taprobe_core.pipeline.data_plan import DataPlan
+from taprobe_core.pipeline.keyed import CODE_VERSIONS
+from taprobe_core.pipeline.view import WHOLE, View
+from taprobe_core.store import ArtifactKey
+from taprobe_core.study import SPEED_ONLY, ProbeRecipe
+from taprobe_core.tables import SWEEP_STAGES
 
-CODE_VERSIONS: Mapping[str, str] = {
-    "rollouts": "2",
-    "labels": "2",
-    "spans": "1",
-    "activation_shards": "2",
-    "activations": "2",
-    "attention_shards": "1",
-    "vertical_attention": "1",
-    "receiver_heads": "1",
-    "fits": "1",
-    "probe_fits": "1",
-    "deferral_plans": "1",
-    "evaluation": "2",
-    "leaderboard": "1",
-    "study_report": "2",
-}
-"""Raised by hand when a stage's results change; every fingerprint below it then changes too."""
+__all__ = ["CODE_VERSIONS", "Plan"]
+
+SWEEP_READS = {
+    "stage1": {
+        "targets", "percentiles", "thresholds", "windows", "drop_last_sentence", "poolings",
+        "residualize", "residualized",
+    },
+    "stage2": {"attention", "poolings", "residualized"},
+    "stage3": {"tuning", "attention", "poolings", "residualized"},
+}  # fmt: skip
+"""Stage -> the fields of `Sweep` that decide its configurations, beside its shortlist."""
 
 
-class Plan(Sources):
-    """Keys of one study's artifacts in one store.
-
-    Args:
-        study: the study.
-        store: where the artifacts stand.
-        data_root: folder for what is built beside the store.
-    """
-
-    def __init__(self, study: Study, store: Store, data_root: Path) -> None:
-        super().__init__(study, data_root)
-        self.store = store
-        self._configs: dict[ArtifactKey, Mapping[str, Any]] = {}
+class Plan(DataPlan):
+    """Keys of one study's artifacts in one store; arguments are those of `KeyedSources`."""
 
     @cache
-    def rollouts(self, model: str, setting: str) -> ArtifactKey:
-        """Key of the rollout tables of one model and setting."""
-        rollouts = self.study.rollouts
-        return self._key(
-            "rollouts",
-            (model, setting),
-            {
-                "content": self.dataset_version(model, setting),
-                "rollouts_dir": self.model(model).rollouts_dir,
-                "setting": setting,
-                "on_bad_problem": rollouts.on_bad_problem,
-            },
-        )
-
-    @cache
-    def labels(self, model: str, setting: str) -> ArtifactKey:
-        """Key of the labels of one model and setting."""
-        return self._key(
-            "labels",
-            (model, setting),
-            self.study.labels.model_dump(mode="json"),
-            self.rollouts(model, setting),
-        )
-
-    @cache
-    def spans(self, model: str, setting: str) -> ArtifactKey:
-        """Key of the texts and spans of one model and setting."""
-        return self._key(
-            "spans",
-            (model, setting),
-            {
-                **self.study.spans.model_dump(mode="json"),
-                "tokenizer_sha256": self.checkpoint(model)["tokenizer_sha256"],
-                "on_bad_problem": self.study.rollouts.on_bad_problem,
-            },
-            self.rollouts(model, setting),
-        )
-
-    def _activation_config(self, site: Site) -> dict[str, Any]:
-        return {
-            "checkpoint": dict(self.checkpoint(site.model)),
-            "layer": site.layer,
-            "dtype": self.model(site.model).dtype,
-            **self.study.activations.model_dump(mode="json", exclude=set(SPEED_ONLY)),
-        }
-
-    def activation_shard(
-        self, site: Site, setting: str, problem_id: int, input_sha256: str
+    def fit(
+        self, site: Site, setting: str, recipe: ProbeRecipe, seed: int, view: View = WHOLE
     ) -> ArtifactKey:
-        """Key of one problem's activations: depends on its own tokens and spans, not on others."""
-        return self._key(
-            "activation_shards",
-            (str(site), setting, f"problem_{problem_id}"),
-            {**self._activation_config(site), "input_sha256": input_sha256},
-        )
-
-    def _attention_config(self, site: Site) -> dict[str, Any]:
-        attention = self.study.attention
-        return {
-            "checkpoint": dict(self.checkpoint(site.model)),
-            "layer": site.layer,
-            "dtype": self.model(site.model).dtype,
-            "mode": attention.mode,
-            "last_n": attention.last_n if attention.mode == "light" else None,
-        }
-
-    def attention_shard(
-        self, site: Site, setting: str, problem_id: int, input_sha256: str
-    ) -> ArtifactKey:
-        """Key of one problem's vertical attention: mass between its sentences, per head."""
-        return self._key(
-            "attention_shards",
-            (str(site), setting, f"problem_{problem_id}"),
-            {**self._attention_config(site), "input_sha256": input_sha256},
-        )
-
-    @cache
-    def activations(self, site: Site, setting: str) -> ArtifactKey:
-        """Key of the index of one site and setting's shards."""
-        return self._key(
-            "activations",
-            (str(site), setting),
-            self._activation_config(site),
-            self.spans(site.model, setting),
-        )
-
-    @cache
-    def vertical_attention(self, site: Site, setting: str) -> ArtifactKey:
-        """Key of the index of one site and setting's attention shards, and what follows from them.
-
-        Only the mode `full` makes head by head figures, and only they depend on proximity and depth
-        control.
-        """
-        attention = self.study.attention
-        is_full = attention.mode == "full"
-        return self._key(
-            "vertical_attention",
-            (str(site), setting),
-            {
-                **self._attention_config(site),
-                "proximity": list(attention.proximity) if is_full else None,
-                "depth_control": attention.depth_control if is_full else None,
-            },
-            self.spans(site.model, setting),
-        )
-
-    @cache
-    def receiver_heads(self, model: str, setting: str) -> ArtifactKey:
-        """Key of the receiver heads of one model and setting, chosen over all its sites."""
-        attention = self.study.attention
-        return self._key(
-            "receiver_heads",
-            (model, setting),
-            {
-                "proximity": list(attention.proximity),
-                "depth_control": attention.depth_control,
-                "n_receiver_heads": attention.n_receiver_heads,
-                "splits": self.study.splits.model_dump(mode="json"),
-            },
-            *(self.vertical_attention(site, setting) for site in self.sites(model)),
-        )
-
-    @cache
-    def fit(self, site: Site, setting: str, recipe: ProbeRecipe, seed: int) -> ArtifactKey:
         """Key of one recipe's fits over all folds.
 
-        A recipe that reads no activations is shared by all sites of the model, and a deterministic
-        one by all seeds: each is solved once.
+        A recipe that reads nothing of the model's states is shared by all sites of the model, and a
+        deterministic one by all seeds: each is solved once.
+
+        Args:
+            site: model and layer.
+            setting: the setting.
+            recipe: one of `Study.recipes`, whose target is filled in.
+            seed: of a stochastic recipe.
+            view: which rows and scores it sees; a sweep varies them.
         """
         scope = str(site) if recipe.reads_activations else site.model
         name = f"{recipe.name}@s{seed:02d}" if recipe.is_stochastic else recipe.name
-        upstream = [self.labels(site.model, setting), self.spans(site.model, setting)]
-        if recipe.reads_activations:
-            upstream.append(self.activations(site, setting))
         return self._key(
             "fits",
             (scope, setting, name),
             {
-                "recipe": recipe.model_dump(mode="json"),
-                "target": self.study.probes.target,
-                "splits": self.study.splits.model_dump(mode="json"),
+                "recipe": recipe.content(),
+                "tie_rule": self.study.labels.tie_rule,
+                "folds": self.folds_config(),
                 "seed": seed if recipe.is_stochastic else None,
+                "keep": self.study.probes.keep,
+                **view.content(self.study.attention.mode),
             },
-            *upstream,
+            *self.fit_inputs(site, setting, recipe),
         )
+
+    def fit_inputs(self, site: Site, setting: str, recipe: ProbeRecipe) -> list[ArtifactKey]:
+        """Keys of what a recipe's fits are computed from."""
+        keys = [self.labels(site.model, setting), self.spans(site.model, setting)]
+        if recipe.poolings_read:
+            keys.append(self.activations(site, setting))
+        if "vertical_attention" in recipe.features:
+            keys.append(self.vertical_attention(site, setting))
+        return keys
 
     @cache
     def probe_fits(self, site: Site, trial: Trial) -> ArtifactKey:
         """Key of the index of one site and trial's fits."""
-        fits = [
-            self.fit(site, trial.setting, recipe, trial.seed)
-            for recipe in self.study.probes.recipes
-        ]
+        fits = [self.fit(site, trial.setting, recipe, trial.seed) for recipe in self.study.recipes]
         return self._key("probe_fits", (str(site), str(trial)), {}, *fits)
 
     @cache
@@ -232,7 +106,7 @@ class Plan(Sources):
             (str(site), setting),
             {
                 **self.study.evaluation.model_dump(mode="json"),
-                "target": self.study.probes.target,
+                "recipes": [recipe.name for recipe in self.study.recipes],
             },
             *(self.probe_fits(site, trial) for trial in trials),
             *(self.deferral_plans(site, trial) for trial in trials),
@@ -260,42 +134,62 @@ class Plan(Sources):
             self.leaderboard(),
         )
 
-    def commit(
-        self,
-        key: ArtifactKey,
-        write: Callable[[Path], None],
-        provenance: Mapping[str, Any],
-        upstream: Sequence[ArtifactKey] = (),
-        estimate_bytes: int = 0,
-    ) -> Artifact:
-        """Commit an artifact of this plan; its manifest also gets code version and config slice.
+    @cache
+    def sweep_fits(self, stage: str, site: Site, setting: str) -> ArtifactKey:
+        """Key of what one stage of the sweep finds at one site and setting, over all seeds.
 
-        Arguments and errors are those of `Store.commit`.
+        The configurations of the later stages follow from a shortlist, so its key stands for them.
         """
-        return self.store.commit(
-            key,
-            write,
-            provenance=provenance,
-            upstream=upstream,
-            estimate_bytes=estimate_bytes,
-            code_version=CODE_VERSIONS[key.stage],
-            config=self.config_of(key),
+        sweep = self.study.sweep
+        return self._key(
+            f"sweep_{stage}",
+            (str(site), setting),
+            {
+                "sweep": None
+                if sweep is None
+                else sweep.model_dump(mode="json", include=SWEEP_READS[stage]),
+                "recipes": [recipe.model_dump(mode="json") for recipe in self.study.recipes],
+                "baselines": list(self.study.evaluation.baselines),
+                "seeds": list(self.study.seeds),
+                "folds": self.folds_config(),
+                "keep": self.study.probes.keep,
+            },
+            *([self.sweep_shortlist(stage)] if stage != "stage1" else []),
+            self.labels(site.model, setting),
+            self.activations(site, setting),
+            *(
+                [self.vertical_attention(site, setting)]
+                if stage != "stage1" and self.study.attention.mode != "off"
+                else []
+            ),
         )
 
-    def config_of(self, key: ArtifactKey) -> Mapping[str, Any]:
-        """The slice of the study that a key of this plan stands for."""
-        return self._configs[key]
-
-    def _key(
-        self,
-        stage: str,
-        partition: tuple[str, ...],
-        config: Mapping[str, Any],
-        *upstream: ArtifactKey,
-    ) -> ArtifactKey:
-        upstream_prints = [key.fingerprint for key in upstream]
-        key = ArtifactKey(
-            stage, partition, fingerprint(stage, CODE_VERSIONS[stage], config, upstream_prints)
+    @cache
+    def sweep_shortlist(self, stage: str) -> ArtifactKey:
+        """Key of the configurations that go on to a stage of the sweep."""
+        before, sweep = {"stage2": "stage1", "stage3": "stage2"}[stage], self.study.sweep
+        return self._key(
+            f"sweep_shortlist_{stage}",
+            (self.study.name,),
+            {"shortlists": None if sweep is None else sweep.shortlists.model_dump(mode="json")},
+            *self._sweep_cells(before),
         )
-        self._configs[key] = config
-        return key
+
+    @cache
+    def sweep_table(self, name: str) -> ArtifactKey:
+        """Key of a table over all stages of the sweep."""
+        cells = [key for stage in SWEEP_STAGES for key in self._sweep_cells(stage)]
+        study = self.study
+        config = {
+            "evaluation": study.evaluation.model_dump(mode="json"),
+            "sweep": None if study.sweep is None else study.sweep.model_dump(mode="json"),
+        }
+        return self._key(name, (study.name,), config, *cells)
+
+    def _sweep_cells(self, stage: str) -> list[ArtifactKey]:
+        study = self.study
+        return [
+            self.sweep_fits(stage, site, setting)
+            for site in study.sites
+            for setting in study.settings
+        ]

@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 
 from taprobe_core import plots
+from taprobe_core.diagnostics import diagnose
 from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline.cells import cells_of, key_of
 from taprobe_core.pipeline.fit import read_scores
@@ -49,9 +50,7 @@ def _gather(plan: Plan) -> ReportData:
     study = plan.study
     cells = [(site, setting) for site in study.sites for setting in study.settings]
     evaluations = [(site, setting, read_evaluation(plan, site, setting)) for site, setting in cells]
-    selected = select_on_validation(
-        evaluations, recipes=study.probes.recipes, evaluation=study.evaluation
-    )
+    selected = select_on_validation(evaluations, recipes=study.recipes, evaluation=study.evaluation)
     return ReportData(
         study=study.name,
         description=study.description,
@@ -70,6 +69,7 @@ def _gather(plan: Plan) -> ReportData:
         skipped=_skipped(plan),
         example=_example(plan, selected),
         figures=_figures(plan),
+        diagnostics=diagnose(evaluations, recipes=study.recipes),
         versions=library_versions(),
         fingerprints=_fingerprints(plan),
     )

@@ -17,6 +17,11 @@ from taprobe_core.pipeline.judge import (
 from taprobe_core.pipeline.outcome import Outcome
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.publish import ensure_study_report
+from taprobe_core.pipeline.sweep import (
+    ensure_sweep_fits,
+    ensure_sweep_shortlist,
+    ensure_sweep_table,
+)
 from taprobe_core.pipeline.text import ensure_labels, ensure_rollouts, ensure_spans
 
 _PER_CELL: Mapping[str, Callable[[Plan, Cell], Outcome]] = {
@@ -30,6 +35,11 @@ _PER_CELL: Mapping[str, Callable[[Plan, Cell], Outcome]] = {
     "evaluation": lambda plan, cell: ensure_evaluation(plan, parse_site(cell[0]), cell[1]),
     "leaderboard": lambda plan, _: ensure_leaderboard(plan),
     "study_report": lambda plan, _: ensure_study_report(plan),
+    "sweep_shortlist_stage2": lambda plan, _: ensure_sweep_shortlist(plan, "stage2"),
+    "sweep_shortlist_stage3": lambda plan, _: ensure_sweep_shortlist(plan, "stage3"),
+    "sweep_leaderboard": lambda plan, _: ensure_sweep_table(plan, "sweep_leaderboard"),
+    "sweep_paired_deltas": lambda plan, _: ensure_sweep_table(plan, "sweep_paired_deltas"),
+    "sweep_stability": lambda plan, _: ensure_sweep_table(plan, "sweep_stability"),
 }
 
 
@@ -58,6 +68,9 @@ def run_stage(plan: Plan, stage: str, cells: Sequence[Cell]) -> Iterator[tuple[C
     elif stage == "probe_fits":
         trials = [(parse_site(site), parse_trial(trial)) for site, trial in cells]
         yield from _keyed(ensure_probe_fits(plan, trials))
+    elif stage in ("sweep_stage1", "sweep_stage2", "sweep_stage3"):
+        places = [(parse_site(site), setting) for site, setting in cells]
+        yield from _keyed(ensure_sweep_fits(plan, stage.removeprefix("sweep_"), places))
     else:
         for cell in cells:
             yield cell, _PER_CELL[stage](plan, cell)

@@ -19,7 +19,12 @@ from taprobe_core.demo import DemoWorld
 from taprobe_core.errors import ConfigError, TaprobeError
 from taprobe_core.keys import Site
 from taprobe_core.pipeline.world import ensure_demo_world
-from taprobe_core.rollouts import RolloutSource, content_digest, open_source
+from taprobe_core.rollouts import (
+    RolloutSource,
+    content_digest,
+    listed_problems,
+    open_source,
+)
 from taprobe_core.study import DemoSource, Model, PolicySource, Study
 
 T = TypeVar("T")
@@ -112,3 +117,22 @@ class Sources:
     def dataset_version(self, model: str, setting: str) -> str:
         """Digest of the source files of one model and setting."""
         return content_digest(self.source, self.model(model), self.study.rollouts, setting)
+
+    @_asked_once
+    def problem_ids(self) -> tuple[int, ...]:
+        """Every problem that some model and setting of the study has, ascending.
+
+        Folds are made from these, so that all cells are divided alike and a problem that is test in
+        one setting trains in none.
+        """
+        places = [
+            (model, setting) for model in self.study.models for setting in self.study.settings
+        ]
+        found = {
+            problem_id
+            for model, setting in places
+            for problem_id in listed_problems(
+                self.source, self.model(model), self.study.rollouts, setting
+            )
+        }
+        return tuple(sorted(found))

@@ -1,22 +1,29 @@
 """Fit probes on folds, keep them as arrays, and score with them.
 
-inputs    what a recipe reads, and the feature matrix from stored arrays
-words     term counts and their weights
-pipeline  the scikit-learn pipeline of a recipe, its fit, its arrays
-fitted    a fitted probe: arrays in, scores out
-fit       one recipe over folds
-files     probes on disk
+inputs      what a recipe reads, and the feature matrix from stored arrays
+words       term counts and their weights
+design      rows, folds and targets that recipes share
+linear      logistic regression and ridge of many recipes in one solve
+network     multilayer perceptrons of many recipes and seeds in one solve
+token_sets  attention, MultiMax and rolling MultiMax probes in one solve
+solved      what a solve leaves
+fitted      a fitted probe: arrays in, scores out
+fit         recipes to solves to scores
+files       probes on disk
 """
 
+from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.files import load_probes, save_probes
-from taprobe_core.probes.fit import RecipeFit, fit_recipe
+from taprobe_core.probes.fit import RecipeFit, fit_batches
 from taprobe_core.probes.fitted import FittedProbe, Training
 
 __all__ = [
+    "Design",
+    "Fit",
     "FittedProbe",
     "RecipeFit",
     "Training",
-    "fit_recipe",
+    "fit_batches",
     "load_probes",
     "save_probes",
 ]

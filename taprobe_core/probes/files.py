@@ -1,6 +1,6 @@
 """Probes on disk: `probes.safetensors` for arrays, `probes.json` for everything else.
 
-JSON: `format`, `target`, `seed`, `recipe`, `terms` (every term that any fold chose, once,
+JSON: `format`, `seed`, `recipe` (with its target), `terms` (every term that any fold chose, once,
 alphabetical) and `probes`, one object per fold: `protocol`, `index`, `train`, `val`, `test`,
 `n_iter`, `is_converged`, `early_stopping`, `arrays`. A tensor's name is the fold and the array,
 `lopo_3.coef`; `lopo_3.terms` [term] int32 are that fold's terms as positions in `terms`.
@@ -12,39 +12,37 @@ the same bytes, and loaded probes hold bit-equal arrays. No pickle.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from taprobe_core.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
-from taprobe_core.probes.fit import RecipeFit
 from taprobe_core.probes.fitted import FittedProbe, Training
 from taprobe_core.probes.inputs import Arrays
 from taprobe_core.splits import Fold
-from taprobe_core.study.config import ProbeRecipe, Target
+from taprobe_core.study import ProbeRecipe
 
-FORMAT = 1
+FORMAT = 2
 _ARRAYS, _REST = "probes.safetensors", "probes.json"
 _FIT_AGAIN = "fit these probes again"
-_TARGET: TypeAdapter[Target] = TypeAdapter(Target)
 
 
-def save_probes(folder: Path, fit: RecipeFit) -> None:
+def save_probes(folder: Path, probes: Sequence[FittedProbe]) -> None:
     """Write the probes of one recipe into `folder`, which exists.
 
     Args:
         folder: receives `probes.safetensors` and `probes.json`.
-        fit: at least one fold; its scores are not written here.
+        probes: one per fold, at least one.
     """
-    first = fit.probes[0]
-    terms = sorted({term for probe in fit.probes for term in probe.terms or ()})
+    first = probes[0]
+    terms = sorted({term for probe in probes for term in probe.terms or ()})
     position = {term: index for index, term in enumerate(terms)}
     tensors = {}
-    for probe in fit.probes:
+    for probe in probes:
         arrays = dict(probe.arrays)
         if probe.terms is not None:
             arrays["terms"] = np.array([position[term] for term in probe.terms], dtype=np.int32)
@@ -52,11 +50,10 @@ def save_probes(folder: Path, fit: RecipeFit) -> None:
             tensors[f"{_prefix(probe.fold)}.{name}"] = np.ascontiguousarray(array)
     document = {
         "format": FORMAT,
-        "target": first.target,
         "seed": first.seed,
         "recipe": first.recipe.model_dump(mode="json"),
         "terms": terms,
-        "probes": [_record(probe) for probe in fit.probes],
+        "probes": [_record(probe) for probe in probes],
     }
     save_file(tensors, folder / _ARRAYS)
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1, sort_keys=True)
@@ -109,15 +106,14 @@ def _record(probe: FittedProbe) -> dict[str, Any]:
 def _probe(
     document: dict[str, Any], recipe: ProbeRecipe, record: dict[str, Any], tensors: Arrays
 ) -> FittedProbe:
-    sides = (tuple(record[side]) for side in ("train", "val", "test"))
-    fold = Fold(record["protocol"], record["index"], *sides)
+    train, val, test = (tuple(record[side]) for side in ("train", "val", "test"))
+    fold = Fold(record["protocol"], record["index"], train, val, test)
     prefix = _prefix(fold)
     terms = None
     if "text" in recipe.features:
         terms = tuple(document["terms"][position] for position in tensors[f"{prefix}.terms"])
     return FittedProbe(
         recipe=recipe,
-        target=_TARGET.validate_python(document["target"]),
         fold=fold,
         seed=document["seed"],
         arrays={name: tensors[f"{prefix}.{name}"] for name in record["arrays"]},

@@ -1,75 +1,84 @@
-"""What a recipe reads, one column per block; and the feature matrix, made from stored arrays.
+"""What a recipe reads: its dense blocks side by side, its texts, its token sets.
 
-The frame is what the pipeline is fitted on; `transform_inputs` repeats the pipeline's input step
-from its arrays, without scikit-learn's objects. What does not belong here: learning (`pipeline`).
-Invariant: a row's features depend on that row and the arrays alone.
+From joined features to the matrices that solvers take, and from stored arrays back to the feature
+matrix that a stored probe scores. What does not belong here: learning (`linear`, `network`,
+`token_sets`). Invariant: a row's features depend on that row and the arrays alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, hstack
 
 from taprobe_core.errors import DataError
 from taprobe_core.features import ProbeData
-from taprobe_core.probes.words import weigh_texts
-from taprobe_core.study.config import ProbeRecipe
+from taprobe_core.study import ProbeRecipe
+from taprobe_core.words import weigh_texts
 
 Matrix: TypeAlias = NDArray[np.float64] | csr_matrix
 Arrays = dict[str, NDArray[Any]]
 
-DENSE_BLOCKS = ("activations", "position")
+DENSE_BLOCKS = ("activations", "vertical_attention", "causal_position", "position")
 """Blocks that are standardised, in the order of their features."""
 
 
-def input_frame(recipe: ProbeRecipe, data: ProbeData) -> pl.DataFrame:
-    """Return the blocks that `recipe` reads, one row per sentence.
+def dense_matrix(recipe: ProbeRecipe, data: ProbeData) -> NDArray[np.float32] | None:
+    """Return the dense blocks that `recipe` reads, side by side.
 
     Returns:
-        Of the columns `text` (String), `activations` (Array of d_model Float32) and `position`
-        (Array of 4 Float32), those that the recipe names.
+        [row, feature] float32, not standardised; None when it reads text alone.
 
     Raises:
-        DataError: the recipe reads activations and `data` has none.
+        DataError: the data lacks a block.
     """
-    if recipe.reads_activations and data.activations is None:
-        raise DataError(
-            f"recipe {recipe.name!r} reads activations, and the data has none",
-            "ProbeData.activations",
-            "pass the site's activations to join_features",
+    blocks = []
+    for name in DENSE_BLOCKS:
+        if name not in recipe.features:
+            continue
+        block = (
+            data.activations.get(recipe.pooling) if name == "activations" else _block(data, name)
         )
-    blocks = {"text": data.texts, "activations": data.activations, "position": data.position}
-    return pl.DataFrame(
-        [pl.Series(name, blocks[name]) for name in blocks if name in recipe.features]
-    )
+        if block is None:
+            what = f"activations of pooling {recipe.pooling}" if name == "activations" else name
+            raise DataError(
+                f"recipe {recipe.name!r} reads {what}, and the data has none",
+                f"ProbeData.{name}",
+                "pass them to join_features",
+            )
+        blocks.append(block)
+    return np.concatenate(blocks, axis=1, dtype=np.float32) if blocks else None
 
 
-def n_dense(frame: pl.DataFrame) -> int:
-    """Return the number of standardised features of `frame`."""
-    return sum(frame.schema[name].shape[0] for name in DENSE_BLOCKS if name in frame.columns)  # type: ignore[attr-defined]
+def _block(data: ProbeData, name: str) -> NDArray[np.float32] | None:
+    found: NDArray[np.float32] | None = getattr(data, name)
+    return found
 
 
-def transform_inputs(frame: pl.DataFrame, arrays: Arrays, terms: tuple[str, ...] | None) -> Matrix:
-    """Return the feature matrix, [terms ; activations ; position].
+def transform_inputs(
+    dense: NDArray[np.float32] | None,
+    texts: Sequence[str],
+    arrays: Arrays,
+    terms: tuple[str, ...] | None,
+) -> Matrix:
+    """Return the feature matrix of a stored probe, [terms ; dense].
 
     Args:
-        frame: rows from `input_frame`.
+        dense: [row, feature] from `dense_matrix`, or None.
+        texts: [row], read only when there are terms.
         arrays: `mean` and `scale` [feature], `idf` [term], as far as the recipe needs them.
         terms: [term]; None without text.
 
     Returns:
         [row, feature] float64, sparse when the recipe reads text.
     """
-    blocks = [frame[name].to_numpy() for name in DENSE_BLOCKS if name in frame.columns]
-    dense = None
-    if blocks:
-        values = np.concatenate(blocks, axis=1, dtype=np.float64)
-        dense = (values - arrays["mean"]) / arrays["scale"]
+    scaled = None
+    if dense is not None:
+        scaled = (dense.astype(np.float64) - arrays["mean"]) / arrays["scale"]
     if terms is None:
-        return dense
-    weighted = weigh_texts(frame["text"].to_list(), terms, arrays["idf"])
-    return weighted if dense is None else csr_matrix(hstack([weighted, csr_matrix(dense)]))
+        return scaled
+    weighted = weigh_texts(texts, terms, arrays["idf"])
+    return weighted if scaled is None else csr_matrix(hstack([weighted, csr_matrix(scaled)]))

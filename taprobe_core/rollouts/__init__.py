@@ -9,6 +9,7 @@ from taprobe_core.rollouts.read import (
     RolloutTables,
     choose_problems,
     content_digest,
+    listed_problems,
     read_rollouts,
 )
 from taprobe_core.rollouts.sources import (
@@ -27,6 +28,7 @@ __all__ = [
     "RolloutTables",
     "choose_problems",
     "content_digest",
+    "listed_problems",
     "max_rollouts",
     "open_source",
     "parse_problem",

@@ -58,6 +58,17 @@ def choose_problems(available: Sequence[int], rollouts: Rollouts) -> list[int]:
     return sorted(random.Random(rollouts.sample_seed).sample(pool, wanted))  # noqa: S311
 
 
+def listed_problems(
+    source: RolloutSource, model: Model, rollouts: Rollouts, setting: str
+) -> list[int]:
+    """Return the problems of one model and setting that a study reads, ascending.
+
+    Raises:
+        DataError: the problems cannot be listed.
+    """
+    return _chosen(source, rollouts, (model.rollouts_dir, rollouts.sampling, setting))
+
+
 def content_digest(source: RolloutSource, model: Model, rollouts: Rollouts, setting: str) -> str:
     """Return a sha256 that changes whenever what `read_rollouts` reads changes.
 

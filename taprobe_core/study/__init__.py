@@ -29,14 +29,18 @@ from taprobe_core.study.config import (
     Splits,
     StandInCheckpoint,
     Study,
+    Sweep,
     Target,
     resolve_folder,
 )
+from taprobe_core.study.probes import TOKEN_ESTIMATORS, UNSIGNED_TARGETS, TokenProbe
 from taprobe_core.study.source import load_study, parse_study, shipped_studies
 
 __all__ = [
     "DEFAULT_RECIPES",
     "SPEED_ONLY",
+    "TOKEN_ESTIMATORS",
+    "UNSIGNED_TARGETS",
     "Activations",
     "Attention",
     "Checkpoint",
@@ -61,7 +65,9 @@ __all__ = [
     "StandInCheckpoint",
     "Storage",
     "Study",
+    "Sweep",
     "Target",
+    "TokenProbe",
     "load_study",
     "parse_study",
     "resolve_folder",

@@ -11,10 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from taprobe_core.keys import Site, Trial
-from taprobe_core.study.activations import Activations, Attention
+from taprobe_core.study.activations import Activations, Attention, Pooling
+from taprobe_core.study.evaluation import Evaluation
 from taprobe_core.study.fields import (
     CommitSha,
     Count,
@@ -37,6 +38,16 @@ from taprobe_core.study.models import (
     PretrainedCheckpoint,
     StandInCheckpoint,
 )
+from taprobe_core.study.probes import (
+    DEFAULT_RECIPES,
+    ProbeRecipe,
+    Probes,
+    Target,
+    TokenProbe,
+)
+from taprobe_core.study.splits import Splits
+from taprobe_core.study.sweep import Sweep
+from taprobe_core.study.sweep_faults import sweep_fault
 
 __all__ = [
     "DEFAULT_RECIPES",
@@ -63,11 +74,11 @@ __all__ = [
     "StandInCheckpoint",
     "Study",
     "StudyPart",
+    "Sweep",
     "Target",
+    "TokenProbe",
     "resolve_folder",
 ]
-
-Target = Literal["anchor_binary", "importance_abs", "importance_signed"]
 
 
 class HubSource(StudyPart):
@@ -145,94 +156,6 @@ class Spans(StudyPart):
     text_view: Literal["base", "flattened"] = "base"
 
 
-class ProbeRecipe(StudyPart):
-    """Features, estimator and its settings; with the study's target, one probe.
-
-    `features` may join `position`, `text` and `activations`. Ridge stands for the linear estimator
-    on continuous targets and logistic regression on binary ones.
-    """
-
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
-    features: Annotated[
-        tuple[Literal["position", "text", "activations"], ...],
-        Field(min_length=1),
-        AfterValidator(distinct),
-    ]
-    estimator: Literal["linear", "mlp"] = "linear"
-    regularization: Annotated[float, Field(gt=0)] = 1.0
-    hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (100, 100)
-    max_iter: Count = 300
-    early_stopping: bool = True
-
-    @property
-    def reads_activations(self) -> bool:
-        """Whether the scores depend on the site."""
-        return "activations" in self.features
-
-    @property
-    def is_stochastic(self) -> bool:
-        """Whether the scores depend on the seed; a deterministic recipe is solved once."""
-        return self.estimator == "mlp"
-
-
-DEFAULT_RECIPES = (
-    ProbeRecipe(name="position_baseline", features=("position",)),
-    ProbeRecipe(name="text_only_baseline", features=("text",)),
-    ProbeRecipe(name="linear_probe", features=("activations",)),
-    ProbeRecipe(name="mlp_probe", features=("activations",), estimator="mlp"),
-    ProbeRecipe(name="activations_plus_position", features=("activations", "position")),
-)
-"""The names and settings that users of the field know."""
-
-
-class Probes(StudyPart):
-    """Target and recipes."""
-
-    target: Target = "anchor_binary"
-    recipes: Annotated[tuple[ProbeRecipe, ...], Field(min_length=1)] = DEFAULT_RECIPES
-
-    @field_validator("recipes")
-    @classmethod
-    def _names_differ(cls, recipes: tuple[ProbeRecipe, ...]) -> tuple[ProbeRecipe, ...]:
-        names = [recipe.name for recipe in recipes]
-        if len(set(names)) < len(names):
-            raise study_fault(f"recipe names repeat: {names}", "give each recipe a name of its own")
-        return recipes
-
-
-class Splits(StudyPart):
-    """How problems are divided; the problem is the unit, a sentence never leaves its own."""
-
-    protocols: Annotated[
-        tuple[Literal["holdout", "lopo"], ...], Field(min_length=1), AfterValidator(distinct)
-    ] = ("holdout", "lopo")
-    train_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.7
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    seed: Seed = 0
-
-    @model_validator(mode="after")
-    def _room_for_test(self) -> Self:
-        if self.train_fraction + self.val_fraction >= 1:
-            raise study_fault(
-                f"train_fraction {self.train_fraction} and val_fraction {self.val_fraction} leave "
-                "no problem for test",
-                "make their sum less than 1",
-            )
-        return self
-
-
-class Evaluation(StudyPart):
-    """How recipes are compared."""
-
-    baselines: Annotated[tuple[str, ...], AfterValidator(distinct)] = (
-        "position_baseline",
-        "text_only_baseline",
-    )
-    recall_at: Annotated[tuple[Count, ...], AfterValidator(distinct)] = (5, 10)
-    n_bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 2000
-    bootstrap_seed: Seed = 0
-
-
 class Deferral(StudyPart):
     """What a plan must keep to: a share of deferred sentences, or an error among the accepted."""
 
@@ -261,6 +184,7 @@ class Study(StudyPart):
     splits: Splits = Splits()
     evaluation: Evaluation = Evaluation()
     deferral: Deferral = Deferral()
+    sweep: Sweep | None = None
 
     @model_validator(mode="after")
     def _baselines_exist(self) -> Self:
@@ -275,14 +199,40 @@ class Study(StudyPart):
         return self
 
     @model_validator(mode="after")
-    def _means_are_kept(self) -> Self:
-        readers = [recipe.name for recipe in self.probes.recipes if recipe.reads_activations]
-        if readers and "mean" not in self.activations.poolings:
+    def _what_is_read_is_kept(self) -> Self:
+        readers: dict[Pooling, list[str]] = {}
+        for recipe in self.probes.recipes:
+            for pooling in recipe.poolings_read:
+                readers.setdefault(pooling, []).append(recipe.name)
+        for pooling, names in readers.items():
+            if pooling not in self.activations.poolings:
+                raise study_fault(
+                    f"no pooling `{pooling}`, which the recipes {', '.join(names)} read",
+                    f"add {pooling}, or remove these recipes from probes.recipes",
+                    ("activations", "poolings"),
+                )
+        looking = [r.name for r in self.probes.recipes if "vertical_attention" in r.features]
+        if looking and self.attention.mode == "off":
             raise study_fault(
-                f"no pooling `mean`, which the recipes {', '.join(readers)} read",
-                "add mean, or remove these recipes from probes.recipes",
-                ("activations", "poolings"),
+                f"mode off, while the recipes {', '.join(looking)} read vertical attention",
+                "use light or full, or remove these recipes from probes.recipes",
+                ("attention", "mode"),
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sweep_fits_in(self) -> Self:
+        if self.sweep is not None:
+            fault = sweep_fault(
+                self.sweep,
+                recipes=self.probes.recipes,
+                poolings=self.activations.poolings,
+                attention=self.attention,
+                protocols=self.splits.protocols,
+                drops_last_sentence=self.labels.drop_last_sentence,
+            )
+            if fault is not None:
+                raise fault
         return self
 
     @model_validator(mode="after")
@@ -296,6 +246,14 @@ class Study(StudyPart):
                     ("models", key, "tokenizer"),
                 )
         return self
+
+    @property
+    def recipes(self) -> tuple[ProbeRecipe, ...]:
+        """The recipes, each with every setting of its target filled in."""
+        return tuple(
+            recipe.resolved(self.probes.target, self.labels.percentile)
+            for recipe in self.probes.recipes
+        )
 
     @property
     def sites(self) -> tuple[Site, ...]:

@@ -5,7 +5,7 @@ for one thing: the same column means the same quantity in every table. What does
 how a table is made (its stage) and where it lives (the store).
 
     contract ◄─ dataset      rollouts, labels, spans
-             ◄─ results      scores, deltas, plans, decisions
+             ◄─ results      scores, contrasts, nulls, calibration, plans, decisions
              ◄─ attention    what follows from attention between sentences
 """
 
@@ -29,38 +29,76 @@ from taprobe_core.tables.dataset import (
     TEXTS,
 )
 from taprobe_core.tables.results import (
+    BEST_SEEDS,
+    CALIBRATION,
+    CONTRASTS,
     DECISIONS,
     DECISIONS_ON_SENTENCE,
     DELTAS,
+    NULL_KINDS,
+    NULLS,
     OBJECTIVES,
     PLANS,
+    POSITION_BINS,
     PROTOCOLS,
+    RELIABILITY_BINS,
     SCORES,
     SPLITS,
+    schema_of,
+)
+from taprobe_core.tables.sweep import (
+    SWEEP_CHOICES,
+    SWEEP_CONFIGURATIONS,
+    SWEEP_DELTAS,
+    SWEEP_LEADERBOARD,
+    SWEEP_RECIPES,
+    SWEEP_RESULTS,
+    SWEEP_SHORTLIST,
+    SWEEP_STABILITY,
+    SWEEP_STAGES,
+    SWEEP_STATUS,
 )
 
 __all__ = [
     "ATTENTION_HEADS",
     "ATTENTION_SCORES",
+    "BEST_SEEDS",
+    "CALIBRATION",
+    "CONTRASTS",
     "DECISIONS",
     "DECISIONS_ON_SENTENCE",
     "DELTAS",
     "HEAD_KURTOSIS",
     "LABELS",
     "LABEL_STATUS",
+    "NULLS",
+    "NULL_KINDS",
     "OBJECTIVES",
     "PLANS",
+    "POSITION_BINS",
     "PROBLEMS",
     "PROTOCOLS",
     "RECEIVER_HEADS",
     "RECEIVER_RELIABILITY",
     "RECEIVER_SCORES",
+    "RELIABILITY_BINS",
     "SCORES",
     "SENTENCES",
     "SKIPPED",
     "SPANS",
     "SPLITS",
+    "SWEEP_CHOICES",
+    "SWEEP_CONFIGURATIONS",
+    "SWEEP_DELTAS",
+    "SWEEP_LEADERBOARD",
+    "SWEEP_RECIPES",
+    "SWEEP_RESULTS",
+    "SWEEP_SHORTLIST",
+    "SWEEP_STABILITY",
+    "SWEEP_STAGES",
+    "SWEEP_STATUS",
     "TEXTS",
     "VERTICAL_SCORES",
     "check_table",
+    "schema_of",
 ]

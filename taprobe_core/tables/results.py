@@ -1,4 +1,8 @@
-"""Contracts of what probes lead to: scores, differences, plans, decisions."""
+"""Contracts of what probes lead to: scores, how good they are, plans, decisions.
+
+What does not belong here: the tables `metrics` and `problem_metrics`, whose columns follow from the
+study (`evaluation` describes them). Invariant: a value that is not defined is null, never NaN.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from taprobe_core.tables.contract import FINITE, SENTENCE_KEY, at_least, column,
 SPLITS = ("train", "val", "test")
 PROTOCOLS = ("holdout", "lopo")
 OBJECTIVES = ("budget", "error")
+NULL_KINDS = ("circular_shift", "position_stratified")
 DECISIONS_ON_SENTENCE = ("accept_negative", "accept_positive", "defer")
 
 SCORES = pa.DataFrameSchema(
@@ -20,13 +25,20 @@ SCORES = pa.DataFrameSchema(
         "fold": column(pl.Int32, at_least(0)),
         "split": column(pl.Enum(SPLITS)),
         "score": column(pl.Float32, FINITE),
+        "target_value": column(pl.Float64, FINITE, nullable=True),
+        "is_positive": column(pl.Boolean, nullable=True),
     },
     strict=True,
     ordered=True,
     unique=["recipe", "protocol", "fold", "problem_id", "sentence_idx"],
     name="scores",
 )
-"""One row per sentence × fold of one recipe: val and test rows (training rows are not scored)."""
+"""One row per sentence × fold of one recipe: val and test rows (training rows are not scored).
+
+`target_value` and `is_positive` are what the scores are judged by: the recipe's own target, and
+the anchors it is to find, both as residuals where the recipe is residualised. The target is null
+where it is not defined, such as a windowed change at the end of a trace; anchors are null for
+signed targets, whose scores do not rank them."""
 
 DELTAS = pa.DataFrameSchema(
     {
@@ -39,7 +51,10 @@ DELTAS = pa.DataFrameSchema(
         "delta": column(pl.Float64, nullable=True),
         "delta_low": column(pl.Float64, nullable=True),
         "delta_high": column(pl.Float64, nullable=True),
+        "t_low": column(pl.Float64, nullable=True),
+        "t_high": column(pl.Float64, nullable=True),
         "p_sign_flip": column(pl.Float64, within(0, 1), nullable=True),
+        "p_wilcoxon": column(pl.Float64, within(0, 1), nullable=True),
         "interval_note": column(pl.String, nullable=True),
     },
     strict=True,
@@ -47,7 +62,134 @@ DELTAS = pa.DataFrameSchema(
     unique=["recipe", "baseline", "protocol"],
     name="deltas",
 )
-"""One row per recipe × baseline × protocol, on test. No interval without a note that says why."""
+"""One row per recipe × baseline × protocol, on test. No interval without a note that says why.
+
+`delta_low` and `delta_high` are the bootstrap interval, `t_low` and `t_high` that of Student's t.
+Both recipes are judged by the recipe's target (`CONTRASTS`)."""
+
+_RECIPE = {"recipe": column(pl.String), "protocol": column(pl.Enum(PROTOCOLS))}
+
+CONTRASTS = pa.DataFrameSchema(
+    {
+        "recipe": column(pl.String),
+        "baseline": column(pl.String),
+        "protocol": column(pl.Enum(PROTOCOLS)),
+        "fold": column(pl.Int32, at_least(0)),
+        "problem_id": column(pl.Int64, at_least(0)),
+        "value": column(pl.Float64, nullable=True),
+        "baseline_value": column(pl.Float64, nullable=True),
+    },
+    strict=True,
+    ordered=True,
+    unique=["recipe", "baseline", "protocol", "fold", "problem_id"],
+    name="contrasts",
+)
+"""One row per recipe × baseline × test problem: both judged by the recipe's own target with its
+primary metric, seeds averaged. A recipe that is a baseline stands beside itself too."""
+
+NULLS = pa.DataFrameSchema(
+    {
+        **_RECIPE,
+        "metric": column(pl.String),
+        "null": column(pl.Enum(NULL_KINDS)),
+        "n_problems": column(pl.Int64, at_least(0)),
+        "n_draws": column(pl.Int64, at_least(1)),
+        "value": column(pl.Float64, nullable=True),
+        "null_mean": column(pl.Float64, nullable=True),
+        "null_std": column(pl.Float64, nullable=True),
+        "null_low": column(pl.Float64, nullable=True),
+        "null_high": column(pl.Float64, nullable=True),
+        "p_null": column(pl.Float64, within(0, 1), nullable=True),
+        "draws": column(pl.List(pl.Float32)),
+    },
+    strict=True,
+    ordered=True,
+    unique=["recipe", "protocol", "null"],
+    name="nulls",
+)
+"""One row per recipe × protocol × null, on test: the primary metric's mean over problems beside its
+distribution under relabelling. `null_low` to `null_high` hold 95 % of the draws. Draw b relabels
+alike in every recipe, layer and protocol of one model and setting, so the best over them can be
+taken draw by draw; no draws where the metric is undefined."""
+
+POSITION_BINS = pa.DataFrameSchema(
+    {
+        **_RECIPE,
+        "metric": column(pl.String),
+        "bin": column(pl.Int64, within(0, 4)),
+        "value": column(pl.Float64, nullable=True),
+        "chance": column(pl.Float64, nullable=True),
+        "n_problems": column(pl.Int64, at_least(0)),
+        "n_defined": column(pl.Int64, at_least(0)),
+    },
+    strict=True,
+    ordered=True,
+    unique=["recipe", "protocol", "bin"],
+    name="position_bins",
+)
+"""One row per recipe × protocol × fifth of the trace, on test: the primary metric among the
+sentences of that fifth, mean over the `n_defined` problems where it is defined."""
+
+CALIBRATION = pa.DataFrameSchema(
+    {
+        **_RECIPE,
+        "n_scores": column(pl.Int64, at_least(1)),
+        "prevalence": column(pl.Float64, within(0, 1)),
+        "mean_score": column(pl.Float64, within(0, 1)),
+        "log_loss": column(pl.Float64, at_least(0)),
+        "brier": column(pl.Float64, within(0, 1)),
+        "reliability": column(pl.Float64, at_least(0)),
+        "resolution": column(pl.Float64, at_least(0)),
+        "uncertainty": column(pl.Float64, at_least(0)),
+        "within_bins": column(pl.Float64),
+        "expected_calibration_error": column(pl.Float64, within(0, 1)),
+        "slope": column(pl.Float64, nullable=True),
+        "intercept": column(pl.Float64, nullable=True),
+    },
+    strict=True,
+    ordered=True,
+    unique=["recipe", "protocol"],
+    name="calibration",
+)
+"""One row per recipe × protocol whose scores are probabilities, over its test sentences and seeds.
+brier = reliability - resolution + uncertainty + within_bins."""
+
+RELIABILITY_BINS = pa.DataFrameSchema(
+    {
+        **_RECIPE,
+        "bin": column(pl.Int64, at_least(0)),
+        "n_scores": column(pl.Int64, at_least(1)),
+        "mean_score": column(pl.Float64, within(0, 1)),
+        "share_positive": column(pl.Float64, within(0, 1)),
+    },
+    strict=True,
+    ordered=True,
+    unique=["recipe", "protocol", "bin"],
+    name="reliability_bins",
+)
+"""One row per bin of about equally many scores, from the lowest; equal scores share a bin."""
+
+BEST_SEEDS = pa.DataFrameSchema(
+    {
+        **_RECIPE,
+        "metric": column(pl.String),
+        "k": column(pl.Int64, at_least(1)),
+        "n_seeds": column(pl.Int64, at_least(1)),
+        "n_folds": column(pl.Int64, at_least(1)),
+        "value": column(pl.Float64, nullable=True),
+        "best_of_k": column(pl.Float64, nullable=True),
+        "best_of_k_std": column(pl.Float64, nullable=True),
+        "best_seed": column(pl.Float64, nullable=True),
+        "seeds": column(pl.List(pl.Int64)),
+    },
+    strict=True,
+    ordered=True,
+    unique=["recipe", "protocol"],
+    name="best_seeds",
+)
+"""One row per recipe × protocol: test means of all seeds (`value`), of the k seeds that are best on
+the fold's validation problems, and of the best one; `seeds` lists every fold's best, in fold order.
+The deviation is over the k seeds, folds averaged."""
 
 _PLAN_KEY = {
     "recipe": column(pl.String),
@@ -103,3 +245,12 @@ DECISIONS = pa.DataFrameSchema(
     name="decisions",
 )
 """One row per test sentence × plan."""
+
+
+def schema_of(contract: pa.DataFrameSchema) -> pl.Schema:
+    """Return the columns and types that a contract asks for, to build a table with.
+
+    Args:
+        contract: one of this package's.
+    """
+    return pl.Schema({name: column.dtype.type for name, column in contract.columns.items()})

@@ -32,7 +32,10 @@ def _scores(folds: list[tuple[dict[int, Problem], dict[int, Problem]]]) -> pl.Da
         "split": pl.Enum(SPLITS),
         "score": pl.Float32,
     }
-    return check_table(pl.DataFrame(rows, schema, orient="row"), SCORES, "test")
+    frame = pl.DataFrame(rows, schema, orient="row").with_columns(
+        target_value=pl.lit(None, pl.Float64), is_positive=pl.lit(None, pl.Boolean)
+    )
+    return check_table(frame, SCORES, "test")
 
 
 def _labels(*problems: dict[int, Problem]) -> pl.DataFrame:

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import polars as pl
 import pytest
 
 from taprobe_core.errors import DataError, LabelError, NotEnoughDataError
-from taprobe_core.evaluation import evaluate, primary_metric
+from taprobe_core.evaluation import EvaluationTables, evaluate, primary_metric
 from taprobe_core.metrics import pr_auc, spearman
 from taprobe_core.study.config import Evaluation
-from taprobe_core.tables import DELTAS, PROTOCOLS, SPLITS, check_table
+from taprobe_core.tables import DELTAS, PROTOCOLS, SPLITS, check_table, results
 
 N = 12
 SCHEMA = {
@@ -19,8 +21,17 @@ SCHEMA = {
     "fold": pl.Int32,
     "split": pl.Enum(SPLITS),
     "score": pl.Float32,
+    "target_value": pl.Float64,
+    "is_positive": pl.Boolean,
 }
-ONE_BASELINE = Evaluation(baselines=("position_baseline",), recall_at=(3,), n_bootstrap=400)
+NAMES = ("position_baseline", "linear_probe", "copy_of_it")
+ANCHORS, ABSOLUTE, SIGNED = (
+    dict.fromkeys(NAMES, target)
+    for target in ("anchor_binary", "importance_abs", "importance_signed")
+)
+ONE_BASELINE = Evaluation(
+    baselines=("position_baseline",), recall_at=(3,), n_bootstrap=400, n_null=50
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +63,19 @@ def _with_truth(labels: pl.DataFrame) -> pl.DataFrame:
 
 
 def _fold(labels, recipe, protocol, fold, sides, noise, seed=0) -> pl.DataFrame:
-    """Scores of one fold: importance plus seeded noise."""
+    """Scores of one fold: importance plus seeded noise; the target is absolute importance."""
     rng = np.random.default_rng([seed, fold, len(recipe)])
     parts = []
     for split, problems in sides.items():
         for problem in problems:
-            importance = labels.filter(problem_id=problem)["importance_abs"].to_numpy()
+            own = labels.filter(problem_id=problem)
+            importance, anchors = own["importance_abs"].to_numpy(), own["is_anchor"].to_list()
             score = importance + noise * rng.normal(size=N)
             parts += [
-                (problem, index, recipe, protocol, fold, split, float(each))
-                for index, each in enumerate(score)
+                (problem, index, recipe, protocol, fold, split, float(each), target, anchor)
+                for index, (each, target, anchor) in enumerate(
+                    zip(score, importance.tolist(), anchors, strict=True)
+                )
             ]
     return pl.DataFrame(parts, SCHEMA, orient="row")
 
@@ -86,7 +100,7 @@ def _row(frame: pl.DataFrame, **where: str) -> dict:
 
 def test_numbers_equal_a_recount_by_problem(labels):
     by_seed = {seed: _both(labels, seed) for seed in (3, 4, 5)}
-    tables = evaluate(by_seed, labels, ONE_BASELINE, "anchor_binary")
+    tables = evaluate(by_seed, labels, ONE_BASELINE, ANCHORS)
     joined = {
         seed: scores.filter(recipe="linear_probe", split="test").join(
             labels, on=["problem_id", "sentence_idx"]
@@ -112,7 +126,7 @@ def test_numbers_equal_a_recount_by_problem(labels):
 
 
 def test_one_seed_has_no_spread(labels):
-    tables = evaluate({0: _both(labels)}, labels, ONE_BASELINE, "anchor_binary")
+    tables = evaluate({0: _both(labels)}, labels, ONE_BASELINE, ANCHORS)
     assert tables.metrics["pr_auc_std"].null_count() == tables.metrics.height
 
 
@@ -121,7 +135,7 @@ def test_a_problem_weighs_the_same_however_many_folds_validate_on_it(labels):
         _fold(labels, "position_baseline", "lopo", fold, {"val": val, "test": [fold]}, 0.3)
         for fold, val in enumerate([[7], [7], [7], [6]])
     ]
-    tables = evaluate({0: pl.concat(folds)}, labels, ONE_BASELINE, "anchor_binary")
+    tables = evaluate({0: pl.concat(folds)}, labels, ONE_BASELINE, ANCHORS)
     on_val = tables.problem_metrics.filter(split="val")
     by_problem = on_val.group_by("problem_id").agg(pl.col("spearman").mean())
     row = _row(tables.metrics, split="val")
@@ -131,7 +145,7 @@ def test_a_problem_weighs_the_same_however_many_folds_validate_on_it(labels):
 
 
 def test_the_better_recipe_is_found_with_its_interval(labels):
-    tables = evaluate({0: _both(labels)}, labels, ONE_BASELINE, "anchor_binary")
+    tables = evaluate({0: _both(labels)}, labels, ONE_BASELINE, ANCHORS)
     delta = _row(check_table(tables.deltas, DELTAS, "test"))
     assert (delta["recipe"], delta["baseline"]) == ("linear_probe", "position_baseline")
     assert delta["n_problems"] == 8
@@ -142,10 +156,11 @@ def test_the_better_recipe_is_found_with_its_interval(labels):
 def test_a_recipe_with_the_baselines_scores_differs_by_zero(labels):
     base = _lopo(labels, "position_baseline", 0.5)
     copy = base.with_columns(recipe=pl.lit("copy_of_it"))
-    tables = evaluate({0: pl.concat([base, copy])}, labels, ONE_BASELINE, "anchor_binary")
+    tables = evaluate({0: pl.concat([base, copy])}, labels, ONE_BASELINE, ANCHORS)
     delta = _row(tables.deltas)
-    assert (delta["delta"], delta["delta_low"], delta["delta_high"]) == (0.0, 0.0, 0.0)
-    assert (delta["n_better"], delta["p_sign_flip"]) == (0, 1.0)
+    assert (delta["delta"], delta["delta_low"], delta["t_low"]) == (0.0, None, None)
+    assert (delta["n_better"], delta["p_sign_flip"], delta["p_wilcoxon"]) == (0, 1.0, 1.0)
+    assert "all 8 differences are equal" in delta["interval_note"]
 
 
 def test_three_test_problems_get_no_interval(labels):
@@ -154,7 +169,7 @@ def test_three_test_problems_get_no_interval(labels):
         _fold(labels, recipe, "holdout", 0, sides, 0.3)
         for recipe in ("position_baseline", "linear_probe")
     )
-    tables = evaluate({0: scores}, labels, ONE_BASELINE, "anchor_binary")
+    tables = evaluate({0: scores}, labels, ONE_BASELINE, ANCHORS)
     delta = _row(tables.deltas)
     assert (delta["delta_low"], delta["delta_high"]) == (None, None)
     assert delta["interval_note"] == "3 problems have only 10 distinct resamples"
@@ -163,8 +178,8 @@ def test_three_test_problems_get_no_interval(labels):
 def test_undefined_is_null_counted_and_left_out(labels):
     flat = pl.when(pl.col("problem_id") == 2).then(0.5).otherwise(pl.col("score"))
     scores = _both(labels).with_columns(flat.cast(pl.Float32).alias("score"))
-    without = labels.with_columns(pl.col("is_anchor") & (pl.col("problem_id") != 3))
-    tables = evaluate({0: scores}, without, ONE_BASELINE, "importance_abs")
+    scores = scores.with_columns(pl.col("is_positive") & (pl.col("problem_id") != 3))
+    tables = evaluate({0: scores}, labels, ONE_BASELINE, ABSOLUTE)
     row = _row(tables.metrics, recipe="linear_probe", split="test")
     assert row["n_undefined_spearman"] == 1
     assert row["n_undefined_pr_auc"] == 1
@@ -178,22 +193,68 @@ def test_undefined_is_null_counted_and_left_out(labels):
     assert not any(floats.row(0))
 
 
-def test_signed_scores_rank_signed_importance_and_no_anchors(labels):
-    signed = labels["importance_signed"].cast(pl.Float32)
+def _signed(labels) -> pl.DataFrame:
+    """Scores of signed importance that are exact, with the target to match."""
     scores = pl.concat(
         _fold(labels, "position_baseline", "lopo", fold, {"val": [7], "test": [fold]}, 0.0)
         for fold in range(7)
     )
-    exact = scores.drop("score").join(
-        labels.select("problem_id", "sentence_idx", signed.alias("score")),
-        on=["problem_id", "sentence_idx"],
+    signed = labels.select("problem_id", "sentence_idx", signed=pl.col("importance_signed"))
+    return scores.join(signed, on=["problem_id", "sentence_idx"]).select(
+        *list(SCHEMA)[:-3],
+        pl.col("signed").cast(pl.Float32).alias("score"),
+        pl.col("signed").alias("target_value"),
+        pl.lit(None, pl.Boolean).alias("is_positive"),
     )
-    tables = evaluate({0: exact}, labels, ONE_BASELINE, "importance_signed")
+
+
+def test_signed_scores_rank_signed_importance_and_no_anchors(labels):
+    tables = evaluate({0: _signed(labels)}, labels, ONE_BASELINE, SIGNED)
     row = _row(tables.metrics, split="test")
     assert row["spearman"] == pytest.approx(1.0)
+    assert (row["primary"], row["label_spearman"]) == (row["spearman"], pytest.approx(1.0))
     assert (row["pr_auc"], row["pooled_pr_auc"], row["recall_at_3"]) == (None, None, None)
+    assert (row["label_pr_auc"], row["chance_pr_auc"]) == (None, None)
     assert row["n_undefined_pr_auc"] == row["n_problems"]
     assert primary_metric("importance_signed") == "spearman"
+
+
+def test_anchors_that_are_predicted_and_not_named_are_refused(labels):
+    with pytest.raises(DataError, match="predict anchors and name none"):
+        evaluate({0: _signed(labels)}, labels, ONE_BASELINE, ANCHORS)
+    with pytest.raises(DataError, match=r"no target given of the recipes \['linear_probe'\]"):
+        evaluate({0: _both(labels)}, labels, ONE_BASELINE, {"position_baseline": "anchor_binary"})
+
+
+def test_every_table_keeps_its_contract_and_holds_no_nan(labels):
+    share = (1 / (1 + (-pl.col("score")).exp())).alias("score")
+    by_seed = {seed: _both(labels, seed).with_columns(share) for seed in (0, 1)}
+    tables = evaluate(by_seed, labels, ONE_BASELINE, ANCHORS)
+    for name in fields(EvaluationTables):
+        frame = getattr(tables, name.name)
+        contract = getattr(results, name.name.upper(), None)
+        if contract is not None:
+            check_table(frame, contract, name.name)
+        assert frame.height, name.name
+        assert not any(frame.select(pl.col(pl.Float64).is_nan().any()).row(0)), name.name
+
+
+def test_mixed_targets_are_each_judged_by_their_own(labels):
+    base = _lopo(labels, "position_baseline", 0.3)
+    signed = _signed(labels).with_columns(recipe=pl.lit("linear_probe"))
+    scores = pl.concat([base.filter(pl.col("fold") < 7), signed])
+    targets = {"position_baseline": "anchor_binary", "linear_probe": "importance_signed"}
+    tables = evaluate({0: scores}, labels, ONE_BASELINE, targets, {"linear_probe": "position"})
+    test = tables.metrics.filter(split="test")
+    assert dict(test.select("recipe", "primary_metric").iter_rows()) == {
+        "linear_probe": "spearman",
+        "position_baseline": "pr_auc",
+    }
+    assert _row(test, recipe="linear_probe")["residualize"] == "position"
+    delta = _row(tables.deltas)
+    assert (delta["metric"], delta["n_problems"], delta["delta"]) == ("spearman", 0, None)
+    assert delta["interval_note"] == "importance_signed and anchor_binary have no order in common"
+    assert tables.calibration["recipe"].unique().to_list() in ([], ["position_baseline"])
 
 
 def test_tables_do_not_depend_on_row_order(labels):
@@ -201,8 +262,7 @@ def test_tables_do_not_depend_on_row_order(labels):
     scores = _both(labels).with_columns(pl.col("score").round(0))
     shuffled = scores.sample(fraction=1.0, shuffle=True, seed=1)
     one, other = (
-        evaluate({0: each, 1: each}, labels, ONE_BASELINE, "anchor_binary")
-        for each in (scores, shuffled)
+        evaluate({0: each, 1: each}, labels, ONE_BASELINE, ANCHORS) for each in (scores, shuffled)
     )
     assert one.problem_metrics.equals(other.problem_metrics)
     assert one.deltas.equals(other.deltas)
@@ -213,7 +273,7 @@ def test_scores_must_cover_problems_whole(labels):
     scores = _both(labels)
     partial = scores.filter(~((pl.col("problem_id") == 3) & (pl.col("sentence_idx") == 5)))
     with pytest.raises(LabelError, match=r"11 scores match 11 of 12 labels of problem 3 \(4 such"):
-        evaluate({0: partial}, labels, ONE_BASELINE, "anchor_binary")
+        evaluate({0: partial}, labels, ONE_BASELINE, ANCHORS)
     with pytest.raises(LabelError, match="12 scores match 0 of 0 labels of problem 3"):
         evaluate(
             {0: scores}, labels.filter(pl.col("problem_id") != 3), ONE_BASELINE, "anchor_binary"
@@ -222,13 +282,13 @@ def test_scores_must_cover_problems_whole(labels):
 
 def test_missing_scores_and_baselines_are_refused(labels):
     with pytest.raises(NotEnoughDataError, match="no scores"):
-        evaluate({}, labels, ONE_BASELINE, "anchor_binary")
+        evaluate({}, labels, ONE_BASELINE, ANCHORS)
     with pytest.raises(DataError, match=r"text_only_baseline.*\nFix: "):
-        evaluate({0: _both(labels)}, labels, Evaluation(), "anchor_binary")
+        evaluate({0: _both(labels)}, labels, Evaluation(), ANCHORS)
 
 
 def test_spearman_of_the_frame_is_the_metric_itself(labels):
-    tables = evaluate({0: _both(labels)}, labels, ONE_BASELINE, "anchor_binary")
+    tables = evaluate({0: _both(labels)}, labels, ONE_BASELINE, ANCHORS)
     scores = _both(labels).filter(recipe="linear_probe", split="test", problem_id=4)
     expected = spearman(labels.filter(problem_id=4)["importance_abs"], scores["score"])
     found = _row(tables.problem_metrics, recipe="linear_probe", split="test", problem_id=4)
@@ -238,7 +298,7 @@ def test_spearman_of_the_frame_is_the_metric_itself(labels):
 
 def test_where_the_truth_is_known_scores_are_measured_against_it_too(labels):
     true = _with_truth(labels)
-    tables = evaluate({0: _both(true)}, true, ONE_BASELINE, "anchor_binary")
+    tables = evaluate({0: _both(true)}, true, ONE_BASELINE, ANCHORS)
     scores = _both(true).filter(recipe="linear_probe", split="test")
     joined = scores.join(true, on=["problem_id", "sentence_idx"])
     on_truth, oracle = [], []
@@ -252,13 +312,27 @@ def test_where_the_truth_is_known_scores_are_measured_against_it_too(labels):
         row["oracle_pr_auc"]
         == _row(tables.metrics, recipe="position_baseline", split="test")["oracle_pr_auc"]
     )
-    without = evaluate({0: _both(labels)}, labels, ONE_BASELINE, "anchor_binary")
+    without = evaluate({0: _both(labels)}, labels, ONE_BASELINE, ANCHORS)
     assert not {"true_pr_auc", "oracle_pr_auc"} & set(without.metrics.columns)
     assert without.deltas.equals(tables.deltas)
 
 
 def test_signed_scores_are_not_measured_against_true_anchors(labels):
     true = _with_truth(labels)
-    tables = evaluate({0: _both(true)}, true, ONE_BASELINE, "importance_signed")
-    assert tables.metrics["true_pr_auc"].null_count() == tables.metrics.height
-    assert tables.metrics["oracle_pr_auc"].null_count() == 0
+    tables = evaluate({0: _signed(true)}, true, ONE_BASELINE, SIGNED)
+    for name in ("true_pr_auc", "oracle_pr_auc"):
+        assert tables.metrics[name].null_count() == tables.metrics.height
+    expected = [
+        spearman(group["true_importance"], group["importance_signed"])
+        for _, group in true.filter(pl.col("problem_id") < 7).group_by("problem_id")
+    ]
+    row = _row(tables.metrics, split="test")
+    assert row["oracle_spearman"] == pytest.approx(np.mean(expected))
+
+
+def test_the_oracle_of_a_residual_is_not_known(labels):
+    true = _with_truth(labels)
+    tables = evaluate({0: _both(true)}, true, ONE_BASELINE, ANCHORS, {"linear_probe": "position"})
+    probe = _row(tables.metrics, recipe="linear_probe", split="test")
+    assert (probe["oracle_pr_auc"], probe["oracle_spearman"]) == (None, None)
+    assert probe["label_pr_auc"] is not None

@@ -10,7 +10,9 @@ POSITION, TEXT = "position_baseline", "text_only_baseline"
 
 
 def _selected(
-    *rows: tuple[str, str, float | None, float | None, float | None], recipe=ANY_ACTIVATION_PROBE
+    *rows: tuple[str, str, float | None, float | None, float | None],
+    recipe=ANY_ACTIVATION_PROBE,
+    p=0.012,
 ) -> pl.DataFrame:
     return pl.DataFrame(
         [
@@ -30,11 +32,20 @@ def _selected(
                 "delta": delta,
                 "delta_low": low,
                 "delta_high": high,
+                "is_planned": True,
+                "correction": "holm",
+                "n_contrasts": 8,
+                "p_adjusted": None if delta is None else p,
                 "interval_note": None if low is not None else "3 problems have only 10 resamples",
             }
             for protocol, baseline, delta, low, high in rows
         ],
-        schema_overrides={"delta": pl.Float64, "delta_low": pl.Float64, "delta_high": pl.Float64},
+        schema_overrides={
+            "p_adjusted": pl.Float64,
+            "delta": pl.Float64,
+            "delta_low": pl.Float64,
+            "delta_high": pl.Float64,
+        },
     )
 
 
@@ -63,15 +74,35 @@ def test_verdict_of_both_baselines(against_position, against_text, verdict):
 
 
 def test_a_bound_at_zero_beats_nothing():
-    assert verdict_of({"delta_low": 0.0, "delta_high": 0.2}) == "no evidence"
-    assert verdict_of({"delta_low": -0.2, "delta_high": 0.0}) == "no evidence"
+    for low, high in ((0.0, 0.2), (-0.2, 0.0)):
+        row = {"delta_low": low, "delta_high": high, "p_adjusted": 0.01}
+        assert verdict_of(row) == "no evidence"
+
+
+@pytest.mark.parametrize(
+    ("p", "verdict"), [(0.05, "beats"), (0.051, "no evidence"), (None, "no evidence")]
+)
+def test_what_does_not_survive_the_correction_beats_nothing(p, verdict):
+    assert verdict_of({"delta_low": 0.1, "delta_high": 0.2, "p_adjusted": p}) == verdict
+    below = {"beats": "worse"}.get(verdict, verdict)
+    assert verdict_of({"delta_low": -0.2, "delta_high": -0.1, "p_adjusted": p}) == below
+
+
+def test_the_correction_is_said_in_words():
+    selected = _selected(("lopo", POSITION, *BEATS), ("lopo", TEXT, *BEATS), p=0.0004)
+    text = findings(selected)[0].text
+    assert "interval +0.020 to +0.200, p < 0.001)" in text
+    assert "p is corrected for 8 planned comparisons (Holm)." in text
+    alone = selected.with_columns(n_contrasts=pl.lit(1), is_planned=pl.lit(value=False))
+    assert "p is corrected for 1 comparison (Holm)." in findings(alone)[0].text
+    assert "corrected" not in findings(selected.with_columns(correction=pl.lit("none")))[0].text
 
 
 def test_words_carry_the_numbers_and_the_reason():
     selected = _selected(("lopo", POSITION, *BEATS), ("lopo", TEXT, *NO_INTERVAL))
     text = findings(selected)[0].text
     assert "out of 12 candidates reaches PR-AUC 0.400 (chance 0.130) under lopo" in text
-    assert "beats position_baseline (+0.100, 95 % interval +0.020 to +0.200)" in text
+    assert "beats position_baseline (+0.100, 95 % interval +0.020 to +0.200, p 0.012)" in text
     assert "cannot be judged against text_only_baseline (+0.300, no interval)" in text
     assert text.endswith("No interval: 3 problems have only 10 resamples.")
 

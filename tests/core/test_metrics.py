@@ -3,7 +3,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import polars as pl
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -11,10 +10,10 @@ from scipy.stats import spearmanr
 from sklearn.metrics import auc, average_precision_score, precision_recall_curve
 
 from taprobe_core.metrics import (
-    pooled_pr_auc,
+    metric_names,
     pr_auc,
     pr_auc_trapezoid,
-    problem_metrics,
+    primary_metric,
     recall_at_k,
     spearman,
 )
@@ -84,52 +83,18 @@ def test_what_has_no_value_is_nan(value: float) -> None:
     assert math.isnan(value)
 
 
-@pytest.fixture
-def frame() -> pl.DataFrame:
-    """Two problems, their rows interleaved; problem 3 has no anchor and constant scores."""
-    rng = np.random.default_rng(0)
-    signed = rng.uniform(-1, 1, 24)
-    problem_id = np.tile([9, 9, 3], 8)
-    return pl.DataFrame(
-        {
-            "problem_id": problem_id,
-            "importance_abs": np.abs(signed),
-            "importance_signed": signed,
-            "is_anchor": (np.abs(signed) > 0.7) & (problem_id == 9),
-            "score": np.where(problem_id == 9, rng.normal(size=24), 0.5).astype(np.float32),
-        }
+def test_each_target_has_one_metric_to_be_ranked_by() -> None:
+    assert primary_metric("anchor_binary") == "pr_auc"
+    assert {primary_metric(target) for target in ("importance_abs", "windowed_change")} == {
+        "spearman"
+    }
+
+
+def test_the_truth_adds_columns() -> None:
+    names, with_truth = (
+        metric_names((5, 10), has_truth=False),
+        metric_names((5, 10), has_truth=True),
     )
-
-
-def test_one_row_per_problem(frame: pl.DataFrame) -> None:
-    table = problem_metrics(frame, recall_at=(2, 5))
-
-    nine = frame.filter(pl.col("problem_id") == 9)
-    assert table["problem_id"].to_list() == [3, 9]
-    assert table["n_sentences"].to_list() == [8, 16]
-    assert table["n_anchors"].to_list() == [0, nine["is_anchor"].sum()]
-    row = table.row(1, named=True)
-    assert row["pr_auc"] == pr_auc(nine["is_anchor"], nine["score"])
-    assert row["spearman"] == spearman(nine["importance_abs"], nine["score"])
-    assert row["recall_at_2"] == recall_at_k(nine["importance_abs"], nine["score"], 2)
-    undefined = table.row(0, named=True)
-    assert math.isnan(undefined["pr_auc"])
-    assert math.isnan(undefined["spearman"])
-    assert table.null_count().sum_horizontal().item() == 0
-
-
-def test_scores_of_signed_importance_rank_no_anchors(frame: pl.DataFrame) -> None:
-    row = problem_metrics(frame, (5,), target="importance_signed").row(1, named=True)
-
-    nine = frame.filter(pl.col("problem_id") == 9)
-    assert row["spearman"] == spearman(nine["importance_signed"], nine["score"])
-    assert math.isnan(row["pr_auc"])
-    assert math.isnan(row["recall_at_5"])
-
-
-def test_no_problems_give_an_empty_table_of_the_same_columns(frame: pl.DataFrame) -> None:
-    assert problem_metrics(frame.clear()).schema == problem_metrics(frame).schema
-
-
-def test_pooling_is_over_all_sentences(frame: pl.DataFrame) -> None:
-    assert pooled_pr_auc(frame) == pr_auc(frame["is_anchor"], frame["score"])
+    assert with_truth[: len(names)] == names
+    assert with_truth[len(names) :] == ["true_pr_auc", "oracle_pr_auc", "oracle_spearman"]
+    assert {"recall_at_5", "recall_at_10", "label_pr_auc"} <= set(names)

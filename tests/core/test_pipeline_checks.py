@@ -39,15 +39,18 @@ def falsify(plan: Plan, key: ArtifactKey, changes: dict[str, Change]) -> None:
     plan.store.commit(key, write, provenance=provenance, upstream=upstream)
 
 
-def shard_of(plan: Plan, problem: int) -> ArtifactKey:
-    index = plan.store.open(plan.activations(Site("tiny", 0), CORRECT)).read_table("shards.parquet")
+def shard_of(plan: Plan, problem: int, layer: int = 0) -> ArtifactKey:
+    site = Site("tiny", layer)
+    index = plan.store.open(plan.activations(site, CORRECT)).read_table("shards.parquet")
     row = index.row(problem, named=True)
-    partition = ("tiny@L00", CORRECT, f"problem_{row['problem_id']}")
+    partition = (str(site), CORRECT, f"problem_{row['problem_id']}")
     return ArtifactKey("activation_shards", partition, row["shard_fingerprint"])
 
 
-def falsify_shard(plan: Plan, problem: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    key = shard_of(plan, problem)
+def falsify_shard(
+    plan: Plan, problem: int, change: Callable[[torch.Tensor], torch.Tensor], layer: int = 0
+) -> None:
+    key = shard_of(plan, problem, layer)
     mean = plan.store.open(key).read_tensors("activations.safetensors")["mean"].clone()
     plan.store.discard(key)
     plan.store.commit(
@@ -64,7 +67,7 @@ def nan_at(mean: torch.Tensor) -> torch.Tensor:
 
 
 def falsify_fit(plan: Plan, change: Change) -> None:
-    recipe = plan.study.probes.recipes[0]
+    recipe = plan.study.recipes[0]
     key = plan.fit(Site("tiny", 0), CORRECT, recipe, 0)
     frame = plan.store.open(key).read_table("scores.parquet")
     plan.store.discard(key)
@@ -150,7 +153,19 @@ def test_a_planted_fault_is_found_and_named(
     assert check(own, other) == []
 
 
-@pytest.mark.parametrize("stage", BUILT)
+def test_a_tripwire_trips_where_rows_cannot_be_told_apart(own: Plan) -> None:
+    for problem in range(6):
+        falsify_shard(own, problem, lambda mean: mean[:1].expand(len(mean), -1).clone(), layer=1)
+    checks = CHECKS["evaluation"]
+
+    (fault,) = checks["one_problem_is_memorised"](own, ("tiny@L01", CORRECT))
+
+    assert "repeat" in fault or "equal" in fault
+    # Each model and setting is looked at once, at its middle layer.
+    assert checks["one_problem_is_memorised"](own, ("tiny@L00", CORRECT)) == []
+
+
+@pytest.mark.parametrize("stage", [stage for stage in BUILT if stage != "evaluation"])
 def test_one_flipped_byte_stops_the_check(own: Plan, stage: str) -> None:
     cell = cells_of(own.study, stage)[0]
     key = key_of(own, stage, cell)

@@ -302,12 +302,11 @@ def test_every_storage_and_pooling_is_read_back_as_float32(own: Plan, storage: s
 def test_features_are_those_of_the_shards_in_sentence_order(plan: Plan) -> None:
     data = read_probe_data(plan, "tiny", CORRECT, SITE)
     rows = read_activations(plan, SITE, CORRECT)
-    assert data.activations is not None
     for problem_id, mean in rows.items():
         mine = data.keys["problem_id"].to_numpy() == problem_id
         index = data.keys.filter(problem_id=problem_id)["sentence_idx"].to_numpy()
-        np.testing.assert_array_equal(data.activations[mine], mean[index])
-    assert read_probe_data(plan, "tiny", CORRECT, None).activations is None
+        np.testing.assert_array_equal(data.activations["mean"][mine], mean[index])
+    assert read_probe_data(plan, "tiny", CORRECT, None).activations == {}
 
 
 def table(plan: Plan, stage: str, cell: tuple[str, ...], name: str) -> pl.DataFrame:
@@ -410,6 +409,7 @@ def test_an_evaluation_is_the_same_to_the_last_bit(plan: Plan) -> None:
     scores = {trial.seed: read_scores(plan, SITE, trial) for trial in trials}
     labels = table(plan, "labels", ("tiny", CORRECT), "labels.parquet")
     stored = table(plan, "evaluation", (str(SITE), CORRECT), "metrics.parquet")
+    targets = {recipe.name: recipe.target for recipe in plan.study.recipes}
     for _ in range(20):
-        tables = evaluate(scores, labels, plan.study.evaluation, plan.study.probes.target)
+        tables = evaluate(scores, labels, plan.study.evaluation, targets)
         assert tables.metrics.equals(stored)

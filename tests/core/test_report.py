@@ -12,10 +12,11 @@ import pytest
 
 from taprobe_core import plots
 from taprobe_core.deferral import plan_deferrals
+from taprobe_core.diagnostics import diagnose
 from taprobe_core.evaluation import evaluate
 from taprobe_core.keys import Site
 from taprobe_core.leaderboard import build_leaderboard
-from taprobe_core.report import MAX_SENTENCES, Example, ReportData, render_report, visible
+from taprobe_core.report import MAX_SENTENCES, Example, ReportData, render_report
 from taprobe_core.selection import select_on_validation
 from taprobe_core.study.config import DEFAULT_RECIPES, Deferral, Evaluation
 from taprobe_core.tables import PROTOCOLS, SPLITS
@@ -26,7 +27,8 @@ HOSTILE = (
     "\x1b[31m\u202egnp.exe' \" onload=x"
 )
 RECIPES = DEFAULT_RECIPES[:3]
-EVALUATION = Evaluation(n_bootstrap=100)
+TARGETS = dict.fromkeys((recipe.name for recipe in RECIPES), "anchor_binary")
+EVALUATION = Evaluation(n_bootstrap=100, n_null=40)
 N = 14
 
 
@@ -50,7 +52,7 @@ class _Page(HTMLParser):
 
 def _scores(labels: pl.DataFrame, recipe: str, noise: float) -> pl.DataFrame:
     rng = np.random.default_rng(len(recipe))
-    truth = {key: group["importance_abs"] for (key,), group in labels.group_by("problem_id")}
+    truth = {key: group for (key,), group in labels.group_by("problem_id")}
     rows = []
     for protocol, folds in (
         ("holdout", [([0], [1, 2])]),
@@ -59,10 +61,21 @@ def _scores(labels: pl.DataFrame, recipe: str, noise: float) -> pl.DataFrame:
         for fold, sides in enumerate(folds):
             for split, problems in zip(("val", "test"), sides, strict=True):
                 for problem in problems:
-                    score = truth[problem].to_numpy() + noise * rng.normal(size=N)
+                    own = truth[problem]
+                    score = own["importance_abs"].to_numpy() + noise * rng.normal(size=N)
+                    judged = zip(own["importance_abs"], own["is_anchor"], strict=True)
                     rows += [
-                        (problem, index, recipe, protocol, fold, split, value)
-                        for index, value in enumerate(score)
+                        (
+                            problem,
+                            index,
+                            recipe,
+                            protocol,
+                            fold,
+                            split,
+                            1 / (1 + np.exp(-value)),
+                            *by,
+                        )
+                        for index, (value, by) in enumerate(zip(score, judged, strict=True))
                     ]
     schema = {
         "problem_id": pl.Int64,
@@ -72,6 +85,8 @@ def _scores(labels: pl.DataFrame, recipe: str, noise: float) -> pl.DataFrame:
         "fold": pl.Int32,
         "split": pl.Enum(SPLITS),
         "score": pl.Float32,
+        "target_value": pl.Float64,
+        "is_positive": pl.Boolean,
     }
     return pl.DataFrame(rows, schema, orient="row")
 
@@ -104,7 +119,7 @@ def data() -> ReportData:
             (
                 Site("tiny", layer),
                 "correct",
-                evaluate({0: scores}, labels, EVALUATION, "anchor_binary"),
+                evaluate({0: scores, 1: scores}, labels, EVALUATION, TARGETS),
             )
         )
         place = {"setting": "correct", "model": "tiny"}
@@ -132,6 +147,7 @@ def data() -> ReportData:
         plans=pl.concat(plans),
         skipped=pl.DataFrame({"problem_id": [9], "what": ["no rollouts"]}),
         example=Example("tiny · problem 3", "linear_probe, layer 1", "What is 1 + 1?", sentences),
+        diagnostics=diagnose(cells, recipes=RECIPES),
         figures={"importance": plots.importance_histogram(labels, title="importance")},
         versions={"taprobe": "0.1.0"},
         fingerprints=pl.DataFrame({"stage": ["labels"], "fingerprint": ["abcd"]}),
@@ -155,6 +171,7 @@ def test_page_holds_every_section_and_is_the_same_again(data, html):
         "Leaderboard",
         "PR-AUC by layer",
         "Layer chosen on validation",
+        "What the figures rest on",
         "Deferral plans",
         "One trace",
         "Problems left out",
@@ -202,8 +219,12 @@ def test_hostile_text_stays_text(data, html):
         untrained_models=(HOSTILE,),
         leaderboard=data.leaderboard.with_columns(**renamed),
         selected=data.selected.with_columns(
-            interval_note=pl.lit(HOSTILE), baseline=pl.lit(HOSTILE), **renamed
+            interval_note=pl.lit(HOSTILE),
+            baseline=pl.lit(HOSTILE),
+            correction=pl.lit(HOSTILE),
+            **renamed,
         ),
+        diagnostics=data.diagnostics.with_columns(metric=pl.lit(HOSTILE), **renamed),
         plans=data.plans.with_columns(**renamed),
         skipped=pl.DataFrame({"what": [HOSTILE]}),
         example=Example(
@@ -278,12 +299,36 @@ def test_long_traces_are_cut_and_said(data):
     assert shown == list(range(MAX_SENTENCES))
 
 
+def test_two_metrics_are_told_apart(data):
+    other = data.leaderboard.with_columns(metric=pl.lit("spearman"), recipe=pl.lit("ridge_probe"))
+    both = pl.concat([data.leaderboard, other])
+    page = render_report(dataclasses.replace(data, leaderboard=both))
+    text = _Page(page).text
+    assert "Mean PR-AUC or Spearman over test problems" in text
+    assert "tiny, layer 1, Spearman" in text
+    assert "tiny, layer 1, PR-AUC" in text
+    assert page.count('alt="PR-AUC or Spearman by layer') == 2
+
+
+def test_words_and_tables_carry_the_corrected_test(data, html):
+    text = _Page(html).text
+    assert "p is corrected for 2 planned comparisons (Holm)." in text
+    assert "Holm over 2" in text
+    assert "Benjamini-Hochberg over 2" in text
+    board = data.leaderboard.filter(pl.col("layer") == 1, protocol="lopo").row(0, named=True)
+    assert f"alone {board['p_position']:.3f}" in text
+    fifths = data.diagnostics.filter(protocol="lopo")["n_defined"].list.sum().sum()
+    assert len(re.findall(r'<span class="sub">of \d</span></td>', html)) >= 15
+    assert fifths > 0
+
+
 def test_an_empty_study_still_renders(data):
     page = render_report(
         dataclasses.replace(
             data,
             leaderboard=data.leaderboard.clear(),
             selected=data.selected.clear(),
+            diagnostics=pl.DataFrame(),
             plans=data.plans.clear(),
             skipped=data.skipped.clear(),
             example=None,
@@ -293,17 +338,3 @@ def test_an_empty_study_still_renders(data):
     )
     for phrase in ("nothing to compare", "Nothing was ranked", "None."):
         assert phrase in page
-
-
-@pytest.mark.parametrize(
-    ("raw", "shown"),
-    [
-        ("\x1b[31mred\x00", "\u241b[31mred\u2400"),
-        ("line\nand\ttab", "line\nand\ttab"),
-        ("\u202edlrow\u2066", "\ufffddlrow\ufffd"),
-        ("\x7f\x9b\ufeff\ud800", "\u2421\ufffd\ufffd\ufffd"),
-        ("naïve ∑ 数 👩‍🔬", "naïve ∑ 数 👩‍🔬"),
-    ],
-)
-def test_acting_characters_become_symbols(raw, shown):
-    assert visible(raw) == shown

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import polars as pl
 import pytest
@@ -8,9 +10,10 @@ from hypothesis import strategies as st
 
 from taprobe_core.evaluation import EvaluationTables
 from taprobe_core.keys import Site
+from taprobe_core.multiplicity import benjamini_hochberg, holm
 from taprobe_core.selection import ANY_ACTIVATION_PROBE, Cell, select_on_validation
 from taprobe_core.study.config import DEFAULT_RECIPES, Evaluation
-from taprobe_core.tables import PROTOCOLS, SPLITS
+from taprobe_core.tables import CONTRASTS, PROTOCOLS, SPLITS
 
 RECIPES = tuple(
     recipe
@@ -36,13 +39,26 @@ def _cell(layer: int, values: dict[tuple[str, str], list[float | None]], seeds=(
         "fold": pl.Int32,
         "seed": pl.Int64,
         "problem_id": pl.Int64,
-        "pr_auc": pl.Float64,
+        "primary": pl.Float64,
         "n_sentences": pl.Int64,
         "n_anchors": pl.Int64,
     }
     per_problem = pl.DataFrame(rows, schema, orient="row")
     metrics = per_problem.select("recipe", pl.lit("pr_auc").alias("primary_metric")).unique()
-    return Site("tiny", layer), "correct", EvaluationTables(metrics, per_problem, pl.DataFrame())
+    return Site("tiny", layer), "correct", _tables(metrics, per_problem)
+
+
+def _tables(metrics: pl.DataFrame, per_problem: pl.DataFrame) -> EvaluationTables:
+    """All recipes predict the same, so every baseline is worth its own value."""
+    key = ["protocol", "fold", "problem_id"]
+    means = (
+        per_problem.filter(pl.col("split") == "test")
+        .group_by("recipe", *key, maintain_order=True)
+        .agg(pl.col("primary").mean().alias("value"))
+    )
+    other = means.rename({"recipe": "baseline", "value": "baseline_value"})
+    contrasts = means.join(other, on=key, maintain_order="left").select(list(CONTRASTS.columns))
+    return EvaluationTables(metrics, per_problem, pl.DataFrame(), contrasts)
 
 
 def _two_layers(val: list[float], test: list[float]) -> list[Cell]:
@@ -102,9 +118,9 @@ def test_ties_go_to_the_lower_layer_and_undefined_validation_is_last():
     site, setting, tables = undefined[0]
     is_probe_val = (pl.col("recipe") == "linear_probe") & (pl.col("split") == "val")
     lost = tables.problem_metrics.with_columns(
-        pl.when(~is_probe_val).then("pr_auc").alias("pr_auc")
+        pl.when(~is_probe_val).then("primary").alias("primary")
     )
-    undefined[0] = (site, setting, EvaluationTables(tables.metrics, lost, tables.deltas))
+    undefined[0] = (site, setting, _tables(tables.metrics, lost))
     assert _select(undefined)["linear_probe"]["chosen"] == ["linear_probe@L01"]
 
 
@@ -137,6 +153,76 @@ def test_a_baseline_that_reads_activations_is_chosen_likewise():
     assert found[ANY_ACTIVATION_PROBE]["delta"] == 0.0
 
 
+def test_a_baseline_is_judged_by_the_chosen_recipes_target():
+    """The contrast table, not the baseline's own metric, stands beside the choice."""
+    cells = []
+    for site, setting, tables in _two_layers(val=[0.5, 0.4], test=[0.3, 0.9]):
+        judged = tables.contrasts.with_columns(
+            pl.when(pl.col("recipe") == "linear_probe").then(0.05).alias("baseline_value")
+        )
+        cells.append((site, setting, dataclasses.replace(tables, contrasts=judged)))
+    row = _select(cells)["linear_probe"]
+    assert (row["baseline_value"], row["delta"]) == (pytest.approx(0.05), pytest.approx(0.25))
+
+
+def test_the_joint_choice_takes_the_first_baselines_target_alone():
+    other = RECIPES[-1].model_copy(update={"percentile": 80.0})
+    cells = [
+        _cell(
+            0,
+            {
+                (recipe, split): [value] * N_FOLDS
+                for recipe, value in (
+                    ("position_baseline", 0.2),
+                    ("linear_probe", 0.3),
+                    ("mlp_probe", 0.9),
+                )
+                for split in ("val", "test")
+            },
+        )
+    ]
+    frame = select_on_validation(cells, recipes=(*RECIPES[:-1], other), evaluation=EVALUATION)
+    joint = frame.filter(recipe=ANY_ACTIVATION_PROBE).to_dicts()[0]
+    assert (joint["chosen"], joint["n_candidates"]) == (["linear_probe@L00"], 1)
+    assert set(frame["recipe"]) == {ANY_ACTIVATION_PROBE, "linear_probe", "mlp_probe"}
+
+
+def test_planned_comparisons_are_corrected_together_and_the_rest_apart():
+    rng = np.random.default_rng(0)
+    cells = []
+    for model in ("tiny", "other"):
+        values = {
+            (recipe, split): list(rng.normal(level, 0.1, N_FOLDS))
+            for recipe, level in (
+                ("position_baseline", 0.2),
+                ("linear_probe", 0.3),
+                ("mlp_probe", 0.25),
+            )
+            for split in ("val", "test")
+        }
+        _, setting, tables = _cell(0, values)
+        cells.append((Site(model, 0), setting, tables))
+    frame = select_on_validation(cells, recipes=RECIPES, evaluation=EVALUATION)
+    planned = frame.filter("is_planned")
+    assert set(planned["recipe"]) == {ANY_ACTIVATION_PROBE}
+    assert planned["n_contrasts"].to_list() == [2, 2]
+    assert planned["correction"].unique().to_list() == ["holm"]
+    assert planned["p_adjusted"].to_list() == pytest.approx(holm(planned["p_sign_flip"]).tolist())
+    rest = frame.filter(~pl.col("is_planned"))
+    assert rest["n_contrasts"].unique().to_list() == [4]
+    assert rest["p_adjusted"].to_list() == pytest.approx(
+        benjamini_hochberg(rest["p_sign_flip"]).tolist()
+    )
+    own = Evaluation(
+        baselines=("position_baseline",), n_bootstrap=0, planned=("mlp_probe",), correction="none"
+    )
+    frame = select_on_validation(cells, recipes=RECIPES, evaluation=own)
+    assert frame.filter("is_planned")["recipe"].unique().to_list() == ["mlp_probe"]
+    assert frame.filter(
+        pl.col("is_planned") & (pl.col("p_adjusted") != pl.col("p_sign_flip"))
+    ).is_empty()
+
+
 def test_without_activation_recipes_there_is_nothing_to_choose():
     values = {("position_baseline", split): [0.2] * N_FOLDS for split in ("val", "test")}
     frame = select_on_validation([_cell(0, values)], recipes=RECIPES, evaluation=EVALUATION)
@@ -153,8 +239,8 @@ def test_no_test_value_influences_a_choice(seed):
     for site, setting, tables in cells:
         noise = pl.Series("noise", rng.random(tables.problem_metrics.height))
         changed = tables.problem_metrics.with_columns(
-            pl.when(pl.col("split") == "test").then(noise).otherwise("pr_auc").alias("pr_auc")
+            pl.when(pl.col("split") == "test").then(noise).otherwise("primary").alias("primary")
         )
-        noisy.append((site, setting, EvaluationTables(tables.metrics, changed, tables.deltas)))
+        noisy.append((site, setting, _tables(tables.metrics, changed)))
     for name in ("linear_probe", ANY_ACTIVATION_PROBE):
         assert _select(noisy)[name]["chosen"] == _select(cells)[name]["chosen"]

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -16,10 +16,11 @@ from taprobe_core.errors import ConfigError
 from taprobe_core.keys import Site
 from taprobe_core.study import Study, load_study, shipped_studies
 from taprobe_core.study.fields import FOLDER_NAME
+from taprobe_core.study.probes import Estimator
 from taprobe_core.study.schema import REGENERATE, schema_text, study_schema
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
-NAMES = ("demo", "full", "local_rollouts", "pilot", "scaling_matrix")
+NAMES = ("demo", "demo_sweep", "full", "local_rollouts", "pilot", "scaling_matrix", "sweep")
 ENVIRON = {"TAPROBE_ROLLOUTS": "/data/rollouts"}
 
 
@@ -74,12 +75,9 @@ def test_the_demo_needs_nothing_from_outside() -> None:
     assert study.rollouts.source.kind == "demo"
     assert {model.checkpoint.kind for model in study.models.values()} == {"demo"}
     assert len(study.sites) == 8
-    assert [str(trial) for trial in study.trials] == [
-        "correct_base_solution@s00",
-        "correct_base_solution@s01",
-        "incorrect_base_solution@s00",
-        "incorrect_base_solution@s01",
-    ]
+    assert study.settings == ("correct_base_solution", "incorrect_base_solution")
+    assert study.seeds == (0, 1, 2, 3, 4)
+    assert {recipe.estimator for recipe in study.recipes} == set(get_args(Estimator))
 
 
 def test_the_scaling_matrix_reads_quartiles_of_two_depths() -> None:

@@ -80,7 +80,8 @@ class TestWhichStudy:
         assert load_study(file, environ={}) == parse_study(TINY, "s.yaml")
 
     @pytest.mark.parametrize(
-        ("asked", "said"), [("pilt.yaml", "did you mean `pilot`?"), ("zzz", "demo, full")]
+        ("asked", "said"),
+        [("pilt.yaml", "did you mean `pilot`?"), ("zzz", "demo, demo_sweep, full")],
     )
     def test_an_absent_file_lists_the_shipped_studies(self, asked: str, said: str) -> None:
         with pytest.raises(ConfigError) as caught:

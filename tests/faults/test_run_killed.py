@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
-from taprobe_core.pipeline import cells_of, open_plan, stages_of
+from taprobe_core.pipeline import Plan, cells_of, open_plan, stages_of
 from taprobe_core.store import Manifest, Store
 
 CHILD = Path(__file__).with_name("run_steps.py")
@@ -44,6 +45,41 @@ probes:
     - {name: linear_probe, features: [activations]}
 splits: {protocols: [lopo]}
 evaluation: {n_bootstrap: 10}
+"""
+
+CAMPAIGN = """
+name: campaign
+rollouts:
+  source: {kind: policy, n_problems: 4, n_rollouts: 4}
+models:
+  tiny:
+    rollouts_dir: tiny
+    checkpoint: {kind: stand_in, architecture: llama, n_layers: 2, d_model: 16}
+    n_layers: 2
+    dtype: float32
+    layers: [1]
+settings: [correct_base_solution]
+labels: {percentile: 70, drop_last_sentence: false}
+attention: {mode: light}
+probes:
+  keep: scores
+  recipes:
+    - {name: position_baseline, features: [position]}
+    - {name: text_only_baseline, features: [text]}
+    - {name: linear_probe, features: [activations]}
+    - {name: mlp_probe, features: [activations], estimator: mlp, hidden: [4], max_iter: 5}
+    - {name: vertical_attention_plus_position, features: [vertical_attention, position]}
+splits: {protocols: [lopo]}
+evaluation: {n_bootstrap: 10, n_null: 0}
+sweep:
+  targets: [anchor_binary, importance_abs]
+  percentiles: [70]
+  drop_last_sentence: [true]
+  poolings: [mean]
+  residualize: [none, position]
+  tuning: {regularization: [0.1, 1.0], hidden: [[4], [8]], early_stopping: [false]}
+  shortlists: {to_stage2: 2, to_stage3: 2}
+  stability_draws: 5
 """
 
 KILLED_AT = [(1, "in"), (2, "after"), (3, "in"), (1, "in"), (4, "after"), (3, "in"), (5, "in")]
@@ -193,3 +229,41 @@ def test_the_command_killed_and_interrupted_through_dagster_then_finishes(
     plan = open_plan(study, data)
     n_cells = sum(len(cells_of(plan.study, stage)) for stage in stages_of(plan.study))
     assert f"{n_cells} artifacts: " in last
+
+
+def board(plan: Plan) -> pl.DataFrame:
+    return plan.store.open(plan.sweep_table("sweep_leaderboard")).read_table("leaderboard.parquet")
+
+
+def test_a_campaign_killed_twice_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    study = tmp_path / "campaign.yaml"
+    study.write_text(CAMPAIGN)
+    disturbed, calm = tmp_path / "disturbed", tmp_path / "calm"
+    for folder in (disturbed, calm):
+        folder.mkdir()
+    child = start(study, calm)
+    out, error = child.communicate(timeout=120)
+    assert child.returncode == 0, error
+    n_all = len(manifests(calm / "data"))
+
+    kept: dict[str, object] = {}
+    for share in (0.5, 0.8):
+        child = start(study, disturbed)
+        stop(child, disturbed / "data", int(n_all * share), 0.05, signal.SIGKILL)
+        child.communicate(timeout=60)
+        assert child.returncode == -signal.SIGKILL
+        found = manifests(disturbed / "data")
+        assert kept.items() <= found.items()
+        kept = dict(found)
+    assert len(kept) < n_all
+    child = start(study, disturbed)
+    out, error = child.communicate(timeout=120)
+    assert child.returncode == 0, error
+    assert "report: " in out
+
+    plans = [open_plan(study, folder / "data") for folder in (calm, disturbed)]
+    boards = [board(plan) for plan in plans]
+    assert boards[0].equals(boards[1])
+    assert set(boards[0]["stage"]) == {"stage1", "stage2", "stage3"}
+    assert boards[0]["rank"].is_not_null().any()
+    assert manifests(calm / "data").keys() == manifests(disturbed / "data").keys()

@@ -3,12 +3,14 @@
 scikit-learn's vectorizer, with one step of ours between counting and weighting: its `max_features`
 breaks ties with an unstable sort, whose order differs between instruction sets; `FrequentTerms`
 gives ties to the alphabetically earlier term. What does not belong here: joining with other
-features (`pipeline`, `inputs`). Invariant: the terms chosen depend on the texts alone.
+features (`solvers.fold_matrix`). Invariant: the terms chosen depend on the texts alone, those of a
+fold on its training texts alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +21,8 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer, T
 from sklearn.feature_selection import SelectorMixin
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted, validate_data
+
+from taprobe_core.errors import NotEnoughDataError
 
 MAX_TERMS = 10_000
 _NGRAMS = (1, 2)
@@ -80,3 +84,68 @@ def weigh_texts(texts: Sequence[str], terms: Sequence[str], idf: NDArray[np.floa
     vectorizer = TfidfVectorizer(ngram_range=_NGRAMS, vocabulary=terms)
     vectorizer.idf_ = idf
     return vectorizer.transform(texts)
+
+
+@dataclass(frozen=True, eq=False)
+class FoldWords:
+    """Counts of terms, and what every fold makes of them.
+
+    The weights of a row in a fold are `counts * idf[fold]`, divided by their Euclidean length
+    (zero without any of the fold's terms): what `text_pipeline`, fitted on the fold's training
+    texts, gives.
+
+    Attributes:
+        terms: [term], alphabetical; those of any fold.
+        counts: [sentence, term] float64.
+        idf: [fold, term] float64, inverse document frequency ln((1 + n) / (1 + n_with)) + 1 among
+            the n training texts of the fold; 0 where the fold does not use the term.
+    """
+
+    terms: tuple[str, ...]
+    counts: csr_matrix
+    idf: NDArray[np.float64]
+
+    def terms_of(self, fold: int) -> tuple[str, ...]:
+        """Return the terms that a fold uses, alphabetical, as `text_pipeline` would name them."""
+        return tuple(self.terms[column] for column in np.flatnonzero(self.idf[fold]))
+
+
+def fold_words(
+    texts: Sequence[str], train: NDArray[np.bool_], max_terms: int = MAX_TERMS
+) -> FoldWords:
+    """Count terms once, and choose and weigh them for every fold on its training texts.
+
+    Args:
+        texts: [sentence].
+        train: [fold, sentence] bool, the training texts of each fold.
+        max_terms: at most so many per fold; the most frequent in its training texts, ties to the
+            alphabetically earlier one.
+
+    Raises:
+        NotEnoughDataError: the training texts of a fold hold no word; names every such fold.
+
+    Source:
+        scikit-learn's TfidfTransformer with smooth_idf.
+    """
+    learns = csr_matrix(np.asarray(train, dtype=np.float64))
+    wordless = list(range(len(train)))
+    if has_words(texts):
+        vectorizer = CountVectorizer(ngram_range=_NGRAMS, dtype=np.float64)
+        counts = vectorizer.fit_transform(texts)
+        totals = (learns @ counts).toarray()
+        wordless = np.flatnonzero(~totals.any(axis=1)).tolist()
+    if wordless:
+        raise NotEnoughDataError(
+            "the training sentences hold no word to count",
+            f"folds {wordless}",
+            "take text out of the recipe's features, or use more problems",
+        )
+    n_with = (learns @ (counts > 0)).toarray()
+    n_train = np.asarray(train).sum(axis=1, keepdims=True)
+    weights = np.log((1 + n_train) / (1 + n_with)) + 1
+    for own, total in zip(weights, totals, strict=True):
+        own[np.argsort(-total, kind="stable")[max_terms:]] = 0.0
+        own[total == 0] = 0.0
+    is_used = weights.any(axis=0)
+    terms = vectorizer.get_feature_names_out()[is_used]
+    return FoldWords(tuple(map(str, terms)), counts[:, is_used].tocsr(), weights[:, is_used])

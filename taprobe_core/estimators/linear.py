@@ -1,0 +1,189 @@
+"""Ridge and logistic probes as scikit-learn estimators: one model, standardised inside.
+
+`RidgeProbe()` is `Pipeline(StandardScaler(), Ridge())` and `LogisticProbe()` is
+`Pipeline(StandardScaler(), LogisticRegression())` at its converged optimum, each a single estimator
+that can be cloned, searched over and put into pipelines. What does not belong here: fits of many
+models, which ask the solvers directly. Invariants: the scaler ignores sample weights, as in a
+pipeline whose last step takes them; errors in what the caller passed are `ValueError`, as
+scikit-learn's contract demands, and failures of the numbers are the solvers' own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.utils import Tags
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.fold_matrix import FoldMatrix
+from taprobe_core.solvers.linear_solution import LinearSolution
+from taprobe_core.solvers.logistic import solve_logistic
+from taprobe_core.solvers.ridge import solve_ridge
+
+
+class _LinearProbe(BaseEstimator):  # type: ignore[misc]
+    """What both probes share: the solution in the units of the features as given."""
+
+    standardise: bool
+    device: str
+
+    def _matrix(self, features: NDArray[Any]) -> FoldMatrix:
+        train = np.ones((1, len(features)), dtype=bool)
+        scaling: Literal["fold", "none"] = "fold" if self.standardise else "none"
+        return FoldMatrix(train, features, scaling=scaling, device=self.device)
+
+    def _keep(self, matrix: FoldMatrix, solution: LinearSolution) -> None:
+        coef = solution.coef[0] / matrix.scale[0]
+        self.coef_: NDArray[np.float64] = coef
+        self.intercept_ = float(solution.intercept[0] - coef @ matrix.mean[0])
+        self.n_iter_ = max(1, int(solution.n_iter[0]))
+
+    def _decide(self, X: ArrayLike) -> NDArray[np.float64]:
+        check_is_fitted(self)
+        features = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        return np.asarray(features @ self.coef_ + self.intercept_, dtype=np.float64)
+
+
+def _column(y: NDArray[np.float64], weight: NDArray[np.float64]) -> Columns:
+    return Columns(np.zeros(1, dtype=np.int64), y[:, None], weight[:, None])
+
+
+class RidgeProbe(RegressorMixin, _LinearProbe):  # type: ignore[misc]
+    """Ridge regression on standardised features.
+
+    Args:
+        alpha: penalty on the coefficients of the standardised features, positive.
+        standardise: False leaves the features as they are: `sklearn.linear_model.Ridge(alpha)`.
+        device: where a wide problem is solved, "cpu" or "cuda".
+
+    Attributes:
+        coef_: [feature] float64, for features as given.
+        intercept_: float.
+        n_iter_: iterations; 1 for a direct solution.
+        n_features_in_: features.
+    """
+
+    def __init__(
+        self, alpha: float = 1.0, *, standardise: bool = True, device: str = "cpu"
+    ) -> None:
+        self.alpha = alpha
+        self.standardise = standardise
+        self.device = device
+
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+        """Fit to [row, feature] features and [row] targets.
+
+        Raises:
+            ValueError: what was passed is not a regression problem.
+            DataError: alpha is not positive, or all weights are 0.
+            NumericsError: the solution did not converge.
+        """
+        features, target = validate_data(
+            self, X, y, dtype=[np.float64, np.float32], y_numeric=True, ensure_min_samples=2
+        )
+        weight = _check_sample_weight(sample_weight, features, dtype=np.float64)
+        matrix = self._matrix(features)
+        columns = _column(np.asarray(target, dtype=np.float64), weight)
+        self._keep(matrix, solve_ridge(matrix, columns, np.array([self.alpha], dtype=np.float64)))
+        return self
+
+    def predict(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Return predictions, [row] float64."""
+        return self._decide(X)
+
+
+class LogisticProbe(ClassifierMixin, _LinearProbe):  # type: ignore[misc]
+    """Logistic regression with two classes on standardised features, converged.
+
+    Args:
+        C: inverse penalty on the coefficients of the standardised features, positive.
+        class_weight: None, or "balanced" as in scikit-learn.
+        standardise: False leaves the features as they are.
+        tol: largest change of a logit in the last iteration.
+        max_iter: iterations at most.
+        device: where a wide problem is solved, "cpu" or "cuda".
+
+    Attributes:
+        classes_: the two classes, sorted.
+        coef_: [feature] float64, for features as given; towards `classes_[1]`.
+        intercept_: float.
+        n_iter_: iterations.
+        n_features_in_: features.
+    """
+
+    def __init__(
+        self,
+        C: float = 1.0,
+        *,
+        class_weight: Literal["balanced"] | None = None,
+        standardise: bool = True,
+        tol: float = 2e-4,
+        max_iter: int = 400,
+        device: str = "cpu",
+    ) -> None:
+        self.C = C
+        self.class_weight = class_weight
+        self.standardise = standardise
+        self.tol = tol
+        self.max_iter = max_iter
+        self.device = device
+
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+        """Fit to [row, feature] features and [row] labels of two classes.
+
+        Raises:
+            ValueError: what was passed is not a classification problem of two classes.
+            DataError: C is not positive.
+            NumericsError: the solution did not converge.
+        """
+        features, labels = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        check_classification_targets(labels)
+        kind = type_of_target(labels, input_name="y")
+        if kind != "binary":
+            raise ValueError(
+                f"Only binary classification is supported. The type of the target is {kind}."
+            )
+        self.classes_, code = np.unique(labels, return_inverse=True)
+        weight = _check_sample_weight(sample_weight, features, dtype=np.float64)
+        if len(np.unique(code[weight > 0])) < 2:
+            raise ValueError("LogisticProbe needs samples of two classes, found one class only")
+        balance = compute_class_weight(
+            self.class_weight, classes=self.classes_, y=labels, sample_weight=weight
+        )
+        weight = weight * balance[code]
+        matrix = self._matrix(features)
+        solution = solve_logistic(
+            matrix,
+            _column(code.astype(np.float64), weight),
+            np.array([self.C], dtype=np.float64),
+            tol=self.tol,
+            max_iter=self.max_iter,
+        )
+        self._keep(matrix, solution)
+        return self
+
+    def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Return logits of `classes_[1]`, [row] float64."""
+        return self._decide(X)
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Return probabilities of both classes, [row, 2] float64."""
+        positive = 0.5 * (1 + np.tanh(0.5 * self.decision_function(X)))
+        return np.column_stack([1 - positive, positive])
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """Return the more probable class, [row]."""
+        above = self.decision_function(X) > 0
+        return np.asarray(self.classes_[above.astype(np.intp)])
+
+    def __sklearn_tags__(self) -> Tags:
+        """Say to scikit-learn that there are two classes."""
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags

@@ -1,0 +1,110 @@
+"""What probes read, from the store: activations, attention scores, and the rows joined of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import polars as pl
+import torch
+
+from taprobe_core.activations.shards import ACTIVATIONS_FILE
+from taprobe_core.errors import ConfigError
+from taprobe_core.features import ProbeData, join_features
+from taprobe_core.keys import Site
+from taprobe_core.pipeline.plan import Plan
+from taprobe_core.store import ArtifactKey
+from taprobe_core.study import Pooling, ProbeRecipe
+
+
+def read_shards(
+    plan: Plan, site: Site, setting: str
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Read one site and setting's activations, one problem at a time.
+
+    Yields:
+        problem id, and the tensors of its shard by pooling (`activations.ActivationShard`), in the
+        number type they are stored in, on the CPU.
+
+    Raises:
+        MissingArtifactError: they are not extracted yet.
+        CorruptArtifactError: a shard differs from its manifest.
+    """
+    index = plan.store.open(plan.activations(site, setting)).read_table("shards.parquet")
+    for problem_id, shard in index.select("problem_id", "shard_fingerprint").iter_rows():
+        partition = (str(site), setting, f"problem_{problem_id}")
+        artifact = plan.store.open(ArtifactKey("activation_shards", partition, shard))
+        yield problem_id, artifact.read_tensors(ACTIVATIONS_FILE)
+
+
+def read_activations(
+    plan: Plan, site: Site, setting: str, pooling: Pooling = "mean"
+) -> dict[int, np.ndarray]:
+    """Read one pooling of one site and setting's activations.
+
+    Returns:
+        problem id -> [sentence, d_model], float32, in sentence order; for `tokens` [token, d_model]
+        of all sentences.
+
+    Raises:
+        ConfigError: the study does not keep this pooling.
+        MissingArtifactError: they are not extracted yet.
+        CorruptArtifactError: a shard differs from its manifest.
+    """
+    return _read_poolings(plan, site, setting, [pooling])[pooling]
+
+
+def _read_poolings(
+    plan: Plan, site: Site, setting: str, poolings: Sequence[Pooling]
+) -> dict[Pooling, dict[int, np.ndarray]]:
+    kept = plan.study.activations.poolings
+    for pooling in poolings:
+        if pooling not in kept:
+            raise ConfigError(
+                f"no pooling {pooling!r}",
+                f"study {plan.study.name}, activations.poolings",
+                f"add it there, or use one of {', '.join(kept)}",
+            )
+    found: dict[Pooling, dict[int, np.ndarray]] = {pooling: {} for pooling in poolings}
+    for problem_id, tensors in read_shards(plan, site, setting):
+        for pooling in poolings:
+            found[pooling][problem_id] = tensors[pooling].float().numpy()
+    return found
+
+
+def read_probe_data(
+    plan: Plan, model: str, setting: str, site: Site | None, recipes: Sequence[ProbeRecipe] = ()
+) -> ProbeData:
+    """Join labels, spans, sentences and what recipes read of a site into one matrix set.
+
+    Args:
+        plan: the plan.
+        model: the model.
+        setting: the setting.
+        site: whose activations and attention are read; None for neither.
+        recipes: read what these read; none of the study's: the pooling `mean`, if it is kept.
+
+    Raises:
+        MissingArtifactError: an upstream artifact is not there yet.
+    """
+    poolings = sorted({pooling for recipe in recipes for pooling in recipe.poolings_read})
+    if not recipes and site is not None and "mean" in plan.study.activations.poolings:
+        poolings = ["mean"]
+    looks = any("vertical_attention" in recipe.features for recipe in recipes)
+    return join_features(
+        plan.store.open(plan.labels(model, setting)).read_table("labels.parquet"),
+        plan.store.open(plan.spans(model, setting)).read_table("spans.parquet"),
+        plan.store.open(plan.rollouts(model, setting)).read_table("sentences.parquet"),
+        _read_poolings(plan, site, setting, poolings) if site is not None and poolings else None,
+        _read_attention(plan, site, setting) if site is not None and looks else None,
+    )
+
+
+def _read_attention(plan: Plan, site: Site, setting: str) -> dict[str, pl.DataFrame]:
+    """The simple score, and the scores of heads where the study's attention is full."""
+    artifact = plan.store.open(plan.vertical_attention(site, setting))
+    tables = {"scores": artifact.read_table("scores.parquet")}
+    if "vertical.parquet" in artifact.manifest.files:
+        vertical = artifact.read_table("vertical.parquet")
+        tables["vertical"] = vertical
+    return tables

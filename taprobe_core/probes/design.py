@@ -1,0 +1,211 @@
+"""The fits of one (site or model, setting) laid out: rows, folds, what each recipe is fitted to.
+
+From joined features and folds to the boolean masks and targets that solvers take. What does not
+belong here: solving (`linear`, `network`, `token_sets`) and what a target means (`targets`,
+`residuals`).
+
+Invariant: a target learns from the training rows of its fold alone; all recipes see equal folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taprobe_core.errors import DataError, NotEnoughDataError
+from taprobe_core.features import ProbeData
+from taprobe_core.probes.inputs import dense_matrix
+from taprobe_core.residuals import BASELINE_FEATURES, residual_targets
+from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.fold_matrix import FoldMatrix
+from taprobe_core.solvers.text_block import TextBlock
+from taprobe_core.splits import Fold, check_no_leakage, inner_folds
+from taprobe_core.study import Labels, ProbeRecipe, Splits
+from taprobe_core.targets import target_values
+from taprobe_core.words import FoldWords, fold_words
+
+Mask = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+
+
+class Fit(NamedTuple):
+    """One recipe at one seed: what is fitted on every fold and stored as one artifact."""
+
+    recipe: ProbeRecipe
+    seed: int
+
+
+class FoldTarget(NamedTuple):
+    """A recipe's target; a first axis of length 1 is shared by all folds.
+
+    Attributes:
+        y: [fold, row] float64, what is fitted.
+        value: [fold, row] float64, what ranks are judged against.
+        is_positive: [fold, row] bool, the recipe's own anchors; None for signed targets.
+        weight: [row] float64, 0 where the target is not defined.
+    """
+
+    y: Floats
+    value: Floats
+    is_positive: Mask | None
+    weight: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """Rows and folds that recipes share.
+
+    Attributes:
+        data: features and labels of every row.
+        outer: the folds that are tested.
+        splits: the study's, for the inner folds.
+        labels: the study's, for the tie rule of anchors.
+    """
+
+    data: ProbeData
+    outer: tuple[Fold, ...]
+    splits: Splits
+    labels: Labels
+
+    def __post_init__(self) -> None:
+        known = set(self.data.problems)
+        for fold in self.outer:
+            check_no_leakage(fold)
+            unknown = sorted({*fold.train, *fold.val, *fold.test} - known)
+            if unknown:
+                raise DataError(
+                    f"problems {unknown} have no rows",
+                    str(fold),
+                    "make the folds with `present` from ProbeData.problems",
+                )
+
+    @cached_property
+    def folds(self) -> tuple[Fold, ...]:
+        """Outer folds, then the inner folds of each, if the study asks for them."""
+        inner = [each for fold in self.outer for each in inner_folds(fold, self.splits)]
+        return (*self.outer, *inner)
+
+    @cached_property
+    def train(self) -> Mask:
+        """[fold, row] bool."""
+        return self._mask("train")
+
+    @cached_property
+    def validation(self) -> Mask:
+        """[fold, row] bool."""
+        return self._mask("val")
+
+    def _mask(self, side: str) -> Mask:
+        ids = self.data.problem_id
+        return np.array([np.isin(ids, getattr(fold, side)) for fold in self.folds])
+
+    def watched(self) -> tuple[Mask, Mask]:
+        """Return training and validation rows of every fold for a training that is watched.
+
+        A fold without validation problems, in a study with inner folds, gives up the first of its
+        inner groups for it.
+
+        Returns:
+            Two masks [fold, row], disjoint.
+        """
+        train, validation = self.train.copy(), self.validation.copy()
+        first = {(each.protocol, each.index): each for each in reversed(self.folds) if each.val}
+        for row, fold in enumerate(self.folds):
+            if not fold.val:
+                group = np.isin(self.data.problem_id, first[fold.protocol, fold.index].val)
+                validation[row] = group
+                train[row] &= ~group
+        return train, validation
+
+    @cached_property
+    def _targets(self) -> dict[ProbeRecipe, FoldTarget]:
+        return {}
+
+    def target(self, recipe: ProbeRecipe) -> FoldTarget:
+        """Return what `recipe` is fitted to and judged by, on every fold.
+
+        Args:
+            recipe: with its target filled in (`ProbeRecipe.resolved`).
+
+        Raises:
+            LabelError: the labels lack what the target is made of.
+        """
+        if recipe not in self._targets:
+            self._targets[recipe] = self._target(recipe)
+        return self._targets[recipe]
+
+    def _target(self, recipe: ProbeRecipe) -> FoldTarget:
+        own = target_values(self.data.labels, recipe, self.labels)
+        weight = np.where(own.is_defined, own.weight, 0.0)
+        if recipe.residualize == "none":
+            positive = None if own.is_positive is None else own.is_positive[None]
+            return FoldTarget(own.y[None], own.value[None], positive, weight)
+        baseline = ProbeRecipe(name="baseline", features=BASELINE_FEATURES[recipe.residualize])
+        left = residual_targets(
+            self.matrix(baseline), self.train, own, self.data.problem_id, recipe, self.labels
+        )
+        y = left.value
+        if recipe.target == "anchor_binary" and left.is_positive is not None:
+            y = left.is_positive.astype(np.float64)
+        return FoldTarget(y, left.value, left.is_positive, weight)
+
+    @cached_property
+    def words(self) -> FoldWords:
+        """Terms of every fold.
+
+        Raises:
+            NotEnoughDataError: the training texts of a fold hold no word.
+        """
+        return fold_words(self.data.texts, self.train)
+
+    def matrix(self, recipe: ProbeRecipe, device: str = "cpu") -> FoldMatrix:
+        """Return the features of a linear recipe, standardised by every fold for itself.
+
+        Raises:
+            DataError: the data lacks what the recipe reads.
+            NotEnoughDataError: the training texts of a fold hold no word.
+        """
+        has_text = "text" in recipe.features
+        text = TextBlock(self.words.counts, self.words.idf) if has_text else None
+        return FoldMatrix(self.train, dense_matrix(recipe, self.data), text, device=device)
+
+    def columns(self, fits: Sequence[Fit], train: Mask | None = None) -> Columns:
+        """Return one column per fit and fold, folds running fastest.
+
+        Args:
+            fits: what to fit.
+            train: [fold, row], the training rows; those of the folds unless a part is watched.
+
+        Raises:
+            NotEnoughDataError: the training rows of a binary target hold one class.
+        """
+        train = self.train if train is None else train
+        n_folds, n_rows = train.shape
+        y = np.empty((n_rows, len(fits) * n_folds))
+        weight = np.empty_like(y)
+        for index, fit in enumerate(fits):
+            target = self.target(fit.recipe)
+            mine = slice(index * n_folds, (index + 1) * n_folds)
+            y[:, mine] = np.broadcast_to(target.y, (n_folds, n_rows)).T
+            weight[:, mine] = (train * target.weight).T
+            if fit.recipe.target == "anchor_binary":
+                self._check_classes(fit.recipe, y[:, mine], weight[:, mine])
+        seed = np.repeat([fit.seed for fit in fits], n_folds).astype(np.int64)
+        return Columns(np.tile(np.arange(n_folds), len(fits)), y, weight, seed)
+
+    def _check_classes(self, recipe: ProbeRecipe, y: Floats, weight: Floats) -> None:
+        is_row = weight > 0
+        n_positive, n_rows = (y * is_row).sum(axis=0), is_row.sum(axis=0)
+        for fold, found, n in zip(self.folds, n_positive, n_rows, strict=True):
+            if found in (0, n):
+                raise NotEnoughDataError(
+                    f"training needs two classes, found {'anchors' if found else 'no anchor'} "
+                    f"among {n} sentences of problems {list(fold.train)}",
+                    f"recipe {recipe.name!r}, {fold}",
+                    "use more problems, or lower labels.percentile",
+                )

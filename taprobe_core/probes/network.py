@@ -1,0 +1,96 @@
+"""Multilayer perceptrons of many recipes, folds and seeds, trained together.
+
+What does not belong here: the training (`solvers.networks`), rows and targets (`design`).
+
+Early stopping on rows is scikit-learn's and has its weakness: a random tenth of the training *rows*
+is held out, so sentences of one trace stand on both sides, and a binary target is watched by
+accuracy, which hardly moves when one sentence in ten is an anchor (a continuous one by R^2).
+`held_out: problems` watches the loss on the fold's validation problems instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import expit
+
+from taprobe_core.errors import DataError
+from taprobe_core.probes.design import Design, Fit
+from taprobe_core.probes.fitted import FittedProbe, Training
+from taprobe_core.probes.inputs import Arrays, dense_matrix
+from taprobe_core.probes.solved import Solved
+from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.network_stopping import EarlyStopping
+from taprobe_core.solvers.networks import NetworkOptions, NetworkSolution, fit_networks
+
+MIN_ROWS = 11
+"""Fewer rows hold out a single one, which has neither both classes nor an R^2."""
+
+
+def fit_mlp(design: Design, fits: Sequence[Fit], device: str) -> Solved:
+    """Train the networks of recipes that differ in target and seed alone.
+
+    Args:
+        design: rows and folds.
+        fits: recipes of estimator `mlp`, of equal features and settings.
+        device: of the training.
+
+    Raises:
+        NumericsError: a network diverged.
+        NotEnoughDataError: a fold has no problem to watch.
+    """
+    recipe = fits[0].recipe
+    X = dense_matrix(recipe, design.data)
+    if X is None:
+        raise DataError(
+            "a network without dense features", f"recipe {recipe.name!r}", "add activations"
+        )
+    is_watched = recipe.early_stopping and recipe.held_out == "problems"
+    train, validation = design.watched() if is_watched else (design.train, None)
+    columns = design.columns(fits, train)
+    stopping, in_words = _stopping(fits, columns)
+    options = NetworkOptions(
+        hidden=recipe.hidden,
+        is_classifier=recipe.target == "anchor_binary",
+        max_iter=recipe.max_iter,
+        early_stopping=stopping,
+    )
+    found = fit_networks(X, train, columns, options, validation, device)
+    score = expit(found.decision) if options.is_classifier else found.decision
+
+    def probe(fit: Fit, column: int) -> FittedProbe:
+        fold = int(found.fold[column])
+        training = Training(int(found.n_iter[column]), bool(found.is_converged[column]), in_words)
+        arrays = _arrays(found, column, fold)
+        return FittedProbe(fit.recipe, design.folds[fold], fit.seed, arrays, None, training)
+
+    return Solved(score.astype(np.float32), probe)
+
+
+def _arrays(found: NetworkSolution, column: int, fold: int) -> Arrays:
+    arrays: Arrays = {"mean": found.mean[fold], "scale": found.scale[fold]}
+    for depth, (weight, bias) in enumerate(zip(found.weights, found.biases, strict=True)):
+        arrays[f"weight_{depth}"], arrays[f"bias_{depth}"] = weight[column], bias[column]
+    return arrays
+
+
+def _stopping(fits: Sequence[Fit], columns: Columns) -> tuple[EarlyStopping, str]:
+    """Decide how the networks stop, alike for all folds and for every kind of target."""
+    recipe = fits[0].recipe
+    if not recipe.early_stopping:
+        return "off", "off: the recipe says so"
+    if recipe.held_out == "problems":
+        return "problems", "on: the fold's validation problems, watched by loss"
+    is_row = columns.weight > 0
+    n_rows = int(is_row.sum(axis=0).min())
+    if n_rows < MIN_ROWS:
+        return "off", f"off: {n_rows} training rows in a fold, {MIN_ROWS} needed"
+    is_binary = recipe.target == "anchor_binary"
+    if is_binary:
+        n_positive = (columns.y * is_row).sum(axis=0)
+        n_least = int(np.minimum(n_positive, is_row.sum(axis=0) - n_positive).min())
+        if n_least < 2:
+            return "off", "off: a class has one training row in a fold, 2 needed"
+    score = "accuracy" if is_binary else "R^2"
+    return "rows", f"on: 10 % of the training rows held out, watched by {score}"

@@ -1,0 +1,301 @@
+"""One feature matrix that every fold standardises for itself, without a copy per fold.
+
+Fold f sees `(x - mean_f) / scale_f`, mean and population deviation of its training rows, as
+scikit-learn's `StandardScaler` fitted there; a feature that is constant on them has scale 1. The
+matrix is kept once, shifted and scaled by the statistics of all rows, `(x - mean) / scale`; a
+fold's own standardisation is then `(shared - shift_f) * ratio_f`, a diagonal and a rank-one
+correction around products with the shared matrix. All columns (models) of all folds go through one
+matrix product. A text block (`text_block`) may stand before the dense features.
+
+What does not belong here: solving. Invariants: feature order is [terms; dense features]; arrays are
+[column, ...] with columns outermost, the layout in which products with few columns are fastest;
+float64 products read the features as given, not a rounded copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from taprobe_core.errors import DataError, NonFiniteError
+from taprobe_core.solvers.text_block import TextBlock
+
+Scaling = Literal["fold", "shared", "none"]
+
+_CACHED_FLOAT64_VALUES = 1 << 22
+_CHUNK_VALUES = 1 << 21
+_SUSPECT_VARIANCE = 1e-6
+
+
+class FoldMatrix:
+    """Features of all rows, standardised by every fold on its own training rows.
+
+    Args:
+        train: [fold, row] bool, training rows.
+        dense: [row, feature] float32 or float64, or None.
+        text: TF-IDF block, or None; at least one of both.
+        scaling: "fold", each fold standardises for itself; "shared", one mean and scale of all
+            rows, a different estimator (it has seen the held-out rows' features); "none".
+        device: where the dense block and its products live; a text block stays on the CPU.
+
+    Attributes:
+        train: as given.
+        mean: [fold, feature] float64 of the dense block, 0 with scaling "none".
+        scale: [fold, feature] float64 of the dense block, positive.
+
+    Raises:
+        DataError: shapes disagree, there are no features, or a fold has no training row.
+        NonFiniteError: a feature is NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        train: NDArray[np.bool_],
+        dense: NDArray[np.float32] | NDArray[np.float64] | None = None,
+        text: TextBlock | None = None,
+        *,
+        scaling: Scaling = "fold",
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.train = np.asarray(train, dtype=bool)
+        self.text = text
+        self.device = torch.device(device)
+        self.scaling: Scaling = scaling
+        self._check(dense)
+        values = np.empty((self.n_rows, 0)) if dense is None else dense
+        self._raw = torch.as_tensor(np.ascontiguousarray(values)).to(self.device)
+        self._standardise()
+        self._shared64: Tensor | None = None
+        self._shared32: Tensor | None = None
+
+    def _check(self, dense: NDArray[np.float32] | NDArray[np.float64] | None) -> None:
+        if dense is None and self.text is None:
+            raise DataError(
+                "no features", "fold matrix", "give a dense block, a text block or both"
+            )
+        if self.train.ndim != 2 or not self.train.any(axis=1).all():
+            raise DataError("a fold has no training row", "fold matrix", "leave the fold out")
+        if self.text is not None:
+            self.text.check(self.n_folds, self.n_rows)
+        if dense is None:
+            return
+        if dense.ndim != 2 or len(dense) != self.n_rows:
+            raise DataError(
+                f"dense features are {dense.shape} for {self.n_rows} rows",
+                "fold matrix",
+                "give one row of features per sentence",
+            )
+        bad = np.flatnonzero(~np.isfinite(dense).all(axis=1))
+        if bad.size:
+            raise NonFiniteError(
+                f"{bad.size} rows of features hold NaN or infinity",
+                f"fold matrix, row {bad[0]} first",
+                "extract these activations again in float32",
+            )
+
+    @property
+    def n_rows(self) -> int:
+        """Rows, training or not."""
+        return int(self.train.shape[1])
+
+    @property
+    def n_folds(self) -> int:
+        """Folds."""
+        return int(self.train.shape[0])
+
+    @property
+    def n_terms(self) -> int:
+        """Features of the text block."""
+        return 0 if self.text is None else self.text.n_terms
+
+    @property
+    def n_dense(self) -> int:
+        """Features of the dense block."""
+        return int(self._raw.shape[1])
+
+    @property
+    def n_features(self) -> int:
+        """Terms and dense features together."""
+        return self.n_terms + self.n_dense
+
+    # ---- statistics -----------------------------------------------------------------------------
+
+    def _standardise(self) -> None:
+        n, d, n_folds = self.n_rows, self.n_dense, self.n_folds
+        self._mean = torch.zeros(d, dtype=torch.float64, device=self.device)
+        self._scale = torch.ones_like(self._mean)
+        if self.scaling == "none" or d == 0:
+            mean, scale = self._mean.expand(n_folds, d), self._scale.expand(n_folds, d)
+        else:
+            # Twice: the second pass removes the rounding that a large mean leaves in the first.
+            for _ in range(2):
+                self._mean = self._mean + sum(chunk.sum(0) for _, chunk in self._chunks64()) / n
+            variance = torch.zeros_like(self._mean)
+            for _, chunk in self._chunks64():
+                variance += chunk.square().sum(0) / n
+            self._scale = _scale_of(variance, self._mean, n)
+            mean, scale = self._mean.expand(n_folds, d), self._scale.expand(n_folds, d)
+            if self.scaling == "fold":
+                mean, scale = self._fold_statistics()
+        self._shift = (mean - self._mean) / self._scale
+        self._ratio = self._scale / scale
+        self.mean: NDArray[np.float64] = mean.cpu().numpy().copy()
+        self.scale: NDArray[np.float64] = scale.cpu().numpy().copy()
+
+    def _fold_statistics(self) -> tuple[Tensor, Tensor]:
+        """Return each fold's mean and scale, from moments about the mean of all rows."""
+        mask = torch.as_tensor(self.train, device=self.device).double()
+        share = mask / mask.sum(1, keepdim=True)
+        first = torch.zeros(self.n_folds, self.n_dense, dtype=torch.float64, device=self.device)
+        second = torch.zeros_like(first)
+        for rows, chunk in self._chunks64():
+            first += share[:, rows] @ chunk
+            second += share[:, rows] @ chunk.square()
+        variance = second - first.square()
+        mean = self._mean + self._scale * first
+        n_train = mask.sum(1, keepdim=True)
+        scale = _scale_of(variance * self._scale.square(), mean, n_train)
+        # The difference of two moments says nothing about a variance near 0: take two passes there.
+        suspect = torch.nonzero((variance < _SUSPECT_VARIANCE).any(0))[:, 0]
+        if len(suspect):
+            values = self._raw[:, suspect].double()
+            for fold, weight in enumerate(share):
+                own = mean[fold, suspect]
+                own = own + weight @ (values - own)
+                centred = values - own
+                exact = weight @ centred.square() - (weight @ centred).square()
+                mean[fold, suspect] = own
+                scale[fold, suspect] = _scale_of(exact, own, n_train[fold])
+        return mean, scale
+
+    # ---- the shared matrix ----------------------------------------------------------------------
+
+    def _chunks64(self) -> Iterator[tuple[slice, Tensor]]:
+        step = max(1, _CHUNK_VALUES // max(self.n_dense, 1))
+        for start in range(0, self.n_rows, step):
+            rows = slice(start, min(start + step, self.n_rows))
+            yield rows, (self._raw[rows].double() - self._mean) / self._scale
+
+    def _float64(self) -> Iterator[tuple[slice, Tensor]]:
+        """Give the shared matrix in float64: kept when small or on an accelerator's memory."""
+        if self.n_rows * self.n_dense > _CACHED_FLOAT64_VALUES and self.device.type == "cpu":
+            yield from self._chunks64()
+            return
+        if self._shared64 is None:
+            self._shared64 = torch.cat([chunk for _, chunk in self._chunks64()])
+        yield slice(0, self.n_rows), self._shared64
+
+    def _float32(self) -> Iterator[tuple[slice, Tensor]]:
+        if self._shared32 is None:
+            shape = (self.n_rows, self.n_dense)
+            self._shared32 = torch.empty(shape, dtype=torch.float32, device=self.device)
+            for rows, chunk in self._chunks64():
+                self._shared32[rows] = chunk
+        yield slice(0, self.n_rows), self._shared32
+
+    def _parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        return self._float64() if dtype == torch.float64 else self._float32()
+
+    # ---- products -------------------------------------------------------------------------------
+
+    def forward(self, fold: NDArray[np.int64], coef: Tensor) -> Tensor:
+        """Return standardised features times coefficients, without intercept.
+
+        Args:
+            fold: [column] fold of each column.
+            coef: [column, feature] in the column's fold's standardised space; its type, float32 or
+                float64, is the type of the products.
+
+        Returns:
+            [column, row], every row, in the type of `coef`.
+        """
+        out = torch.empty(len(fold), self.n_rows, dtype=coef.dtype, device=self.device)
+        at = torch.as_tensor(fold, device=self.device)
+        scaled = coef[:, self.n_terms :] * self._ratio[at].to(coef.dtype)
+        for rows, part in self._parts(coef.dtype):
+            torch.matmul(scaled, part.T, out=out[:, rows]) if rows == slice(0, self.n_rows) else (
+                out[:, rows].copy_(scaled @ part.T)
+            )
+        out -= (scaled * self._shift[at].to(coef.dtype)).sum(1, keepdim=True)
+        if self.text is not None:
+            terms = coef[:, : self.n_terms].cpu().numpy()
+            out += torch.as_tensor(self.text.forward(fold, terms)).to(out)
+        return out
+
+    def backward(self, fold: NDArray[np.int64], dual: Tensor) -> Tensor:
+        """Return transposed standardised features times row weights.
+
+        Args:
+            fold: [column] fold of each column.
+            dual: [column, row] float32 or float64.
+
+        Returns:
+            [column, feature], in the type of `dual`.
+        """
+        at = torch.as_tensor(fold, device=self.device)
+        out = torch.zeros(len(fold), self.n_dense, dtype=dual.dtype, device=self.device)
+        for rows, part in self._parts(dual.dtype):
+            out.addmm_(dual[:, rows], part)
+        out.sub_(dual.sum(1, keepdim=True) * self._shift[at].to(dual.dtype))
+        out *= self._ratio[at].to(dual.dtype)
+        if self.text is None:
+            return out
+        terms = torch.as_tensor(self.text.backward(fold, dual.cpu().numpy())).to(out)
+        return torch.cat([terms, out], dim=1)
+
+    def kernel(self, fold: NDArray[np.int64], dual: Tensor) -> Tensor:
+        """Return `X_f X_f' dual`, [column, row] -> [column, row], in the type of `dual`."""
+        return self.forward(fold, self.backward(fold, dual))
+
+    def shared_gram(self, dtype: torch.dtype) -> Tensor:
+        """Return row products under the scaling of all rows, [row, row]: one for all folds."""
+        gram = torch.zeros(self.n_rows, self.n_rows, dtype=dtype, device=self.device)
+        if self.n_dense:
+            shared = torch.cat([part for _, part in self._parts(dtype)])
+            if self.device.type == "cpu":
+                # NumPy sees that both factors are one matrix and computes one triangle (SYRK).
+                values = shared.numpy()
+                gram = torch.from_numpy(values @ values.T)
+            else:
+                gram = shared @ shared.T
+        if self.text is not None:
+            gram += torch.as_tensor(self.text.shared_gram()).to(gram)
+        return gram
+
+    def shared_values(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the shared dense matrix and what folds make of it: for small matrices.
+
+        Returns:
+            [row, feature] float64; shift and ratio [fold, feature], so that fold f sees
+            `(shared - shift_f) * ratio_f`.
+        """
+        shared = torch.cat([part for _, part in self._float64()])
+        return shared, self._shift, self._ratio
+
+    def shared_lengths(self) -> Tensor:
+        """Return squared row lengths under the scaling of all rows, [row] float64."""
+        lengths = torch.zeros(self.n_rows, dtype=torch.float64, device=self.device)
+        for rows, part in self._float32():
+            lengths[rows] = part.square().sum(1, dtype=torch.float64)
+        return lengths if self.text is None else lengths + 1.0
+
+    def rows(self, fold: int) -> Tensor:
+        """Return one fold's standardised features, [row, feature] float64: for small matrices."""
+        dense = torch.cat([part for _, part in self._float64()])
+        dense = (dense - self._shift[fold]) * self._ratio[fold]
+        if self.text is None:
+            return dense
+        return torch.cat([torch.as_tensor(self.text.rows(fold)).to(dense), dense], dim=1)
+
+
+def _scale_of(variance: Tensor, mean: Tensor, n: Tensor | int) -> Tensor:
+    """Return deviations, 1 for a constant feature: scikit-learn's rule and its rounding bound."""
+    eps = torch.finfo(torch.float64).eps
+    bound = n * eps * variance + (n * mean * eps) ** 2
+    scale = variance.clamp(min=0).sqrt()
+    return torch.where(variance <= bound, torch.ones_like(scale), scale)

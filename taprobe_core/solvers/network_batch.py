@@ -1,0 +1,171 @@
+"""Multilayer perceptrons of one shape side by side: forward, backward and Adam as batched products.
+
+Every tensor has a first axis of models; no operation mixes models. A model reads its own rows of
+one shared feature matrix, standardised as they are gathered. What does not belong here: which rows
+when (`networks`), when a model stops (`network_stopping`).
+
+Invariant: float32; nothing here waits for the device.
+
+Source: gradients and losses as in scikit-learn 1.9, `neural_network/_multilayer_perceptron.py`;
+Adam of Kingma and Ba 2015 in the form of their section 2 (epsilon beside the uncorrected second
+moment), which scikit-learn has and PyTorch's optimiser has not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.optim.adam import adam
+
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The shared feature matrix and each model's standardisation of it.
+
+    Attributes:
+        X: [row, feature].
+        mean: [model, 1, feature].
+        inverse_scale: [model, 1, feature].
+        buffer: [model * batch * feature], room for a batch of every model.
+    """
+
+    X: Tensor
+    mean: Tensor
+    inverse_scale: Tensor
+    buffer: Tensor
+
+    def gather(self, index: Tensor) -> Tensor:
+        """Return the standardised rows [model, batch, feature]; valid until the next call.
+
+        Args:
+            index: [model, batch] int64.
+        """
+        n_models, n_rows = index.shape
+        n_features = self.X.shape[1]
+        flat = self.buffer[: n_models * n_rows * n_features].view(-1, n_features)
+        torch.index_select(self.X, 0, index.reshape(-1), out=flat)
+        batch = flat.view(n_models, n_rows, n_features)
+        return batch.sub_(self.mean).mul_(self.inverse_scale)
+
+    def take(self, kept: Tensor) -> Rows:
+        """Return the rows of some models."""
+        return Rows(self.X, self.mean[kept], self.inverse_scale[kept], self.buffer)
+
+
+class Networks:
+    """Weights of every model, and their optimiser.
+
+    Args:
+        parameters: weights [model, out, in] of every layer, then biases [model, 1, out].
+        is_classifier: logistic output and log loss, else identity and half squared error.
+        learning_rate: of Adam.
+    """
+
+    def __init__(self, parameters: list[Tensor], is_classifier: bool, learning_rate: float) -> None:
+        self.parameters = parameters
+        self.is_classifier = is_classifier
+        self.learning_rate = learning_rate
+        self._n_steps = 0
+        self._gradients = [torch.empty_like(each) for each in parameters]
+        self._first = [torch.zeros_like(each) for each in parameters]
+        self._second = [torch.zeros_like(each) for each in parameters]
+        self._steps = [torch.zeros((), device=each.device) for each in parameters]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """[model, out, in] of every layer."""
+        return self.parameters[: len(self.parameters) // 2]
+
+    @property
+    def biases(self) -> list[Tensor]:
+        """[model, 1, out] of every layer."""
+        return self.parameters[len(self.parameters) // 2 :]
+
+    def forward(self, X: Tensor) -> list[Tensor]:
+        """Return the inputs of every layer, then the output [model, batch, 1] (a logit or a value).
+
+        Args:
+            X: [model, batch, feature], standardised.
+        """
+        states = [X]
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            states.append(torch.baddbmm(bias, states[-1], weight.transpose(1, 2)).relu_())
+        # one output: a batched product of one column is slower than multiplying and adding
+        last = (states[-1] * self.weights[-1]).sum(2, keepdim=True)
+        states.append(last.add_(self.biases[-1]))
+        return states
+
+    def step(self, X: Tensor, y: Tensor, weight: Tensor, decay: Tensor) -> Tensor:
+        """Take one step of Adam and return the output [model, batch] before it.
+
+        The loss of a model is the weighted sum of its rows' losses plus half of `decay` times the
+        sum of its squared weights (biases not among them).
+
+        Args:
+            X: [model, batch, feature], standardised.
+            y: [model, batch].
+            weight: [model, batch], summing to 1 over the batch; 0 for padding.
+            decay: [model].
+        """
+        states = self.forward(X)
+        output = states[-1]
+        predicted = output.sigmoid() if self.is_classifier else output
+        delta = (predicted - y[..., None]).mul_(weight[..., None])
+        n_layers = len(self.weights)
+        for layer in reversed(range(n_layers)):
+            parameters, gradient = self.weights[layer], self._gradients[layer]
+            torch.mul(parameters, decay[:, None, None], out=gradient)
+            if layer == n_layers - 1:
+                gradient.add_((delta * states[layer]).sum(1, keepdim=True))
+            else:
+                gradient.baddbmm_(delta.transpose(1, 2), states[layer])
+            torch.sum(delta, 1, keepdim=True, out=self._gradients[n_layers + layer])
+            if layer:
+                delta = delta * parameters if layer == n_layers - 1 else delta.bmm(parameters)
+                delta = torch.ops.aten.threshold_backward(delta, states[layer], 0)
+        self._adam()
+        return output[..., 0]
+
+    def row_losses(self, output: Tensor, y: Tensor) -> Tensor:
+        """Return log losses of logits, or half squared errors, of the shape of both arguments."""
+        if self.is_classifier:
+            return functional.softplus(output).sub_(output * y)
+        return (output - y).square_().mul_(0.5)
+
+    def squared_weights(self) -> Tensor:
+        """Return the sum of squared weights of each model, [model]."""
+        norms = [torch.linalg.vector_norm(each, dim=(1, 2)) for each in self.weights]
+        return torch.stack(norms).square_().sum(0)
+
+    def take(self, kept: Tensor) -> None:
+        """Drop all models but `kept` (indices into the first axis)."""
+        for name in ("parameters", "_first", "_second"):
+            setattr(self, name, [each[kept] for each in getattr(self, name)])
+        self._gradients = [each[: len(kept)] for each in self._gradients]
+
+    def _adam(self) -> None:
+        self._n_steps += 1
+        # PyTorch divides the root of the second moment by this before it adds epsilon
+        correction = math.sqrt(1 - BETA_2**self._n_steps)
+        adam(
+            self.parameters,
+            self._gradients,
+            self._first,
+            self._second,
+            [],
+            self._steps,
+            fused=True,
+            amsgrad=False,
+            beta1=BETA_1,
+            beta2=BETA_2,
+            lr=self.learning_rate,
+            weight_decay=0.0,
+            eps=EPSILON / correction,
+            maximize=False,
+        )

@@ -1,0 +1,172 @@
+"""Pooling of head scores over a sentence's tokens, and its gradient, for many models at once.
+
+Scores come as [token, column of heads]: every head of every model is a column, and all columns are
+pooled by the same tables. What does not belong here: the network that makes the scores
+(`token_forward`) and the tables (`ragged`).
+
+Invariants: a sentence's result depends on its own tokens alone; a maximum that several tokens share
+gives its gradient to the first of them; everything is a gather or a scatter without collisions.
+
+Source:
+    arXiv 2601.11516: attention probe, MultiMax, rolling MultiMax. Theirs sums the heads; ours
+    learns a weight per head (`token_forward`). Gradients are derived by hand: for z = sum_t a_t v_t
+    with a = softmax(q), dz/dv_t = a_t and dz/dq_t = a_t (v_t - z); for a = softmax(v) both add up.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from taprobe_core.solvers.ragged import Slots, TokenBatch
+
+Pooling = Literal["attention", "multimax", "rolling_multimax"]
+POOLINGS: tuple[Pooling, ...] = ("attention", "multimax", "rolling_multimax")
+
+LOWEST = -1e30
+"""Score of an empty slot: finite, so that weight 0 times it is 0, and below every real score."""
+
+
+def n_scores(pooling: Pooling) -> int:
+    """Return the scores per head: query and value, or a value alone."""
+    return 1 if pooling == "multimax" else 2
+
+
+class _Mean(NamedTuple):
+    """What the gradient of a weighted mean needs: [group, slot, column] and [group, column]."""
+
+    weight: torch.Tensor
+    value: torch.Tensor
+    mean: torch.Tensor
+
+
+class _Maximum(NamedTuple):
+    """What the gradient of a maximum needs: the item it was found at, [group, column] int64."""
+
+    item: torch.Tensor
+
+
+Saved = list[_Mean | _Maximum]
+
+
+def pool(
+    scores: torch.Tensor, batch: TokenBatch, pooling: Pooling, is_soft: bool
+) -> tuple[torch.Tensor, Saved]:
+    """Pool every column over the tokens of each sentence.
+
+    Args:
+        scores: [query and value | value, token, column]; rows past the batch's tokens are
+            `LOWEST`.
+        batch: tables; with windows if the pooling is rolling.
+        pooling: attention: mean of the values weighted by softmax(query); multimax: the largest
+            value; rolling_multimax: attention inside each window, then the largest.
+        is_soft: replace the maximum by the mean weighted by the softmax of the same scores.
+
+    Returns:
+        [sentence, column], and what `pool_gradient` needs.
+    """
+    if pooling == "attention":
+        mean = _mean(scores[0], scores[1], batch.stages[0])
+        return mean.mean, [mean]
+    if pooling == "multimax":
+        pooled, last = _peak(scores[0], batch.stages[0], is_soft)
+        return pooled, [last]
+    mean = _mean(scores[0], scores[1], batch.stages[0])
+    padded = torch.nn.functional.pad(mean.mean, (0, 0, 0, 1), value=LOWEST)
+    pooled, last = _peak(padded, batch.stages[1], is_soft)
+    return pooled, [mean, last]
+
+
+def pool_gradient(
+    gradient: torch.Tensor, saved: Saved, scores: torch.Tensor, batch: TokenBatch, pooling: Pooling
+) -> torch.Tensor:
+    """Return the gradient for the scores from that for the pooled values.
+
+    Args:
+        gradient: [sentence, column].
+        saved: as `pool` returned it.
+        scores: as given to `pool`; only its shape is read.
+        batch: as given to `pool`.
+        pooling: as given to `pool`.
+
+    Returns:
+        As `scores`; 0 in the rows past the batch's tokens.
+    """
+    out = torch.zeros_like(scores)
+    kept = out[:, : batch.n_tokens]
+    if pooling == "rolling_multimax":
+        n_windows = saved[0][-1].shape[0]
+        inner = gradient.new_zeros(n_windows, gradient.shape[1])
+        _peak_gradient(gradient, saved[1], batch.stages[1], inner)
+        _mean_gradient(inner, saved[0], batch.stages[0], kept[0], kept[1])
+    elif pooling == "attention":
+        _mean_gradient(gradient, saved[0], batch.stages[0], kept[0], kept[1])
+    else:
+        _peak_gradient(gradient, saved[0], batch.stages[0], kept[0])
+    return out
+
+
+def maxima(saved: Saved) -> torch.Tensor | None:
+    """Return the item at which each hard maximum was found, [group, column]; None if soft."""
+    return saved[-1].item if isinstance(saved[-1], _Maximum) else None
+
+
+def _slotted(items: torch.Tensor, slots: Slots) -> torch.Tensor:
+    """[item, column] -> [group, slot, column]."""
+    return items.index_select(0, slots.member.view(-1)).view(*slots.member.shape, -1)
+
+
+def _collected(slotted: torch.Tensor, slots: Slots, out: torch.Tensor) -> None:
+    """Sum each item's copies: [group, slot, column] -> [item, column]; the adjoint of _slotted."""
+    n_items, n_copies = slots.home.shape
+    flat = slotted.flatten(0, 1)
+    if n_copies == 1:
+        torch.index_select(flat, 0, slots.home.view(-1), out=out)
+        return
+    flat = torch.nn.functional.pad(flat, (0, 0, 0, 1))
+    copies = flat.index_select(0, slots.home.view(-1)).view(n_items, n_copies, -1)
+    torch.sum(copies, 1, out=out)
+
+
+def _mean(query: torch.Tensor, value: torch.Tensor, slots: Slots) -> _Mean:
+    weight = torch.softmax(_slotted(query, slots), 1)
+    slotted = _slotted(value, slots)
+    return _Mean(weight, slotted, (weight * slotted).sum(1))
+
+
+def _mean_gradient(
+    gradient: torch.Tensor,
+    saved: _Mean | _Maximum,
+    slots: Slots,
+    query_out: torch.Tensor,
+    value_out: torch.Tensor,
+) -> None:
+    assert isinstance(saved, _Mean)  # noqa: S101  the pooling decides which it is
+    to_value = saved.weight * gradient[:, None]
+    to_query = (saved.value - saved.mean[:, None]).mul_(to_value)
+    _collected(to_value, slots, value_out)
+    _collected(to_query, slots, query_out)
+
+
+def _peak(
+    items: torch.Tensor, slots: Slots, is_soft: bool
+) -> tuple[torch.Tensor, _Mean | _Maximum]:
+    slotted = _slotted(items, slots)
+    if is_soft:
+        weight = torch.softmax(slotted, 1)
+        mean = (weight * slotted).sum(1)
+        return mean, _Mean(weight, slotted, mean)
+    largest, at = slotted.max(1)
+    return largest, _Maximum(slots.member.gather(1, at))
+
+
+def _peak_gradient(
+    gradient: torch.Tensor, saved: _Mean | _Maximum, slots: Slots, out: torch.Tensor
+) -> None:
+    if isinstance(saved, _Maximum):
+        # Groups share no item here, so no two gradients meet in one place.
+        out.scatter_(0, saved.item, gradient)
+        return
+    weighted = saved.weight * gradient[:, None]
+    _collected(weighted.addcmul_(weighted, saved.value - saved.mean[:, None]), slots, out)

@@ -1,0 +1,221 @@
+"""The part of a study that says what is swept: the factors of three stages, and who goes on.
+
+Stage 1 crosses the study's sites and settings with target, pooling and residualisation. Stage 2
+adds ways to read attention to the best of stage 1, stage 3 tunes the best of stage 2. What a factor
+becomes belongs in `taprobe_core.sweep`, what cannot stand beside the rest of a study in
+`sweep_faults`. Invariant: a factor that decides nothing of a probe is not crossed with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from taprobe_core.study.activations import Attention, Pooling
+from taprobe_core.study.fields import Count, Seed, StudyPart, distinct, study_fault
+from taprobe_core.study.probes import ProbeRecipe, Residualize, Target
+
+RankBy = Literal["validation_skill", "validation_rank", "test_primary"]
+
+Percentile = Annotated[float, Field(gt=0, lt=100)]
+Threshold = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class AttentionVariant(StudyPart):
+    """One way to score sentences by attention.
+
+    `off` reads none. `full` scores a sentence by the sentences after it, `light` by the last
+    `last_n` queries: tokens where the study's attention is `light`, sentences where it is `full`.
+    `depth_control` is a mean over the queries, or with `sum` none. `max_tokens` was the longest
+    text that the earlier script system read in full; here every text is, so it decides nothing, and
+    variants that differ in it alone are one fit under two ids.
+    """
+
+    mode: Literal["off", "light", "full"]
+    depth_control: Literal["mean", "sum"] = "mean"
+    last_n: Count | None = None
+    max_tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _has_its_own_settings(self) -> Self:
+        for name, owner in (("last_n", "light"), ("max_tokens", "full")):
+            if getattr(self, name) is not None and self.mode != owner:
+                raise study_fault(
+                    f"{name} with mode {self.mode}", f"remove it, or use mode: {owner}"
+                )
+        if self.mode == "light" and self.last_n is None:
+            raise study_fault("light without last_n", "add `last_n: 4`")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What tables and factors call it, for example `light_4_mean` or `full_1024_sum`."""
+        size = self.last_n if self.mode == "light" else self.max_tokens
+        control = None if self.mode == "off" else self.depth_control
+        return "_".join(str(part) for part in (self.mode, size, control) if part is not None)
+
+    def content(self, study_mode: str) -> dict[str, str | int]:
+        """What decides the scores, given the mode of the study's attention.
+
+        Variants of equal content are one feature. One query is its own mean and its own sum.
+        """
+        if self.mode == "off":
+            return {"mode": "off"}
+        found: dict[str, str | int] = {"mode": self.mode, "depth_control": self.depth_control}
+        if self.last_n is not None:
+            found |= {"last_n": self.last_n, "queries": _QUERIES[study_mode]}
+            if self.last_n == 1:
+                del found["depth_control"]
+        return found
+
+    def lacks(self, attention: Attention) -> str | None:
+        """What the study's attention would have to be for the scores to follow from it, or None."""
+        if self.mode == "off" or attention.mode == "full":
+            return None
+        if self.mode == "full":
+            return "mode: full"
+        last_n = self.last_n or 0
+        if attention.mode == "light" and last_n <= attention.last_n:
+            return None
+        return f"mode: light with last_n: {last_n} or more, or mode: full"
+
+
+_QUERIES = {"light": "tokens", "full": "sentences", "off": "none"}
+
+OFF = AttentionVariant(mode="off")
+
+ATTENTION_VARIANTS = (
+    OFF,
+    *(
+        AttentionVariant(mode="light", depth_control=control, last_n=n)
+        for control in ("mean", "sum")
+        for n in (1, 4, 8)
+    ),
+    *(
+        AttentionVariant(mode="full", depth_control=control, max_tokens=n)
+        for control in ("mean", "sum")
+        for n in (1024, 2048)
+    ),
+)
+"""The eleven variants of the earlier script system."""
+
+
+def _labels_differ(variants: tuple[AttentionVariant, ...]) -> tuple[AttentionVariant, ...]:
+    distinct(tuple(variant.label for variant in variants))
+    return variants
+
+
+class Shortlists(StudyPart):
+    """Who goes on to the next stage.
+
+    `to_stage2` configurations of each target, and `to_stage3` of stage 2 in all, of the targets in
+    turn, so that metrics of different targets are never compared. `protocol` is the one whose
+    validation problems decide; null takes `lopo` where the study has it. `rank_by`:
+    `validation_skill`, how far from chance to the best that can be reached; `validation_rank`, the
+    rank among configurations of the same labels and setting; `test_primary`, as the earlier script
+    system: the plain metric on test, which makes what follows optimistic.
+    """
+
+    rank_by: RankBy = "validation_skill"
+    protocol: Literal["holdout", "lopo"] | None = None
+    to_stage2: Count = 24
+    to_stage3: Count = 12
+
+
+class Tuning(StudyPart):
+    """Values that stage 3 crosses, each for the estimators that read it alone.
+
+    `regularization` is read by `linear`; `hidden` and `early_stopping` by `mlp`; the rest by the
+    probes of token sets, of which `training` by `multimax` and `rolling_multimax`, `window` by
+    `rolling_multimax`, and `loss` on continuous targets.
+    """
+
+    regularization: Annotated[tuple[Positive, ...], AfterValidator(distinct)] = (
+        0.001,
+        0.01,
+        0.1,
+        1.0,
+        10.0,
+    )
+    hidden: Annotated[
+        tuple[Annotated[tuple[Count, ...], Field(min_length=1)], ...], AfterValidator(distinct)
+    ] = ((50,), (100,), (100, 100))
+    early_stopping: Annotated[tuple[bool, ...], AfterValidator(distinct)] = (True, False)
+    n_heads: Annotated[tuple[Count, ...], AfterValidator(distinct)] = (4, 10)
+    width: Annotated[tuple[Count, ...], AfterValidator(distinct)] = (128,)
+    depth: Annotated[tuple[Count, ...], AfterValidator(distinct)] = (1, 2)
+    learning_rate: Annotated[tuple[Positive, ...], AfterValidator(distinct)] = (1e-4, 1e-3)
+    weight_decay: Annotated[tuple[NotNegative, ...], AfterValidator(distinct)] = (0.0, 3e-3)
+    training: Annotated[tuple[Literal["hard", "soft"], ...], AfterValidator(distinct)] = (
+        "hard",
+        "soft",
+    )
+    window: Annotated[tuple[Count, ...], AfterValidator(distinct)] = (5, 10)
+    loss: Annotated[tuple[Literal["huber", "squared"], ...], AfterValidator(distinct)] = (
+        "huber",
+        "squared",
+    )
+
+
+class Sweep(StudyPart):
+    """Factors of a campaign of three stages.
+
+    Every recipe of `probes.recipes` is a kind: the sweep says its target, pooling and
+    residualisation. `percentiles` and `drop_last_sentence` are factors of `anchor_binary`,
+    `thresholds` of `exceeds_threshold`, `windows` of `windowed_change`; other targets take the
+    first of `drop_last_sentence`. Pooling `tokens` stands for the kinds that read token sets.
+    `residualized` names the kinds that are also fitted to residuals; null is all but the baselines.
+    Kinds that read vertical attention run from stage 2 on, with each of `attention`; null takes the
+    eleven published variants as far as the study's attention yields them.
+    """
+
+    targets: Annotated[tuple[Target, ...], Field(min_length=1), AfterValidator(distinct)] = (
+        "anchor_binary",
+        "importance_abs",
+        "importance_signed",
+    )
+    percentiles: Annotated[
+        tuple[Percentile, ...], Field(min_length=1), AfterValidator(distinct)
+    ] = (85.0, 90.0, 95.0)
+    thresholds: Annotated[tuple[Threshold, ...], Field(min_length=1), AfterValidator(distinct)] = (
+        0.1,
+    )
+    windows: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(distinct)] = (4,)
+    drop_last_sentence: Annotated[
+        tuple[bool, ...], Field(min_length=1), AfterValidator(distinct)
+    ] = (True, False)
+    poolings: Annotated[tuple[Pooling, ...], Field(min_length=1), AfterValidator(distinct)] = (
+        "mean",
+        "tokens",
+    )
+    residualize: Annotated[
+        tuple[Residualize, ...], Field(min_length=1), AfterValidator(distinct)
+    ] = ("none", "position", "position_plus_text")
+    residualized: Annotated[tuple[str, ...], AfterValidator(distinct)] | None = None
+    attention: (
+        Annotated[tuple[AttentionVariant, ...], Field(min_length=1), AfterValidator(_labels_differ)]
+        | None
+    ) = None
+    tuning: Tuning = Tuning()
+    shortlists: Shortlists = Shortlists()
+    stability_draws: Count = 200
+    stability_seed: Seed = 0
+
+    def variants(
+        self, recipes: Sequence[ProbeRecipe], attention: Attention
+    ) -> tuple[AttentionVariant, ...]:
+        """The attention variants of stage 2.
+
+        Args:
+            recipes: the study's; without one that reads vertical attention there is only `off`.
+            attention: the study's; what it does not yield is left out of the default.
+        """
+        if self.attention is not None:
+            return self.attention
+        if not any("vertical_attention" in recipe.features for recipe in recipes):
+            return (OFF,)
+        return tuple(v for v in ATTENTION_VARIANTS if v.lacks(attention) is None)

@@ -1,0 +1,53 @@
+"""A sweep of three stages: which configurations, what is fitted for them, and who goes on.
+
+    factors ─► space ─► uses ─► sheets        configurations ─► recipes ─► tables and status
+                 ▲        └──► counts         fits of a loop, and distinct ones
+                 │
+    shortlist ◄─ boards ◄─ values             results ─► ranking ─► the next stage's input
+                 └─► stability, deltas, choices
+
+Everything here is a pure function of a study and of tables; running it belongs in `pipeline`. There
+is no registry of what has run: status is read off what is there.
+"""
+
+from taprobe_core.sweep.boards import sweep_leaderboard
+from taprobe_core.sweep.choices import sweep_choices
+from taprobe_core.sweep.counts import FitCount, count_fits
+from taprobe_core.sweep.deltas import CHANCE, sweep_paired_deltas
+from taprobe_core.sweep.factors import Configuration, configuration_id
+from taprobe_core.sweep.recipes import SweptRecipe, Use
+from taprobe_core.sweep.sheets import (
+    configuration_table,
+    recipe_table,
+    status_table,
+    wanted_fits,
+)
+from taprobe_core.sweep.shortlist import shortlist_stage2, shortlist_stage3
+from taprobe_core.sweep.space import SweepSpace, sweep_space
+from taprobe_core.sweep.stability import sweep_stability
+from taprobe_core.sweep.uses import duplicates, recipes_at, uses_of
+
+__all__ = [
+    "CHANCE",
+    "Configuration",
+    "FitCount",
+    "SweepSpace",
+    "SweptRecipe",
+    "Use",
+    "configuration_id",
+    "configuration_table",
+    "count_fits",
+    "duplicates",
+    "recipe_table",
+    "recipes_at",
+    "shortlist_stage2",
+    "shortlist_stage3",
+    "status_table",
+    "sweep_choices",
+    "sweep_leaderboard",
+    "sweep_paired_deltas",
+    "sweep_space",
+    "sweep_stability",
+    "uses_of",
+    "wanted_fits",
+]

@@ -1,0 +1,162 @@
+"""Results of recipes to what a sweep ranks: values, and how far they are from chance.
+
+    skill = (mean value - mean chance) / (mean ceiling - mean chance)
+
+over the problems where the value is defined. Chance and ceiling move with the base rate and the
+metric, so skill may be compared across percentiles where the value may not. Who is ranked belongs
+in `boards`.
+
+Invariant: a value that is not defined is null from the first step on, and no NaN passes.
+"""
+
+from __future__ import annotations
+
+import polars as pl
+
+from taprobe_core.aggregation import chance_pr_auc
+from taprobe_core.errors import DataError
+
+PLACE = ("model", "layer", "setting")
+FIT = (*PLACE, "recipe", "metric")
+"""Key of a recipe at a site and setting; `metric` follows from it."""
+
+_ZERO_CHANCE = ("spearman", "pearson")
+_RANDOM = "pr_auc"
+
+
+def problem_values(results: pl.DataFrame, protocol: str) -> pl.DataFrame:
+    """Average results over the folds that share a problem, one row per seed.
+
+    Args:
+        results: `tables.SWEEP_RESULTS`; a fit that two stages ask for may stand there twice.
+        protocol: whose folds to take.
+
+    Returns:
+        `FIT`, split, seed, problem_id, value, excess (value - chance), room (ceiling - chance), the
+        last three null where one of them is not defined; sorted.
+
+    Raises:
+        DataError: a recipe has two metrics, or one whose chance level is not known.
+    """
+    key = [*FIT, "split", "seed", "problem_id"]
+    mine = results.filter(pl.col("protocol") == protocol).unique([*key, "fold"], keep="first")
+    _check_metrics(mine)
+    values = (
+        mine.with_columns(pl.col("value", "ceiling").fill_nan(None))
+        .sort(*key, "fold")
+        .group_by(key, maintain_order=True)
+        .agg(pl.col("value", "ceiling").mean(), pl.col("n_sentences", "n_positives").first())
+        .with_columns(pl.col("ceiling").fill_null(1.0))
+        .join(_levels(mine), on=["metric", "n_sentences", "n_positives"], maintain_order="left")
+    )
+    excess = pl.col("value") - pl.col("chance")
+    room = pl.when(excess.is_not_null()).then(pl.col("ceiling") - pl.col("chance"))
+    value = pl.when(excess.is_not_null()).then(pl.col("value"))
+    return values.select(*key, value, excess.alias("excess"), room.alias("room"))
+
+
+def skill(excess: str = "excess", room: str = "room") -> pl.Expr:
+    """Skill over rows of a group: null where nothing is defined or the ceiling is not above chance.
+
+    Args:
+        excess: column of value minus chance.
+        room: column of ceiling minus chance, null where `excess` is.
+    """
+    return pl.when(pl.col(room).mean() > 0).then(pl.col(excess).mean() / pl.col(room).mean())
+
+
+def recipe_values(values: pl.DataFrame) -> pl.DataFrame:
+    """Summarise each recipe on validation and on test, seeds averaged inside a problem.
+
+    Args:
+        values: from `problem_values`.
+
+    Returns:
+        One row per recipe at a place: `FIT`, then val_value, val_skill, test_value, test_skill,
+        test_chance, test_seed_sd (standard deviation over seeds of the test mean, null for one),
+        n_problems, n_undefined (of test problems), n_seeds, is_whole (both sides have results).
+        Null on a side without results.
+    """
+    by_problem = over_seeds(values)
+    sides = []
+    for split in ("val", "test"):
+        side = (
+            by_problem.filter(pl.col("split") == split)
+            .group_by(FIT, maintain_order=True)
+            .agg(
+                pl.col("value").mean(),
+                skill().alias("skill"),
+                (pl.col("value") - pl.col("excess")).mean().alias("chance"),
+                pl.len().cast(pl.Int64).alias("n_problems"),
+                pl.col("value").null_count().cast(pl.Int64).alias("n_undefined"),
+                pl.col("n_seeds").max(),
+            )
+        )
+        sides.append(side.rename({name: f"{split}_{name}" for name in side.columns[len(FIT) :]}))
+    joined = sides[0].join(sides[1], on=FIT, how="full", coalesce=True).sort(FIT)
+    return joined.join(_seed_sd(values), on=FIT, how="left", maintain_order="left").select(
+        *FIT,
+        *("val_value", "val_skill", "test_value", "test_skill", "test_chance", "test_seed_sd"),
+        *(pl.col(f"test_{name}").alias(name) for name in ("n_problems", "n_undefined", "n_seeds")),
+        pl.all_horizontal(pl.col("val_n_problems", "test_n_problems").is_not_null()).alias(
+            "is_whole"
+        ),
+    )
+
+
+def over_seeds(values: pl.DataFrame) -> pl.DataFrame:
+    """Average `problem_values` over seeds.
+
+    Returns:
+        `FIT`, split, problem_id, value, excess, room, n_seeds.
+    """
+    return values.group_by(*FIT, "split", "problem_id", maintain_order=True).agg(
+        pl.col("value", "excess", "room").mean(),
+        pl.col("seed").n_unique().cast(pl.Int64).alias("n_seeds"),
+    )
+
+
+def _seed_sd(values: pl.DataFrame) -> pl.DataFrame:
+    return (
+        values.filter(pl.col("split") == "test")
+        .group_by(*FIT, "seed", maintain_order=True)
+        .agg(pl.col("value").mean())
+        .group_by(FIT, maintain_order=True)
+        .agg(pl.col("value").std(ddof=1).alias("test_seed_sd"))
+    )
+
+
+def _levels(results: pl.DataFrame) -> pl.DataFrame:
+    """Chance of every metric and size of problem that there is; null where it is not defined."""
+    sizes = results.select("metric", "n_sentences", "n_positives").unique().sort(pl.all())
+    chance = [_chance(metric, n, k) for metric, n, k in sizes.iter_rows()]
+    return sizes.with_columns(pl.Series("chance", chance, pl.Float64))
+
+
+def _chance(metric: str, n_sentences: int, n_positives: int) -> float | None:
+    if metric in _ZERO_CHANCE:
+        return 0.0
+    return chance_pr_auc(n_sentences, n_positives) if 0 < n_positives < n_sentences else None
+
+
+def _check_metrics(results: pl.DataFrame) -> None:
+    known = (_RANDOM, *_ZERO_CHANCE)
+    unknown = sorted(set(results["metric"].unique()) - set(known))
+    if unknown:
+        raise DataError(
+            f"no chance level of the metrics {unknown}",
+            "sweep results",
+            f"give one of {', '.join(known)} as the metric of each recipe",
+        )
+    twice = (
+        results.group_by(*PLACE, "recipe")
+        .agg(pl.col("metric").n_unique().alias("n"))
+        .filter(pl.col("n") > 1)
+        .sort(*PLACE, "recipe")
+    )
+    if twice.height:
+        raise DataError(
+            f"recipe {twice['recipe'][0]} has {twice['n'][0]} metrics",
+            "sweep results",
+            "give the rows of its primary metric alone",
+        )
