@@ -290,7 +290,7 @@ def false_alarms(n: int) -> None:
         found[seed] = shuffled_labels(
             fit, study.problem_id, study.is_anchor, study.folds, seed=seed, n_shuffles=2
         ).first.p
-    small = {level: int((found <= level).sum()) for level in (0.001, 0.01, 0.05)}
+    small = {level: int((found <= level).sum()) for level in (0.01, 0.05)}
     print(f"\n{n} sound studies, 2 shuffles, one look: " + ", ".join(
         f"p <= {level:g} in {count}" for level, count in small.items()
     ), flush=True)  # fmt: skip

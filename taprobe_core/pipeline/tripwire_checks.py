@@ -18,6 +18,7 @@ from taprobe_core.keys import Site, parse_site
 from taprobe_core.pipeline.cells import Cell
 from taprobe_core.pipeline.inputs import read_probe_data
 from taprobe_core.pipeline.plan import Plan
+from taprobe_core.probes.threads import threads_for
 from taprobe_core.splits import make_folds
 from taprobe_core.study import ProbeRecipe
 from taprobe_core.tripwires import (
@@ -39,14 +40,15 @@ def shuffled_labels_at_chance(plan: Plan, cell: Cell) -> list[str]:
     data, X = found
     folds = make_folds(plan.problem_ids(), plan.study.splits, present=data.problems)
     try:
-        verdict = shuffled_labels(
-            ridge_probe(X),
-            data.problem_id,
-            data.labels["is_anchor"].to_numpy(),
-            folds,
-            identity=row_identity(X),
-            seed=plan.study.seeds[0],
-        )
+        with threads_for(X.size):
+            verdict = shuffled_labels(
+                ridge_probe(X),
+                data.problem_id,
+                data.labels["is_anchor"].to_numpy(),
+                folds,
+                identity=row_identity(X),
+                seed=plan.study.seeds[0],
+            )
     except NotEnoughDataError as error:
         return _not_run("shuffled labels", cell, error)
     return [] if verdict.passes else [verdict.text]
@@ -59,13 +61,14 @@ def one_problem_is_memorised(plan: Plan, cell: Cell) -> list[str]:
         return []
     data, X = found
     try:
-        verdict = memorises_one_problem(
-            network(),
-            X,
-            data.problem_id,
-            data.labels["is_anchor"].to_numpy(),
-            seed=plan.study.seeds[0],
-        )
+        with threads_for(X.size):
+            verdict = memorises_one_problem(
+                network(),
+                X,
+                data.problem_id,
+                data.labels["is_anchor"].to_numpy(),
+                seed=plan.study.seeds[0],
+            )
     except NotEnoughDataError as error:
         return _not_run("memorisation", cell, error)
     return [] if verdict.passes else [verdict.text]

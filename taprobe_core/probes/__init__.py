@@ -10,6 +10,7 @@ solved      what a solve leaves
 fitted      a fitted probe: arrays in, scores out
 fit         recipes to solves to scores
 files       probes on disk
+threads     how many threads a solve gets
 """
 
 from taprobe_core.probes.design import Design, Fit

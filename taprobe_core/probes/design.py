@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError, NotEnoughDataError
@@ -26,6 +27,7 @@ from taprobe_core.solvers.fold_matrix import FoldMatrix
 from taprobe_core.solvers.text_block import TextBlock
 from taprobe_core.splits import Fold, check_no_leakage, inner_folds
 from taprobe_core.study import Labels, ProbeRecipe, Splits
+from taprobe_core.tables import PROTOCOLS, SPLITS
 from taprobe_core.targets import target_values
 from taprobe_core.words import FoldWords, fold_words
 
@@ -54,6 +56,20 @@ class FoldTarget(NamedTuple):
     value: Floats
     is_positive: Mask | None
     weight: Floats
+
+
+class Places(NamedTuple):
+    """Where scores are read off: every validation and test row of every fold, fold by fold.
+
+    Attributes:
+        row: [place] row of the features.
+        number: [place] number of the fold among `Design.folds`.
+        frame: problem_id, sentence_idx, protocol, fold and split of each place.
+    """
+
+    row: NDArray[np.intp]
+    number: NDArray[np.intp]
+    frame: pl.DataFrame
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +169,27 @@ class Design:
         if recipe.target == "anchor_binary" and left.is_positive is not None:
             y = left.is_positive.astype(np.float64)
         return FoldTarget(y, left.value, left.is_positive, weight)
+
+    @cached_property
+    def places(self) -> Places:
+        """Where the scores of a fit are read off."""
+        parts = [
+            (number, fold, split, self.data.rows(problem_ids))
+            for number, fold in enumerate(self.folds)
+            for split, problem_ids in (("val", fold.val), ("test", fold.test))
+        ]
+        sizes = [len(rows) for _, _, _, rows in parts]
+        row = np.concatenate([rows for _, _, _, rows in parts])
+        number = np.repeat([number for number, _, _, _ in parts], sizes)
+        protocols = np.repeat([fold.protocol for _, fold, _, _ in parts], sizes)
+        indices = np.repeat([fold.index for _, fold, _, _ in parts], sizes)
+        splits = np.repeat([split for _, _, split, _ in parts], sizes)
+        frame = self.data.keys[row].with_columns(
+            pl.Series("protocol", protocols, pl.Enum(PROTOCOLS)),
+            pl.Series("fold", indices, pl.Int32),
+            pl.Series("split", splits, pl.Enum(SPLITS)),
+        )
+        return Places(row, number, frame)
 
     @cached_property
     def words(self) -> FoldWords:

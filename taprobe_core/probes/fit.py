@@ -21,11 +21,13 @@ from numpy.typing import NDArray
 from taprobe_core.errors import NonFiniteError
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.fitted import FittedProbe
+from taprobe_core.probes.inputs import n_values
 from taprobe_core.probes.linear import fit_linear
 from taprobe_core.probes.network import fit_mlp
 from taprobe_core.probes.solved import Solved
+from taprobe_core.probes.threads import threads_for
 from taprobe_core.probes.token_sets import fit_token_sets
-from taprobe_core.tables import PROTOCOLS, SCORES, SPLITS, check_table
+from taprobe_core.tables import SCORES, check_table
 
 MAX_COLUMNS = 4096
 """Models of one solve: bounds memory, and what a kill can cost."""
@@ -72,7 +74,8 @@ def fit_batches(
         for start in range(0, len(group), size):
             part = group[start : start + size]
             solve = _SOLVE.get(part[0].recipe.estimator, fit_token_sets)
-            solved = solve(design, part, device)
+            with threads_for(n_values(part[0].recipe, design.data)):
+                solved = solve(design, part, device)
             for index, fit in enumerate(part):
                 yield fit, _result(design, fit, solved, index)
 
@@ -94,57 +97,49 @@ def _shared(fit: Fit) -> str:
 def _result(design: Design, fit: Fit, solved: Solved, index: int) -> RecipeFit:
     n_folds, n_outer = len(design.folds), len(design.outer)
     first = index * n_folds
-    score = solved.score[:, first : first + n_folds]
-    return RecipeFit(
-        _scores(design, fit, score), [solved.probe(fit, first + fold) for fold in range(n_outer)]
-    )
+    scores = _scores(design, fit, solved.score[:, first : first + n_folds])
+    if not index:
+        # The tables of one solve are made alike: one look at the contract is enough.
+        check_table(scores, SCORES, f"recipe {fit.recipe.name!r}, target {fit.recipe.target}")
+    return RecipeFit(scores, [solved.probe(fit, first + fold) for fold in range(n_outer)])
 
 
 def _scores(design: Design, fit: Fit, score: NDArray[np.float32]) -> pl.DataFrame:
     """Test rows of every tested fold, and its validation rows or those of its inner folds."""
-    target = design.target(fit.recipe)
-    parts = []
-    for number, fold in enumerate(design.folds):
-        for split, problem_ids in (("val", fold.val), ("test", fold.test)):
-            rows = design.data.rows(problem_ids)
-            if not rows.size:
-                continue
-            own = number if len(target.value) > 1 else 0
-            positive = None if target.is_positive is None else target.is_positive[own, rows]
-            is_defined = target.weight[rows] > 0
-            _check_finite(design, fit, str(fold), rows, score[rows, number])
-            part = design.data.keys[rows].select(
-                "problem_id",
-                "sentence_idx",
-                pl.lit(fit.recipe.name).alias("recipe"),
-                pl.lit(fold.protocol, pl.Enum(PROTOCOLS)).alias("protocol"),
-                pl.lit(fold.index, pl.Int32).alias("fold"),
-                pl.lit(split, pl.Enum(SPLITS)).alias("split"),
-                pl.Series("score", score[rows, number], pl.Float32),
-                pl.Series("target_value", target.value[own, rows], pl.Float64),
-                pl.Series("is_positive", positive, pl.Boolean)
-                if positive is not None
-                else pl.lit(None, pl.Boolean).alias("is_positive"),
-            )
-            defined = pl.Series("is_defined", is_defined)
-            parts.append(
-                part.with_columns(
-                    pl.when(defined).then(pl.col(name)).alias(name)
-                    for name in ("target_value", "is_positive")
-                )
-            )
-    where = f"recipe {fit.recipe.name!r}, target {fit.recipe.target}"
-    return check_table(pl.concat(parts), SCORES, where)
+    target, places = design.target(fit.recipe), design.places
+    own = places.number if len(target.value) > 1 else np.zeros_like(places.number)
+    is_defined = target.weight[places.row] > 0
+    value = np.where(is_defined, target.value[own, places.row], np.nan)
+    found = score[places.row, places.number]
+    _check_finite(design, fit, found)
+    positive = pl.lit(None, pl.Boolean)
+    if target.is_positive is not None:
+        ranked = pl.Series(target.is_positive[own, places.row])
+        positive = pl.when(pl.Series(is_defined)).then(ranked)
+    return places.frame.select(
+        "problem_id",
+        "sentence_idx",
+        pl.lit(fit.recipe.name).alias("recipe"),
+        "protocol",
+        "fold",
+        "split",
+        pl.Series("score", found, pl.Float32),
+        pl.Series("target_value", value, pl.Float64, nan_to_null=True),
+        positive.alias("is_positive"),
+    )
 
 
-def _check_finite(
-    design: Design, fit: Fit, fold: str, rows: NDArray[np.intp], score: NDArray[np.float32]
-) -> None:
+def _check_finite(design: Design, fit: Fit, score: NDArray[np.float32]) -> None:
     bad = np.flatnonzero(~np.isfinite(score))
     if bad.size:
-        shown = [design.data.keys.row(int(row)) for row in rows[bad[:10]]]
+        shown = [design.places.frame.row(int(row), named=True) for row in bad[:10]]
         raise NonFiniteError(
             f"{bad.size} scores of recipe {fit.recipe.name!r} are NaN or infinite",
-            f"{fold}, (problem_id, sentence_idx) {shown}",
+            "; ".join(
+                "{protocol} fold {fold}, problem {problem_id}, sentence {sentence_idx}".format(
+                    **row
+                )
+                for row in shown
+            ),
             "look for extreme values in the features of these sentences",
         )

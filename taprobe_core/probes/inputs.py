@@ -53,6 +53,15 @@ def dense_matrix(recipe: ProbeRecipe, data: ProbeData) -> NDArray[np.float32] | 
     return np.concatenate(blocks, axis=1, dtype=np.float32) if blocks else None
 
 
+def n_values(recipe: ProbeRecipe, data: ProbeData) -> int:
+    """Return the number of dense values that `recipe` reads: the size of its products."""
+    if recipe.reads_tokens:
+        return 0 if data.tokens is None else data.tokens.values.size
+    pooled = data.activations.get(recipe.pooling) if "activations" in recipe.features else None
+    heads = data.vertical_attention if "vertical_attention" in recipe.features else None
+    return sum(block.size for block in (pooled, heads) if block is not None)
+
+
 def _block(data: ProbeData, name: str) -> NDArray[np.float32] | None:
     found: NDArray[np.float32] | None = getattr(data, name)
     return found

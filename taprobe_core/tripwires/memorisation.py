@@ -83,8 +83,8 @@ class Memorisation:
         )
         if self.n_mixed_rows:
             found += (
-                f" {self.n_mixed_rows} sentences equal another one with the other label; whoever "
-                f"knows no more than these features reaches {self.attainable:.3f}."
+                f" {self.n_mixed_rows} sentences equal another one with the other label; a scorer "
+                f"that knows each group's share of anchors reaches {self.attainable:.3f}."
             )
         return found if self.passes else f"{found} {self._advice()}"
 

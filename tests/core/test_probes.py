@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from sklearn.compose import ColumnTransformer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neural_network import MLPClassifier, MLPRegressor
@@ -32,8 +33,11 @@ from taprobe_core.probes import (
     fit_batches,
     load_probes,
     save_probes,
+    threads,
 )
+from taprobe_core.probes import fit as module
 from taprobe_core.probes.inputs import DENSE_BLOCKS
+from taprobe_core.probes.linear import fit_linear
 from taprobe_core.splits import Fold, inner_folds, make_folds
 from taprobe_core.study import DEFAULT_RECIPES, Labels, ProbeRecipe, Splits, Target, TokenProbe
 from taprobe_core.tables import LABEL_STATUS, LABELS, SCORES, check_table
@@ -499,3 +503,29 @@ def test_terms_are_kept_once_for_all_folds(saved: Path) -> None:
 
     chosen = {term for probe in load_probes(saved) for term in probe.terms or ()}
     assert document["terms"] == sorted(chosen)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(10**9, 1), (0, 2)])
+def test_small_data_is_fitted_on_one_thread(
+    limit: int,
+    expected: int,
+    data: ProbeData,
+    folds: list[Fold],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[int] = []
+
+    def spy(*arguments: object) -> object:
+        seen.append(torch.get_num_threads())
+        return fit_linear(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(threads, "MAX_VALUES_ON_ONE_THREAD", limit)
+    monkeypatch.setitem(module._SOLVE, "linear", spy)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fitted(DEFAULT_RECIPES[2], "importance_abs", data, folds[:1])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [expected]
