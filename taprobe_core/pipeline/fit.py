@@ -28,6 +28,7 @@ from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.view import WHOLE, View, kept_rows, take_rows, with_attention
 from taprobe_core.probes import Design, Fit, RecipeFit, fit_batches, save_probes
+from taprobe_core.probes.threads import side_by_side
 from taprobe_core.splits import make_folds
 from taprobe_core.store import ArtifactKey, write_table
 from taprobe_core.study import ProbeRecipe
@@ -74,10 +75,15 @@ def ensure_probe_fits(plan: Plan, cells: Sequence[tuple[Site, Trial]]) -> Iterat
     groups: dict[tuple[Site, str], list[Trial]] = defaultdict(list)
     for site, trial in cells:
         groups[site, trial.setting].append(trial)
-    for (site, setting), trials in groups.items():
+
+    def fit(group: tuple[Site, str]) -> dict[ArtifactKey, bool]:
+        trials = groups[group]
         wanted = [Wanted(recipe, trial.seed) for trial in trials for recipe in plan.study.recipes]
-        start = time.monotonic()
-        done = ensure_fits(plan, site, setting, wanted)
+        return ensure_fits(plan, *group, wanted)
+
+    start = time.monotonic()
+    results = side_by_side(fit, list(groups))
+    for ((site, _), trials), done in zip(groups.items(), results, strict=True):
         new = {key for key, is_reused in done.items() if not is_reused}
         for trial in trials:
             index, fits = _commit_index(plan, site, trial)

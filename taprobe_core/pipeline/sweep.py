@@ -22,6 +22,7 @@ from taprobe_core.pipeline.measure import measure_fits
 from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.view import View
+from taprobe_core.probes.threads import side_by_side
 from taprobe_core.store import ArtifactKey, write_table
 from taprobe_core.study import Sweep
 from taprobe_core.sweep import (
@@ -61,10 +62,14 @@ def ensure_sweep_fits(
     """
     space = sweep_space(_sweep(plan), plan.study)
     configurations = _configurations(plan, space, stage)
-    for site, setting in cells:
+
+    def fit(cell: tuple[Site, str]) -> Outcome:
+        site, setting = cell
         place = (site.model, site.layer, setting)
         here = [each for each in configurations if (each.model, each.layer, each.setting) == place]
-        yield _ensure_cell(plan, plan.sweep_fits(stage, site, setting), space, here)
+        return _ensure_cell(plan, plan.sweep_fits(stage, site, setting), space, here)
+
+    yield from side_by_side(fit, cells)
 
 
 def _ensure_cell(

@@ -1,34 +1,79 @@
-"""How many threads a solve gets."""
+"""How many threads a solve gets, and how many solves run beside each other.
+
+Small products take longer to share out than to compute, and on a machine whose other cores are
+busy, threads that wait for each other thousands of times a second make a fit of seconds one of
+minutes. So a small solve has one thread and as many run at once as there are cores; a large one has
+them all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from threadpoolctl import threadpool_limits
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 MAX_VALUES_ON_ONE_THREAD = 5_000_000
 """Rows times features, or tokens times width."""
 
+_large = threading.Lock()
+
 
 @contextmanager
 def threads_for(n_values: int) -> Iterator[None]:
-    """Keep small products on one thread: sharing them out takes longer than computing them.
+    """Give a solve one thread, or all of them if it is large; one large solve at a time.
 
-    On a machine whose other cores are busy, threads that wait for each other thousands of times a
-    second make a fit of seconds one of minutes. The number of threads is given back.
+    PyTorch's number of threads belongs to the thread that asks; it is given back.
 
     Args:
         n_values: size of what the products read.
     """
-    if n_values > MAX_VALUES_ON_ONE_THREAD:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
+    if n_values <= MAX_VALUES_ON_ONE_THREAD:
+        with _threads(1):
             yield
+    else:
+        with _large, _threads(_cores()):
+            yield
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
+
+
+def _cores() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else len(os.sched_getaffinity(0))
+
+
+def side_by_side(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """Work on items in as many threads as there are cores; yield results in their order.
+
+    An error is raised where its item's result would stand; what has not begun by then is left.
+
+    Args:
+        work: mostly solves, which leave the interpreter to other threads.
+        items: what to work on.
+    """
+    n = min(_cores(), len(items))
+    if n < 2:
+        yield from map(work, items)
+        return
+    pool = ThreadPoolExecutor(n)
+    try:
+        for future in [pool.submit(work, item) for item in items]:
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -505,8 +506,8 @@ def test_terms_are_kept_once_for_all_folds(saved: Path) -> None:
     assert document["terms"] == sorted(chosen)
 
 
-@pytest.mark.parametrize(("limit", "expected"), [(10**9, 1), (0, 2)])
-def test_small_data_is_fitted_on_one_thread(
+@pytest.mark.parametrize(("limit", "expected"), [(10**9, 1), (0, 3)])
+def test_small_data_is_fitted_on_one_thread_and_large_data_on_all(
     limit: int,
     expected: int,
     data: ProbeData,
@@ -521,6 +522,7 @@ def test_small_data_is_fitted_on_one_thread(
 
     monkeypatch.setattr(threads, "MAX_VALUES_ON_ONE_THREAD", limit)
     monkeypatch.setitem(module._SOLVE, "linear", spy)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -529,3 +531,24 @@ def test_small_data_is_fitted_on_one_thread(
     finally:
         torch.set_num_threads(before)
     assert seen == [expected]
+
+
+def test_work_beside_each_other_comes_back_in_order_and_its_error_where_it_belongs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    begun = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 3:
+            raise ValueError(item)
+        time.sleep(0.02 * (item % 2))
+        return item * item
+
+    assert list(threads.side_by_side(work, [5, 2, 4])) == [25, 4, 16]
+    found = threads.side_by_side(work, [1, 3, *range(10, 60)])
+    assert next(found) == 1
+    with pytest.raises(ValueError, match="3"):
+        next(found)
+    assert len(begun) < 50

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taprobe_core.pipeline import DIMENSIONS, PARENTS, STAGES, cells_of, stages_of
-from taprobe_core.study import Study, parse_study
+from taprobe_core.pipeline import DIMENSIONS, PARENTS, STAGES, cells_of, parents_of, stages_of
+from taprobe_core.study import Study, Sweep, parse_study
 from taprobe_dagster.assets import ops_of
 from taprobe_dagster.definitions import build_defs
 from taprobe_dagster.partitions import boxes, cell_of, grid_of, partition_key
@@ -24,14 +24,21 @@ seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19]
 """
 
 
+@pytest.fixture(scope="module")
+def swept(study: Study) -> Study:
+    """The study with every stage there is."""
+    sweep = Sweep(poolings=("mean",), drop_last_sentence=(True,))
+    return study.model_copy(update={"sweep": sweep})
+
+
 @pytest.mark.parametrize("stage", [stage for stage in STAGES if DIMENSIONS[stage]])
 def test_a_grid_has_two_dimensions_and_exactly_the_cells_of_its_stage(
-    study: Study, stage: str
+    swept: Study, stage: str
 ) -> None:
-    grid = grid_of(study, stage)
+    grid = grid_of(swept, stage)
     assert grid is not None
     assert len(grid.partitions_defs) == 2
-    cells = cells_of(study, stage)
+    cells = cells_of(swept, stage)
     assert {cell_of(stage, key) for key in grid.get_partition_keys()} == set(cells)
     assert all(cell_of(stage, str(partition_key(stage, cell))) == cell for cell in cells)
 
@@ -60,11 +67,14 @@ def test_a_site_reads_its_model_and_a_trial_its_setting(study: Study) -> None:
     }
 
 
-def test_every_parent_that_the_pipeline_reads_is_a_dependency(study: Study) -> None:
-    graph = build_defs(study).resolve_asset_graph()
+def test_every_parent_that_the_pipeline_reads_is_a_dependency(swept: Study) -> None:
+    defs = build_defs(swept)
+    dg.Definitions.validate_loadable(defs)
+    graph = defs.resolve_asset_graph()
     for stage, parents in PARENTS.items():
         found = {key.to_user_string() for key in graph.get(dg.AssetKey(stage)).parent_keys}
         assert found == set(parents or ("dataset",))
+        assert parents_of(swept, stage) == parents
 
 
 @pytest.mark.parametrize(("mode", "stages"), [("off", set()), ("light", {"vertical_attention"})])
@@ -108,6 +118,6 @@ def test_rectangles_cover_the_wanted_cells_exactly_and_once(
     assert sorted(covered) == sorted(wanted)
 
 
-def test_a_whole_grid_is_one_rectangle(study: Study) -> None:
+def test_a_whole_grid_is_one_rectangle(swept: Study) -> None:
     for stage in STAGES:
-        assert len(list(boxes(study, stage, cells_of(study, stage)))) == 1
+        assert len(list(boxes(swept, stage, cells_of(swept, stage)))) == 1
