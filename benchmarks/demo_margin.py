@@ -29,15 +29,12 @@ from taprobe_core.evaluation import compare_values
 from taprobe_core.importance import trigram_masked_dissimilar
 from taprobe_core.labels import anchors
 from taprobe_core.metrics import pr_auc
-from taprobe_core.pipeline import cells_of, open_plan, run_stage
+from taprobe_core.pipeline import cells_of, open_plan, run_stage, stages_of
 from taprobe_core.pipeline.judge import read_evaluation
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.selection import ANY_ACTIVATION_PROBE, chosen_values
 from taprobe_core.study import parse_study, shipped_studies
 
-STAGES = (
-    "rollouts", "labels", "spans", "activations", "probe_fits", "deferral_plans", "evaluation"
-)  # fmt: skip
 N_DRAWS = 1000
 BASELINES = ("position_baseline", "text_only_baseline")
 
@@ -59,7 +56,8 @@ def study_values(untrained: bool) -> dict[str, Any]:
 
 def values_by_problem(plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Run a plan; return the chosen probe's and the baselines' values on each test problem."""
-    for stage in STAGES:
+    stages = stages_of(plan.study)
+    for stage in stages[: stages.index("evaluation") + 1]:
         for _ in run_stage(plan, stage, cells_of(plan.study, stage)):
             pass
     cells = [
@@ -67,7 +65,7 @@ def values_by_problem(plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
         for site in plan.study.sites
         for setting in plan.study.settings
     ]
-    chosen = chosen_values(cells, recipes=plan.study.probes.recipes).filter(
+    chosen = chosen_values(cells, recipes=plan.study.recipes).filter(
         recipe=ANY_ACTIVATION_PROBE
     )
     baselines = pl.concat(

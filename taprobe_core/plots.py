@@ -84,13 +84,17 @@ def metric_by_layer(
         )
     lines = rows.sort("recipe", "layer").group_by("recipe", maintain_order=True)
     for index, ((recipe,), line) in enumerate(lines):
-        colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
+        colour = COLOURS[index % len(COLOURS)]
+        # A colour that comes again has another marker and another line.
+        again = index // len(COLOURS)
+        marker = _MARKERS[(index + again) % len(_MARKERS)]
         value = line["value"].cast(pl.Float64).fill_null(float("nan")).to_numpy()
         axes.plot(
             line["layer"].to_numpy(),
             value,
             color=colour,
             marker=marker,
+            linestyle=("-", "--", ":")[again % 3],
             ms=4.5,
             label=plain(str(recipe), LONGEST_NAME),
         )

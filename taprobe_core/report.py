@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -153,7 +153,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        num=_num, signed=_signed, share=_share, p_value=p_text, csp_hash=_csp_hash
+        num=_num, signed=_signed, share=_share, p_value=p_text, csp_hash=_csp_hash, layers=_layers
     )
     environment.globals.update(
         verdict_labels=VERDICT_LABELS,
@@ -236,6 +236,15 @@ def _headline_figure(selected: pl.DataFrame, metric: str) -> str | None:
         return None
     title = "chosen activation probe minus baseline, 95 % interval"
     return plots.to_data_uri(plots.delta_intervals(rows, metric=metric, title=title))
+
+
+def _layers(chosen: Sequence[str]) -> str:
+    """Say `recipe@L02` of every choice in words, the layers of a recipe together."""
+    found: dict[str, list[str]] = {}
+    for candidate in chosen:
+        recipe, _, layer = candidate.rpartition("@L")
+        found.setdefault(recipe, []).append(str(int(layer)))
+    return "; ".join(f"{recipe} at {', '.join(layers)}" for recipe, layers in found.items())
 
 
 def _comparisons(selected: pl.DataFrame, protocol: str | None) -> list[dict[str, Any]]:

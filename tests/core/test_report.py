@@ -314,7 +314,8 @@ def test_words_and_tables_carry_the_corrected_test(data, html):
     text = _Page(html).text
     assert "p is corrected for 2 planned comparisons (Holm)." in text
     assert "Holm over 2" in text
-    assert "Benjamini-Hochberg over 2" in text
+    assert "BH over 2" in text
+    assert " at " in text
     board = data.leaderboard.filter(pl.col("layer") == 1, protocol="lopo").row(0, named=True)
     assert f"alone {board['p_position']:.3f}" in text
     fifths = data.diagnostics.filter(protocol="lopo")["n_defined"].list.sum().sum()
