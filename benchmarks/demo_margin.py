@@ -65,9 +65,7 @@ def values_by_problem(plan: Plan) -> tuple[pl.DataFrame, pl.DataFrame]:
         for site in plan.study.sites
         for setting in plan.study.settings
     ]
-    chosen = chosen_values(cells, recipes=plan.study.recipes).filter(
-        recipe=ANY_ACTIVATION_PROBE
-    )
+    chosen = chosen_values(cells, recipes=plan.study.recipes).filter(recipe=ANY_ACTIVATION_PROBE)
     baselines = pl.concat(
         tables.problem_metrics.filter(pl.col("recipe").is_in(BASELINES), split="test")
         .group_by("recipe", "problem_id", maintain_order=True)

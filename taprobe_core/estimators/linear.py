@@ -14,12 +14,11 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.utils import Tags
+from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.class_weight import compute_class_weight
-from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from taprobe_core.estimators.binary import BinaryFace
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.fold_matrix import FoldMatrix
 from taprobe_core.solvers.linear_solution import LinearSolution
@@ -98,7 +97,7 @@ class RidgeProbe(RegressorMixin, _LinearProbe):  # type: ignore[misc]
         return self._decide(X)
 
 
-class LogisticProbe(ClassifierMixin, _LinearProbe):  # type: ignore[misc]
+class LogisticProbe(BinaryFace, _LinearProbe):
     """Logistic regression with two classes on standardised features, converged.
 
     Args:
@@ -143,13 +142,7 @@ class LogisticProbe(ClassifierMixin, _LinearProbe):  # type: ignore[misc]
             NumericsError: the solution did not converge.
         """
         features, labels = validate_data(self, X, y, dtype=[np.float64, np.float32])
-        check_classification_targets(labels)
-        kind = type_of_target(labels, input_name="y")
-        if kind != "binary":
-            raise ValueError(
-                f"Only binary classification is supported. The type of the target is {kind}."
-            )
-        self.classes_, code = np.unique(labels, return_inverse=True)
+        code = self._codes(labels)
         weight = _check_sample_weight(sample_weight, features, dtype=np.float64)
         if len(np.unique(code[weight > 0])) < 2:
             raise ValueError("LogisticProbe needs samples of two classes, found one class only")
@@ -167,23 +160,3 @@ class LogisticProbe(ClassifierMixin, _LinearProbe):  # type: ignore[misc]
         )
         self._keep(matrix, solution)
         return self
-
-    def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Return logits of `classes_[1]`, [row] float64."""
-        return self._decide(X)
-
-    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Return probabilities of both classes, [row, 2] float64."""
-        positive = 0.5 * (1 + np.tanh(0.5 * self.decision_function(X)))
-        return np.column_stack([1 - positive, positive])
-
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the more probable class, [row]."""
-        above = self.decision_function(X) > 0
-        return np.asarray(self.classes_[above.astype(np.intp)])
-
-    def __sklearn_tags__(self) -> Tags:
-        """Say to scikit-learn that there are two classes."""
-        tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_class = False
-        return tags

@@ -10,16 +10,15 @@ takes no part in a fit.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from taprobe_core.estimators.binary import BinaryFace
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.network_options import NetworkOptions
 from taprobe_core.solvers.network_stopping import EarlyStopping
@@ -112,7 +111,7 @@ class _MLPProbe(BaseEstimator):  # type: ignore[misc]
         return self._solution.decide(rows)[:, 0]
 
 
-class MLPProbeClassifier(ClassifierMixin, _MLPProbe):  # type: ignore[misc]
+class MLPProbeClassifier(BinaryFace, _MLPProbe):
     """Standardisation, then a ReLU network that tells two classes apart.
 
     Args:
@@ -138,8 +137,6 @@ class MLPProbeClassifier(ClassifierMixin, _MLPProbe):  # type: ignore[misc]
         n_features_in_: number of features.
     """
 
-    classes_: NDArray[Any]
-
     def fit(
         self,
         X: ArrayLike,
@@ -160,33 +157,8 @@ class MLPProbeClassifier(ClassifierMixin, _MLPProbe):  # type: ignore[misc]
             TaprobeError: as `fit_networks`.
         """
         rows, labels = validate_data(self, X, y, dtype=np.float32)
-        check_classification_targets(labels)
-        self.classes_, codes = np.unique(labels, return_inverse=True)
-        if len(self.classes_) != 2:
-            raise ValueError(
-                f"Only binary classification is supported. y has {len(self.classes_)} class(es), "
-                "the classifier needs 2 classes"
-            )
+        codes = self._codes(labels)
         return self._fit(rows, codes.astype(np.float64), sample_weight, validation, True)
-
-    def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Return the logit of the second class, [row] float64."""
-        return self._decide(X)
-
-    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Return the probabilities of both classes, [row, 2] float64."""
-        logit = self._decide(X)
-        return np.stack([expit(-logit), expit(logit)], axis=1)
-
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Return the likelier class, [row]."""
-        is_second = self._decide(X) > 0
-        return np.take(self.classes_, is_second.astype(int))
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_class = False
-        return tags
 
 
 class MLPProbeRegressor(RegressorMixin, _MLPProbe):  # type: ignore[misc]

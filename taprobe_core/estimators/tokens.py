@@ -12,16 +12,15 @@ early and to calibrate, so that repeating a sentence is not the same as giving i
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
+from taprobe_core.estimators.binary import BinaryFace
 from taprobe_core.estimators.token_inputs import (
     TokenSets,
     held_out,
@@ -104,7 +103,7 @@ class _TokenProbe(BaseEstimator):  # type: ignore[misc]
         return np.asarray(slope * scores + offset)
 
 
-class TokenProbeClassifier(ClassifierMixin, _TokenProbe):  # type: ignore[misc]
+class TokenProbeClassifier(BinaryFace, _TokenProbe):
     """Attention, MultiMax or rolling MultiMax probe that tells two classes apart.
 
     Args:
@@ -143,8 +142,6 @@ class TokenProbeClassifier(ClassifierMixin, _TokenProbe):  # type: ignore[misc]
         >>> probe.fit(X, y).predict_proba(X).shape
         (60, 2)
     """
-
-    classes_: NDArray[Any]
 
     def __init__(
         self,
@@ -203,13 +200,7 @@ class TokenProbeClassifier(ClassifierMixin, _TokenProbe):  # type: ignore[misc]
         """
         tokens = read_tokens(self, X, reset=True)
         labels = read_target(self, tokens, y)
-        check_classification_targets(labels)
-        self.classes_, codes = np.unique(labels, return_inverse=True)
-        if len(self.classes_) != 2:
-            raise ValueError(
-                f"Only binary classification is supported. y has {len(self.classes_)} class(es), "
-                "the classifier needs 2 classes"
-            )
+        codes = self._codes(labels)
         weight = read_weight(sample_weight, tokens)
         random = check_random_state(self.random_state)
         seed = int(random.randint(MAX_SEED))
@@ -222,25 +213,6 @@ class TokenProbeClassifier(ClassifierMixin, _TokenProbe):  # type: ignore[misc]
             balance = positive_weights(codes[:, None].astype(float), np.zeros(1, np.int64), train)
             weight = weight * np.where(codes == 1, balance.max(), 1.0)
         return self._fit(tokens, codes.astype(np.float64), weight, held, seed, "logistic")
-
-    def decision_function(self, X: TokenSets) -> NDArray[np.float64]:
-        """Return the calibrated log-odds of the second class, [sentence] float64."""
-        return self._decide(X)
-
-    def predict_proba(self, X: TokenSets) -> NDArray[np.float64]:
-        """Return the calibrated probabilities of both classes, [sentence, 2] float64."""
-        logit = self._decide(X)
-        return np.stack([expit(-logit), expit(logit)], axis=1)
-
-    def predict(self, X: TokenSets) -> NDArray[Any]:
-        """Return the likelier class, [sentence]."""
-        is_second = self._decide(X) > 0
-        return np.take(self.classes_, is_second.astype(int))
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_class = False
-        return tags
 
 
 class TokenProbeRegressor(RegressorMixin, _TokenProbe):  # type: ignore[misc]
