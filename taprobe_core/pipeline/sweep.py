@@ -137,7 +137,7 @@ def ensure_sweep_shortlist(plan: Plan, stage: str) -> Outcome:
     sweep = _sweep(plan)
 
     def write(folder: Path) -> None:
-        board = _board(plan, [before])
+        board = _board(plan, read_sweep(plan, [before]))
         write_table(folder / "shortlist.parquet", choose(board, sweep.shortlists))
 
     return commit_once(
@@ -202,8 +202,7 @@ def _wanted(plan: Plan, swept: SweptRecipe) -> list[Wanted]:
     return [Wanted(recipe, seed, View(drops, swept.attention)) for seed in seeds]
 
 
-def _board(plan: Plan, stages: Sequence[str]) -> pl.DataFrame:
-    tables = read_sweep(plan, stages)
+def _board(plan: Plan, tables: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     return sweep_leaderboard(
         tables["configurations"],
         tables["recipes"],
@@ -218,7 +217,7 @@ def _leaderboard(plan: Plan) -> dict[str, pl.DataFrame]:
     choices = sweep_choices(
         tables["configurations"], tables["recipes"], tables["results"], protocol=_protocol(plan)
     )
-    return {"leaderboard": _board(plan, SWEEP_STAGES), "choices": choices}
+    return {"leaderboard": _board(plan, tables), "choices": choices}
 
 
 def _paired_deltas(plan: Plan) -> dict[str, pl.DataFrame]:
@@ -237,7 +236,7 @@ def _stability(plan: Plan) -> dict[str, pl.DataFrame]:
     tables = read_sweep(plan, SWEEP_STAGES)
     sweep = _sweep(plan)
     stability = sweep_stability(
-        _board(plan, SWEEP_STAGES),
+        _board(plan, tables),
         tables["results"],
         protocol=_protocol(plan),
         n_draws=sweep.stability_draws,

@@ -1,7 +1,6 @@
 """Fit probes on folds, keep them as arrays, and score with them.
 
 inputs      what a recipe reads, and the feature matrix from stored arrays
-words       term counts and their weights
 design      rows, folds and targets that recipes share
 linear      logistic regression and ridge of many recipes in one solve
 network     multilayer perceptrons of many recipes and seeds in one solve
