@@ -30,7 +30,7 @@ from benchmarks.extraction.timing import (
     timed,
 )
 from taprobe_core.activations import BlockShape, pass_flop, sustained_gemm_rate
-from taprobe_core.store import CommitWorkers
+from taprobe_core.store import CommitWorkers, workers_for
 
 TITLES = {
     "states": "One layer (the middle one), token states obtained",
@@ -55,7 +55,8 @@ class Bench:
     ) -> None:
         self.shape, self.device, self.folder = shape, device, folder
         # As in the pipeline: on an accelerator, and started before the weights are there.
-        self._workers = CommitWorkers() if device.type == "cuda" else None
+        n_workers = workers_for(max(options.gpus))
+        self._workers = CommitWorkers(n_workers) if device.type == "cuda" else None
         self.texts = make_texts(shape, options.seed)
         self.causal, seconds = timed(device, lambda: build(shape, device, options.seed))
         self.ours = Ours([self.causal.model], self._workers)

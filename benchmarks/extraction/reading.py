@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -55,7 +56,11 @@ class Collector:
                 make = weighted if hidden.is_cuda else bagged
                 self._pool = make(self._text.spans, hidden.device)
             hidden = self._pool(hidden)
-        self._kept[layer] = hidden
+        self.keep(layer, hidden)
+
+    def keep(self, layer: int, found: torch.Tensor) -> None:
+        """Keep a layer's states, or rows that were pooled elsewhere."""
+        self._kept[layer] = found
 
     def finish(self, folder: Path) -> dict[int, torch.Tensor]:
         """Return the states, or write the rows and return them as float32 on the host."""
@@ -145,6 +150,8 @@ class Readers:
             variants[1] = replace(variants[1], is_slow=True)
             way = partial(each_text, partial(self._hidden_states, by_sentence=True))
             variants.insert(2, Variant("HF same, sentence by sentence", way, is_slow=True))
+            way = partial(each_text, self._by_numpy)
+            variants.insert(3, Variant("HF same, kept as float32, NumPy", way, is_slow=True))
         if len(job.layers) > 1:
             done = min(N_PASSES, len(job.layers))
             note = f"{done} of {len(job.layers)} passes run, extrapolated"
@@ -168,6 +175,18 @@ class Readers:
         )
         for layer in job.layers:
             collector.take(layer, output.hidden_states[layer + 1][0])
+        return collector.finish(folder)
+
+    def _by_numpy(self, text: Text, job: Job, folder: Path) -> dict[int, torch.Tensor]:
+        """As a script would first be written: all states to the host as float32, then `mean`."""
+        output = self._causal(
+            input_ids=ids_of(text, self._device), use_cache=False, output_hidden_states=True
+        )
+        states = [each[0].to("cpu", torch.float32).numpy() for each in output.hidden_states]
+        collector = Collector(text, job)
+        for layer in job.layers:
+            means = [states[layer + 1][start:end].mean(axis=0) for start, end in text.spans]
+            collector.keep(layer, torch.from_numpy(np.stack(means)))
         return collector.finish(folder)
 
     def _hook(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from taprobe_core.activations.packed_attention import Watcher, varlen_attention
+from taprobe_core.activations.packed_attention import Watcher, has_triton
 from taprobe_core.activations.packing import Layout
 
 Sink = Callable[[int, torch.Tensor], None]
@@ -36,7 +36,8 @@ def can_fuse(base_model: nn.Module) -> bool:
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         return False
     return (
-        all(type(block).__name__ in _BLOCKS and _is_plain(block) for block in blocks)
+        has_triton()
+        and all(type(block).__name__ in _BLOCKS and _is_plain(block) for block in blocks)
         and base_model.config.hidden_act == "silu"  # type: ignore[union-attr]
         and all(
             parameter.is_cuda and parameter.dtype in (torch.float16, torch.bfloat16)
@@ -76,6 +77,7 @@ def run_fused(
         sink: gets every block's output.
         watcher: gets every block's queries and keys.
     """
+    from taprobe_core.activations.attention_kernel import causal_attention
     from taprobe_core.activations.kernels import rms_norm, rotate_, silu_times_
 
     model: Any = base_model
@@ -95,7 +97,7 @@ def run_fused(
         )
         rotate_(query, cos, sin)
         rotate_(key, cos, sin)
-        mixed, lse = varlen_attention(query, key, value, layout, attention.scaling)
+        mixed, lse = causal_attention(query, key, value, layout, attention.scaling)
         layout.attended.append(layer)
         if watcher is not None:
             watcher(layer, query, key, lse, attention.scaling)

@@ -6,15 +6,16 @@ alone would build a dense mask over the whole pack, and with a cache or a mask g
 texts read each other without a word. What does not belong here: which texts share a pack.
 
 The invariant: a text's result has the bits that it has alone: each text's attention is computed by
-itself (SDPA), or, on CUDA in half precision, by a kernel that never splits keys by what else is in
-the pack (`torch.nn.attention.varlen`).
+itself (SDPA), or, on CUDA in half precision, by a kernel whose blocks each see one text
+(`attention_kernel`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from inspect import signature
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -82,9 +83,11 @@ def packed_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     packed_layout.attended.append(layer)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if is_half_on_cuda(query):
+    if takes_kernel(query):
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-        output, lse = varlen_attention(q, k, v, packed_layout, scale)
+        from taprobe_core.activations.attention_kernel import causal_attention
+
+        output, lse = causal_attention(q, k, v, packed_layout, scale)
         if packed_watcher is not None:
             packed_watcher(layer, q, k, lse, scale)
         return output[None], None
@@ -105,49 +108,17 @@ def packed_attention(
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 
 
-def is_half_on_cuda(states: torch.Tensor) -> bool:
-    """Whether `varlen_attention` takes these states."""
-    return states.is_cuda and states.dtype in (torch.float16, torch.bfloat16)
+def takes_kernel(states: torch.Tensor) -> bool:
+    """Whether `attention_kernel` takes these states."""
+    is_half = states.dtype in (torch.float16, torch.bfloat16)
+    d_head = states.shape[-1]
+    return states.is_cuda and is_half and has_triton() and d_head % 8 == 0 and d_head <= 256
 
 
-def varlen_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend causally within each text, all texts in one call of PyTorch's varlen kernel.
-
-    Text by text through cuDNN takes two thirds of its time on an H200, but cuDNN plans 45 ms for
-    every length that it meets, in every thread, which the texts of a study do not win back.
-
-    Args:
-        query: [token, head, d_head], half precision, CUDA.
-        key: [token, kv_head, d_head].
-        value: like `key`.
-        layout: where the texts lie.
-        scale: factor of the scores.
-
-    Returns:
-        [token, head, d_head], and the log-sum-exp of the scores, float32 [head, token].
-    """
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
-    edges, longest = layout.cumulative, layout.longest
-    # PyTorch before 2.12 shares keys among heads without being told, and knows no such argument.
-    is_told = "enable_gqa" in signature(varlen_attn).parameters
-    grouped: dict[str, Any] = {"enable_gqa": True} if is_told else {}
-    output, lse = varlen_attn(
-        query,
-        key,
-        value,
-        edges,
-        edges,
-        longest,
-        longest,
-        return_aux=AuxRequest(lse=True),
-        scale=scale,
-        window_size=(-1, 0),
-        **grouped,
-    )
-    return output, lse
+@cache
+def has_triton() -> bool:
+    """Whether the compiler of the kernels is there; PyTorch for Windows comes without it."""
+    return find_spec("triton") is not None
 
 
 @contextmanager

@@ -47,19 +47,23 @@ def plan_packs(n_tokens: Sequence[int], token_budget: int) -> list[list[int]]:
     return packs
 
 
+QUERY_BLOCK = 64
+"""Queries that an attention kernel takes at once."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Where the texts of one pack lie.
 
     Attributes:
         bounds: half-open token range of each text in the pack, gapless, from 0.
-        cumulative: int32 [text + 1], on the device: where each text starts, and the end.
+        blocks: int32 [block, 3], on the device: `query_blocks` of the texts.
         positions: int64 [1, token], on the device: position of each token in its own text.
         attended: layers whose attention ran through this layout, in order of running.
     """
 
     bounds: tuple[tuple[int, int], ...]
-    cumulative: torch.Tensor
+    blocks: torch.Tensor
     positions: torch.Tensor
     attended: list[int] = field(default_factory=list)
 
@@ -70,8 +74,8 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """Return the layout with its tensors on `device`; `attended` stays shared."""
-        cumulative, positions = self.cumulative.to(device), self.positions.to(device)
-        return Layout(self.bounds, cumulative, positions, self.attended)
+        blocks, positions = self.blocks.to(device), self.positions.to(device)
+        return Layout(self.bounds, blocks, positions, self.attended)
 
 
 def lay_out(n_tokens: Sequence[int], device: torch.device) -> Layout:
@@ -87,9 +91,34 @@ def lay_out(n_tokens: Sequence[int], device: torch.device) -> Layout:
     edges = ends.tolist()
     return Layout(
         tuple(pairwise(edges)),
-        to_device(ends.to(torch.int32), device),
+        to_device(query_blocks(edges), device),
         to_device(positions[None], device),
     )
+
+
+def query_blocks(edges: Sequence[int]) -> torch.Tensor:
+    """Divide the texts of a pack into blocks of at most `QUERY_BLOCK` queries.
+
+    Args:
+        edges: where each text starts, and the end of the last.
+
+    Returns:
+        int32 [block, 3], on the CPU: start of the text, first query, end of the text. The blocks
+        with most keys before them come first, as the longest of a list of jobs should.
+
+    Example:
+        >>> query_blocks([0, 70, 100]).tolist()
+        [[0, 64, 70], [0, 0, 70], [70, 70, 100]]
+    """
+    parts = []
+    for start, end in pairwise(edges):
+        first = torch.arange(start, end, QUERY_BLOCK)
+        parts.append(
+            torch.stack([torch.full_like(first, start), first, torch.full_like(first, end)], dim=1)
+        )
+    blocks = torch.cat(parts)
+    order = torch.argsort(blocks[:, 0] - blocks[:, 1], stable=True)
+    return blocks[order].to(torch.int32)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -43,7 +43,7 @@ from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.shards import shard_commits
 from taprobe_core.pipeline.text import dataset_provenance
-from taprobe_core.store import ArtifactKey, Committer, CommitWorkers, write_table
+from taprobe_core.store import ArtifactKey, Committer, CommitWorkers, workers_for, write_table
 
 _log = logging.getLogger(__name__)
 
@@ -153,7 +153,9 @@ class _Extraction:
         workers = None
         # An accelerator goes on meanwhile; a CPU has nothing to spare, so its passes wait.
         if self._devices[0].type == "cuda":
-            workers = self._open.enter_context(closing(CommitWorkers()))
+            workers = self._open.enter_context(
+                closing(CommitWorkers(workers_for(len(self._devices))))
+            )
         return self._open.enter_context(Committer(self._plan.store, workers))
 
     @cached_property

@@ -29,7 +29,7 @@ from taprobe_core.store.files import (
 from taprobe_core.store.fingerprint import ArtifactKey, fingerprint, parse_key
 from taprobe_core.store.local import LocalBackend
 from taprobe_core.store.manifest import FileRecord, Manifest, library_versions
-from taprobe_core.store.workers import CommitWorkers, FileCommit
+from taprobe_core.store.workers import CommitWorkers, FileCommit, workers_for
 
 __all__ = [
     "Artifact",
@@ -51,6 +51,7 @@ __all__ = [
     "read_table",
     "read_tensors",
     "tensor_parts",
+    "workers_for",
     "write_bytes",
     "write_json",
     "write_table",

@@ -34,7 +34,12 @@ from taprobe_core.store.fingerprint import ArtifactKey
 LENGTH = struct.Struct("<Q")
 
 N_WORKERS = 8
-"""Children that keep up with one or two accelerators: all together some 500 commits a second."""
+"""Children that keep up with one accelerator: all together some 500 commits a second."""
+
+
+def workers_for(n_accelerators: int) -> int:
+    """Return how many children keep up with so many accelerators, on half of the cores at most."""
+    return max(1, min(N_WORKERS * n_accelerators, (os.cpu_count() or 1) // 2))
 
 
 @dataclass(frozen=True, eq=False)

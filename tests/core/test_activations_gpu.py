@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from taprobe_core.activations import ExtractOptions, TextTask, extract, pool, run_pack
 from taprobe_core.activations.fused import can_fuse
+from taprobe_core.activations.packing import lay_out
 from taprobe_core.activations.pooling import span_index
 from taprobe_core.attention import AttentionMode
 
@@ -79,6 +80,38 @@ def test_kernels_round_once(dtype: torch.dtype, width: int) -> None:
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
     turned = torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1)
     assert off_by(rotate_(heads.clone(), angle.cos(), angle.sin()), turned) < rounding
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("d_head", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("by_tile", [True, False])
+def test_attention_equals_float64_and_no_text_reads_another(
+    dtype: torch.dtype, d_head: int, by_tile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from taprobe_core.activations import attention_kernel
+
+    if not by_tile:
+        monkeypatch.setattr(attention_kernel, "_HOPPER", (99, 0))
+    lengths = [130, 1, 64, 700]
+    layout = lay_out(lengths, torch.device("cuda"))
+    draw = torch.Generator("cuda").manual_seed(3)
+    query, key, value = (
+        torch.randn(sum(lengths), heads, d_head, device="cuda", generator=draw).to(dtype)
+        for heads in (6, 2, 2)
+    )
+    key[130], value[130] = float("nan"), float("nan")  # the text of one token
+    scale = d_head**-0.5
+    mixed, lse = attention_kernel.causal_attention(query, key, value, layout, scale)
+    for start, end in (each for each in layout.bounds if each != (130, 131)):
+        q = query[start:end].double()
+        k, v = (each[start:end].double().repeat_interleave(3, dim=1) for each in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        later = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+        exact = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+        assert off_by(mixed[start:end], exact) < torch.finfo(dtype).eps
+        assert float((lse[:, start:end] - scores.logsumexp(-1)).abs().max()) < 1e-5
+    assert torch.isnan(mixed[130]).all()
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])

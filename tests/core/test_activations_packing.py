@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from taprobe_core.activations import run_pack
 from taprobe_core.activations.packed_attention import packed
-from taprobe_core.activations.packing import lay_out, plan_packs
+from taprobe_core.activations.packing import QUERY_BLOCK, lay_out, plan_packs, query_blocks
 from taprobe_core.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -52,9 +54,24 @@ def test_every_text_is_in_one_pack_within_the_budget(lengths: list[int], budget:
 def test_a_layout_says_where_texts_lie() -> None:
     layout = lay_out([2, 3], CPU)
     assert layout.bounds == ((0, 2), (2, 5))
-    assert layout.cumulative.tolist() == [0, 2, 5]
+    assert layout.blocks.tolist() == [[0, 0, 2], [2, 2, 5]]
     assert layout.positions.tolist() == [[0, 1, 0, 1, 2]]
     assert layout.longest == 3
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=6))
+def test_blocks_of_queries_tile_every_text_the_heaviest_first(lengths: list[int]) -> None:
+    edges = [0, *accumulate(lengths)]
+    blocks = query_blocks(edges).tolist()
+    queries = [
+        (start, at, end)
+        for start, first, end in blocks
+        for at in range(first, min(first + QUERY_BLOCK, end))
+    ]
+    expected = [(a, at, b) for a, b in pairwise(edges) for at in range(a, b)]
+    assert sorted(queries) == expected
+    n_keys = [first - start for start, first, _ in blocks]
+    assert n_keys == sorted(n_keys, reverse=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
