@@ -150,8 +150,10 @@ class Readers:
             variants[1] = replace(variants[1], is_slow=True)
             way = partial(each_text, partial(self._hidden_states, by_sentence=True))
             variants.insert(2, Variant("HF same, sentence by sentence", way, is_slow=True))
-            way = partial(each_text, self._by_numpy)
-            variants.insert(3, Variant("HF same, kept as float32, NumPy", way, is_slow=True))
+            for name, is_stacked in (("kept", False), ("stacked", True)):
+                way = partial(each_text, partial(self._by_numpy, is_stacked=is_stacked))
+                slow = Variant(f"HF same, {name} as float32, NumPy", way, is_slow=True)
+                variants.insert(len(variants) - 3, slow)
         if len(job.layers) > 1:
             done = min(N_PASSES, len(job.layers))
             note = f"{done} of {len(job.layers)} passes run, extrapolated"
@@ -177,12 +179,17 @@ class Readers:
             collector.take(layer, output.hidden_states[layer + 1][0])
         return collector.finish(folder)
 
-    def _by_numpy(self, text: Text, job: Job, folder: Path) -> dict[int, torch.Tensor]:
+    def _by_numpy(
+        self, text: Text, job: Job, folder: Path, *, is_stacked: bool
+    ) -> dict[int, torch.Tensor]:
         """As a script would first be written: all states to the host as float32, then `mean`."""
         output = self._causal(
             input_ids=ids_of(text, self._device), use_cache=False, output_hidden_states=True
         )
-        states = [each[0].to("cpu", torch.float32).numpy() for each in output.hidden_states]
+        if is_stacked:
+            states = torch.stack(output.hidden_states)[:, 0].float().cpu().numpy()
+        else:
+            states = [each[0].to("cpu", torch.float32).numpy() for each in output.hidden_states]
         collector = Collector(text, job)
         for layer in job.layers:
             means = [states[layer + 1][start:end].mean(axis=0) for start, end in text.spans]
