@@ -128,7 +128,15 @@ def ensure_fits(
     if lacking:
         bench = _Bench(plan, site, setting, tuple(lacking.values()))
         for view, fits in by_view.items():
-            for fit, result in fit_batches(bench.design(view), list(fits), bench.device):
+            probes = plan.study.probes
+            solved = fit_batches(
+                bench.design(view),
+                list(fits),
+                bench.device,
+                keep_probes=probes.keep == "probes",
+                precision=probes.precision,
+            )
+            for fit, result in solved:
                 bench.commit(fits[fit], fit, result)
     return {key: key not in lacking for key in keys}
 
@@ -183,7 +191,7 @@ class _Bench:
 
     def commit(self, key: ArtifactKey, fit: Fit, result: RecipeFit) -> None:
         def write(folder: Path) -> None:
-            if self.plan.study.probes.keep == "probes":
+            if result.probes:
                 save_probes(folder, result.probes)
             write_table(folder / "scores.parquet", result.scores)
 

@@ -67,6 +67,7 @@ class Plan(DataPlan):
                 "folds": self.folds_config(),
                 "seed": seed if recipe.is_stochastic else None,
                 "keep": self.study.probes.keep,
+                **self._precision(recipe.is_stochastic),
                 **view.content(self.study.attention.mode),
             },
             *self.fit_inputs(site, setting, recipe),
@@ -153,6 +154,7 @@ class Plan(DataPlan):
                 "seeds": list(self.study.seeds),
                 "folds": self.folds_config(),
                 "keep": self.study.probes.keep,
+                **self._precision(True),
             },
             *([self.sweep_shortlist(stage)] if stage != "stage1" else []),
             self.labels(site.model, setting),
@@ -163,6 +165,11 @@ class Plan(DataPlan):
                 else []
             ),
         )
+
+    def _precision(self, is_read: bool) -> dict[str, str]:
+        """What of it decides scores; nothing where products are exact."""
+        precision = self.study.probes.precision
+        return {"precision": precision} if is_read and precision != "float32" else {}
 
     @cache
     def sweep_shortlist(self, stage: str) -> ArtifactKey:

@@ -24,7 +24,7 @@ from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.view import View
 from taprobe_core.probes.threads import side_by_side
 from taprobe_core.store import ArtifactKey, write_table
-from taprobe_core.study import Sweep
+from taprobe_core.study import Study, Sweep
 from taprobe_core.sweep import (
     Configuration,
     SweepSpace,
@@ -78,7 +78,7 @@ def _ensure_cell(
     start = time.monotonic()
     site, setting = parse_site(key.partition[0]), key.partition[1]
     swept = {use.swept.name: use.swept for each in configurations for use in uses_of(space, each)}
-    wanted = {name: _wanted(plan, recipe) for name, recipe in swept.items()}
+    wanted = {name: wanted_fits(plan.study, recipe) for name, recipe in swept.items()}
     done = ensure_fits(plan, site, setting, [fit for fits in wanted.values() for fit in fits])
 
     def write(folder: Path) -> None:
@@ -193,12 +193,17 @@ def _configurations(plan: Plan, space: SweepSpace, stage: str) -> tuple[Configur
     return space.stage2(shortlist) if stage == "stage2" else space.stage3(shortlist)
 
 
-def _wanted(plan: Plan, swept: SweptRecipe) -> list[Wanted]:
-    """One fit per seed, or one in all."""
+def wanted_fits(study: Study, swept: SweptRecipe) -> list[Wanted]:
+    """Return the fits of a swept recipe: one per seed, or one in all.
+
+    Args:
+        study: whose seeds and labels they have.
+        swept: a recipe of its sweep.
+    """
     recipe = swept.recipe
     # Labels that have dropped the last sentence have nothing left to drop.
-    drops = swept.drop_last_sentence and not plan.study.labels.drop_last_sentence
-    seeds = plan.study.seeds if recipe.is_stochastic else plan.study.seeds[:1]
+    drops = swept.drop_last_sentence and not study.labels.drop_last_sentence
+    seeds = study.seeds if recipe.is_stochastic else study.seeds[:1]
     return [Wanted(recipe, seed, View(drops, swept.attention)) for seed in seeds]
 
 

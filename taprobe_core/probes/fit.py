@@ -21,30 +21,43 @@ from numpy.typing import NDArray
 from taprobe_core.errors import NonFiniteError
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.fitted import FittedProbe
-from taprobe_core.probes.inputs import n_values
+from taprobe_core.probes.inputs import n_values, n_weights
 from taprobe_core.probes.linear import fit_linear
 from taprobe_core.probes.network import fit_mlp
+from taprobe_core.probes.precision import products_in
 from taprobe_core.probes.solved import Solved
 from taprobe_core.probes.threads import threads_for
 from taprobe_core.probes.token_sets import fit_token_sets
+from taprobe_core.study import Precision
 from taprobe_core.tables import SCORES, check_table
 
 MAX_COLUMNS = 4096
-"""Models of one solve: bounds memory, and what a kill can cost."""
+"""Models of one solve: bounds what a kill can cost."""
+
+MAX_HOST_BYTES = 4 * 2**30
+"""Of targets, weights and results of one solve, on the host."""
 
 _SOLVE = {"linear": fit_linear, "mlp": fit_mlp}
 
 
 @dataclass(frozen=True, eq=False)
 class RecipeFit:
-    """Scores of one recipe (`tables.SCORES`), and its probes, one per tested fold in order."""
+    """Scores of one recipe (`tables.SCORES`), and its probes, one per tested fold in order.
+
+    There are no probes where they were not to be kept.
+    """
 
     scores: pl.DataFrame
     probes: list[FittedProbe]
 
 
 def fit_batches(
-    design: Design, fits: Sequence[Fit], device: str = "cpu"
+    design: Design,
+    fits: Sequence[Fit],
+    device: str = "cpu",
+    *,
+    keep_probes: bool = True,
+    precision: Precision = "float32",
 ) -> Iterator[tuple[Fit, RecipeFit]]:
     """Fit every recipe on every fold; yield each as soon as the solve that it is part of is done.
 
@@ -55,6 +68,8 @@ def fit_batches(
         design: rows and folds.
         fits: recipes with their targets filled in (`Study.recipes`), and seeds.
         device: of the solvers, as PyTorch names it.
+        keep_probes: False saves the memory of weights where the scores are enough.
+        precision: of the products of networks and token probes on CUDA.
 
     Yields:
         Each fit with its scores and probes. Solves run in the order in which their first fit
@@ -70,14 +85,30 @@ def fit_batches(
     for fit in fits:
         groups[_shared(fit)].append(fit)
     for group in groups.values():
-        size = max(1, MAX_COLUMNS // len(design.folds))
+        recipe = group[0].recipe
+        weights = n_weights(recipe, design.data) if keep_probes else 0
+        n_columns = columns_at_once(len(design.data.texts), weights)
+        size = max(1, n_columns // len(design.folds))
+        solve = _SOLVE.get(recipe.estimator, fit_token_sets)
         for start in range(0, len(group), size):
             part = group[start : start + size]
-            solve = _SOLVE.get(part[0].recipe.estimator, fit_token_sets)
-            with threads_for(n_values(part[0].recipe, design.data)):
-                solved = solve(design, part, device)
+            with (
+                threads_for(n_values(recipe, design.data)),
+                products_in(precision if recipe.is_stochastic else "float32", device),
+            ):
+                solved = solve(design, part, device, keep_probes)
             for index, fit in enumerate(part):
-                yield fit, _result(design, fit, solved, index)
+                yield fit, _result(design, fit, solved, index, keep_probes)
+
+
+def columns_at_once(n_rows: int, n_weights: int) -> int:
+    """Return how many models one solve takes: at most `MAX_COLUMNS`, within `MAX_HOST_BYTES`.
+
+    Args:
+        n_rows: sentences; a model has a target, a weight and a score of each, float64.
+        n_weights: weights of a model that are kept, float32.
+    """
+    return max(1, min(MAX_COLUMNS, MAX_HOST_BYTES // (3 * 8 * n_rows + 4 * n_weights)))
 
 
 def _shared(fit: Fit) -> str:
@@ -94,14 +125,14 @@ def _shared(fit: Fit) -> str:
     return json.dumps([common, kind], sort_keys=True)
 
 
-def _result(design: Design, fit: Fit, solved: Solved, index: int) -> RecipeFit:
-    n_folds, n_outer = len(design.folds), len(design.outer)
+def _result(design: Design, fit: Fit, solved: Solved, index: int, keep_probes: bool) -> RecipeFit:
+    n_folds, n_kept = len(design.folds), len(design.outer) * keep_probes
     first = index * n_folds
     scores = _scores(design, fit, solved.score[:, first : first + n_folds])
     if not index:
         # The tables of one solve are made alike: one look at the contract is enough.
         check_table(scores, SCORES, f"recipe {fit.recipe.name!r}, target {fit.recipe.target}")
-    return RecipeFit(scores, [solved.probe(fit, first + fold) for fold in range(n_outer)])
+    return RecipeFit(scores, [solved.probe(fit, first + fold) for fold in range(n_kept)])
 
 
 def _scores(design: Design, fit: Fit, score: NDArray[np.float32]) -> pl.DataFrame:

@@ -8,6 +8,7 @@ matrix that a stored probe scores. What does not belong here: learning (`linear`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -60,6 +61,20 @@ def n_values(recipe: ProbeRecipe, data: ProbeData) -> int:
     pooled = data.activations.get(recipe.pooling) if "activations" in recipe.features else None
     heads = data.vertical_attention if "vertical_attention" in recipe.features else None
     return sum(block.size for block in (pooled, heads) if block is not None)
+
+
+def n_weights(recipe: ProbeRecipe, data: ProbeData) -> int:
+    """Return about how many weights one probe of `recipe` has; 0 where text decides it.
+
+    Biases, heads and other small parts are left out.
+    """
+    if recipe.reads_tokens:
+        width, depth = recipe.token_probe.width, recipe.token_probe.depth
+        d_model = 0 if data.tokens is None else data.tokens.values.shape[1]
+        return width * (d_model + (depth - 1) * width)
+    n_features = n_values(recipe, data) // max(len(data.texts), 1)
+    sizes = (n_features, *recipe.hidden, 1) if recipe.estimator == "mlp" else (n_features, 1)
+    return sum(n_in * n_out for n_in, n_out in pairwise(sizes))
 
 
 def _block(data: ProbeData, name: str) -> NDArray[np.float32] | None:

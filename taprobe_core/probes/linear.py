@@ -34,13 +34,16 @@ WIDE = 1024
 """Features."""
 
 
-def fit_linear(design: Design, fits: Sequence[Fit], device: str) -> Solved:
+def fit_linear(
+    design: Design, fits: Sequence[Fit], device: str, keep_weights: bool = True
+) -> Solved:
     """Solve linear recipes of equal features: logistic regression for anchors, ridge for the rest.
 
     Args:
         design: rows and folds.
         fits: linear recipes that differ in target and penalty alone.
         device: of the products with dense features.
+        keep_weights: not read: coefficients are what is solved for, and small.
 
     Raises:
         NumericsError: a column did not converge.

@@ -28,13 +28,14 @@ MIN_ROWS = 11
 """Fewer rows hold out a single one, which has neither both classes nor an R^2."""
 
 
-def fit_mlp(design: Design, fits: Sequence[Fit], device: str) -> Solved:
+def fit_mlp(design: Design, fits: Sequence[Fit], device: str, keep_weights: bool = True) -> Solved:
     """Train the networks of recipes that differ in target and seed alone.
 
     Args:
         design: rows and folds.
         fits: recipes of estimator `mlp`, of equal features and settings.
         device: of the training.
+        keep_weights: False where no probe will be asked for.
 
     Raises:
         NumericsError: a network diverged.
@@ -56,7 +57,7 @@ def fit_mlp(design: Design, fits: Sequence[Fit], device: str) -> Solved:
         max_iter=recipe.max_iter,
         early_stopping=stopping,
     )
-    found = fit_networks(X, train, columns, options, validation, device)
+    found = fit_networks(X, train, columns, options, validation, device, keep_weights=keep_weights)
     score = expit(found.decision) if options.is_classifier else found.decision
 
     def probe(fit: Fit, column: int) -> FittedProbe:

@@ -4,8 +4,8 @@ All models of a batch take the same number of steps in an epoch. Each reads ever
 its own once an epoch, in its own order; where a last minibatch is shorter than its neighbours',
 rows of weight 0 fill it. What does not belong here: which models form a batch (`networks`).
 
-Invariant: the device is waited for once an epoch; the next orders are drawn before that, while it
-works.
+Invariant: the device is waited for once an epoch, and once more when models have left; the next
+orders are drawn before that, while it works.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Plan:
         batches: columns of each minibatch.
         share: [model, row] weight in the minibatch, summing to 1 over it.
         decay: [model, step] penalty in the minibatch.
+        shared_decay: of each minibatch, the penalty of all models if it is one, else None.
         loss_share: [model, row] weight in the epoch's loss.
         loss_decay: [model, step] factor of the squared weights in the epoch's loss.
     """
@@ -61,6 +62,7 @@ class Plan:
     batches: list[slice]
     share: Tensor
     decay: Tensor
+    shared_decay: list[float | None]
     loss_share: Tensor
     loss_decay: Tensor
 
@@ -197,7 +199,9 @@ def plan_epoch(weight: Tensor, size: int, alpha: float) -> Plan:
     of_step = torch.arange(n_rows, device=weight.device) // size
     share, decay = weight / sums[:, of_step], alpha / sums
     part = counts / counts.sum(1, keepdim=True)
-    return Plan(batches, share, decay, share * part[:, of_step], 0.5 * decay * part)
+    least, most = torch.stack(torch.aminmax(decay, dim=0)).tolist()
+    shared = [low if low == high else None for low, high in zip(least, most, strict=True)]
+    return Plan(batches, share, decay, shared, share * part[:, of_step], 0.5 * decay * part)
 
 
 def _next_order(job: Job) -> Tensor:
@@ -223,7 +227,7 @@ def _run_epoch(job: Job, options: NetworkOptions, positions: Tensor) -> Tensor |
             squares[:, step] = job.networks.squared_weights()
         X = job.rows.gather(order[:, batch])
         share, decay = plan.share[:, batch], plan.decay[:, step]
-        outputs[:, batch] = job.networks.step(X, y[:, batch], share, decay)
+        outputs[:, batch] = job.networks.step(X, y[:, batch], share, decay, plan.shared_decay[step])
     if not is_watched:
         return None
     losses = job.networks.row_losses(outputs, y).mul_(plan.loss_share).sum(1)

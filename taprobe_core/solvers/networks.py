@@ -195,10 +195,14 @@ class _Fit:
         if options.early_stopping == "rows":
             counts = counts - np.ceil(counts * options.validation_fraction).astype(np.int64)
         steps = -(-counts // options.batch_size)
-        size = max(1, self._budget(max_bytes) // self._bytes_per_model())
+        n_bytes, per_model = self._budget(max_bytes), self._bytes_per_model()
         for n_steps in np.unique(steps):
             chosen = np.flatnonzero(steps == n_steps)
-            chosen = chosen[np.argsort(counts[chosen], kind="stable")]
+            fold = self.columns.fold[chosen]
+            chosen = chosen[np.lexsort((fold, counts[chosen]))]
+            # A CPU reads standardised rows from memory; an accelerator's must hold them.
+            standardised = len(np.unique(fold)) * self.X.nbytes * (self.device.type == "cuda")
+            size = max(1, (n_bytes - standardised) // per_model)
             yield from np.array_split(chosen, -(-len(chosen) // size))
 
     def _budget(self, max_bytes: int | None) -> int:
@@ -221,15 +225,12 @@ class _Fit:
     def run(self, chosen: NDArray[np.intp], solution: NetworkSolution) -> None:
         """Train one batch of columns and write it into the solution."""
         options, columns = self.options, self.columns
-        fold = torch.from_numpy(columns.fold[chosen]).to(self.device)
-        n_rows, n_features = self.X.shape
+        n_rows = len(self.X)
         at_once = min(options.batch_size, n_rows)
-        rows = Rows(
-            self.X,
-            self.mean[fold][:, None],
-            self.inverse_scale[fold][:, None],
-            torch.empty(len(chosen) * at_once * n_features, device=self.device),
-        )
+        folds, place = np.unique(columns.fold[chosen], return_inverse=True)
+        own = torch.from_numpy(folds).to(self.device)
+        fold = torch.from_numpy(place).to(self.device)
+        rows = Rows.of(self.X, self.mean[own], self.inverse_scale[own], fold, at_once)
         seeds = seeds_of(columns)[chosen]
         drawn, which, streams = start(seeds, self.sizes)
         of_seed = torch.from_numpy(which).to(self.device)

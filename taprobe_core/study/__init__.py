@@ -33,7 +33,7 @@ from taprobe_core.study.config import (
     Target,
     resolve_folder,
 )
-from taprobe_core.study.probes import TOKEN_ESTIMATORS, UNSIGNED_TARGETS, TokenProbe
+from taprobe_core.study.probes import TOKEN_ESTIMATORS, UNSIGNED_TARGETS, Precision, TokenProbe
 from taprobe_core.study.source import load_study, parse_study, shipped_studies
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "Model",
     "PolicySource",
     "Pooling",
+    "Precision",
     "PretrainedCheckpoint",
     "ProbeRecipe",
     "Probes",

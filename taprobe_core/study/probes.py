@@ -26,6 +26,7 @@ Feature = Literal[
 ]
 Estimator = Literal["linear", "mlp", "attention", "multimax", "rolling_multimax"]
 Residualize = Literal["none", "position", "position_plus_text"]
+Precision = Literal["float32", "tf32"]
 
 TOKEN_ESTIMATORS = ("attention", "multimax", "rolling_multimax")
 """Estimators that read the set of a sentence's token states."""
@@ -137,9 +138,15 @@ class ProbeRecipe(StudyPart):
         if self.reads_tokens:
             settings |= {"token_probe"}
         found = self.model_dump(mode="json", include=settings)
-        if self.reads_tokens and self.estimator != "rolling_multimax":
-            del found["token_probe"]["window"]
+        for name in self._unread_of_tokens() if self.reads_tokens else ():
+            del found["token_probe"][name]
         return found
+
+    def _unread_of_tokens(self) -> set[str]:
+        """Settings of `token_probe` that this estimator or target does not read."""
+        unread = {"window"} if self.estimator != "rolling_multimax" else set()
+        unread |= {"training"} if self.estimator == "attention" else set()
+        return unread | ({"loss"} if self.target == "anchor_binary" else set())
 
     def resolved(self, target: Target, percentile: float) -> ProbeRecipe:
         """Return the recipe with every setting of its target filled in.
@@ -197,12 +204,15 @@ class Probes(StudyPart):
     """Target and recipes.
 
     `keep`: `probes` stores the weights of every fold beside the scores, `scores` the scores alone,
-    for sweeps whose weights would fill a disk.
+    for sweeps whose weights would fill a disk. `precision` is that of the matrix products of
+    networks and token probes on CUDA: `tf32` rounds their factors to 10 bits and is several times
+    as fast; linear probes and CPUs have float32 and float64 whatever it says.
     """
 
     target: Target = "anchor_binary"
     recipes: Annotated[tuple[ProbeRecipe, ...], Field(min_length=1)] = DEFAULT_RECIPES
     keep: Literal["probes", "scores"] = "probes"
+    precision: Precision = "float32"
 
     @field_validator("recipes")
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from taprobe_core.errors import ConfigError, DataError
@@ -150,6 +150,7 @@ def test_an_id_does_not_depend_on_the_order_of_factors(order: list[int], stage: 
     assert configuration_id(stage, shuffled) == configuration_id(stage, dict(factors))
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # of a busy machine, not of the test
 @given(
     st.dictionaries(st.sampled_from("abcdef"), st.integers(-9, 9) | st.text(max_size=3)),
     st.dictionaries(st.sampled_from("abcdef"), st.integers(-9, 9) | st.text(max_size=3)),

@@ -1,0 +1,246 @@
+"""A slice of the published stage 1 through the pipeline's functions, and what the whole takes.
+
+    python -m benchmarks.probes.stage1 --device cuda [--precision tf32] [--seeds 20] [--kinds ...]
+    python -m benchmarks.probes.stage1 --rows 220 --features 32 --problems 6 --seeds 2  # a trial
+
+Stage 1 of `studies/sweep.yaml` has 768 configurations, of which each fits its recipes on 20 folds
+at 20 seeds: 307,200 trainings of a configuration. The slice is all 48 configurations of one setting
+and one layer: every target, percentile, pooling and residualisation, with and without the last
+sentence, every kind of probe. What it needs is laid out by the sweep's own code and fitted by
+`fit_batches`; tables of metrics and files are not made. Data are synthetic in the published size:
+2,932 sentences of 5,120 values, some 70,000 tokens, `ill` features, labels with 30 % zeros.
+
+All 16 pairs of setting and layer cost the same but for chance (equal rows, widths and recipes), so
+the whole is 16 times the slice; baselines without activations are counted at every layer, though
+the store keeps one. Seconds are wall seconds, the device synchronised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.probes.configuration import texts_of
+from benchmarks.probes.features import make_probe_data
+from taprobe_core.features import ProbeData, TokenSets
+from taprobe_core.pipeline.sweep import wanted_fits
+from taprobe_core.pipeline.view import View, kept_rows, take_rows
+from taprobe_core.probes import Design, Fit, fit_batches
+from taprobe_core.splits import make_folds
+from taprobe_core.study import Study, load_study
+from taprobe_core.sweep import count_fits, recipes_at, sweep_space
+from taprobe_core.tables import LABELS, schema_of
+
+Floats = NDArray[np.float64]
+
+
+class Size(NamedTuple):
+    """Of the data: problems, sentences, width of the activations."""
+
+    n_problems: int
+    n_rows: int
+    n_features: int
+
+
+def make_data(size: Size) -> ProbeData:
+    """Draw features, token sets, texts and labels of one setting at one layer."""
+    made = make_probe_data("ill", size.n_rows, size.n_features, size.n_problems)
+    rng = np.random.default_rng(2)
+    _, first, count = np.unique(made.problem, return_index=True, return_counts=True)
+    index = np.arange(size.n_rows) - first[made.problem]
+    n_sentences = count[made.problem]
+    # 5th, 50th and 95th percentile of published traces: 6, 19 and 56 tokens
+    n_tokens = np.exp(rng.normal(np.log(19), 0.66, size.n_rows)).round().astype(np.int64)
+    n_tokens = np.clip(n_tokens, 2, 200)
+    relative = index / np.maximum(n_sentences - 1, 1)
+    before = np.cumsum(n_tokens) - n_tokens
+    before -= before[first][made.problem]
+    return ProbeData(
+        labels=labels_of(made.problem, index, n_sentences, made.importance),
+        texts=texts_of(size.n_rows, rng),
+        position=np.column_stack([index, n_sentences, relative, n_tokens]).astype(np.float32),
+        causal_position=np.column_stack([index, before, n_tokens]).astype(np.float32),
+        activations={"mean": made.features.astype(np.float16).astype(np.float32)},
+        tokens=token_sets(made.features, n_tokens, rng),
+    )
+
+
+def token_sets(
+    means: NDArray[np.float32], n_tokens: NDArray[np.int64], rng: np.random.Generator
+) -> TokenSets:
+    """Draw states around the sentences' means, as the store keeps them: float16."""
+    spread = np.float32(means.std(axis=0).mean())
+    values = np.empty((int(n_tokens.sum()), means.shape[1]), np.float16)
+    offsets = np.concatenate([[0], np.cumsum(n_tokens)]).astype(np.int64)
+    for row, mean in enumerate(means):
+        noise = rng.standard_normal((n_tokens[row], means.shape[1]), dtype=np.float32)
+        values[offsets[row] : offsets[row + 1]] = mean + spread * noise
+    return TokenSets(values, offsets)
+
+
+def labels_of(
+    problem: NDArray[np.int64], index: NDArray[np.int64], count: NDArray[np.int64], signal: Floats
+) -> pl.DataFrame:
+    """Make labels of heavy tails, 30 % of them zero, as the published ones are."""
+    heavy = np.sign(signal) * np.maximum(np.abs(signal) - np.quantile(np.abs(signal), 0.3), 0) ** 2
+    importance = np.clip(heavy / np.abs(heavy).max(), -1, 1)
+    columns = {
+        "problem_id": problem,
+        "sentence_idx": index,
+        "n_sentences": count,
+        "function_tag": ["unknown"] * len(problem),
+        "importance_signed": importance,
+        "importance_abs": np.abs(importance),
+        "is_anchor": np.zeros(len(problem), bool),
+        "label_status": ["measured"] * len(problem),
+    }
+    schema = schema_of(LABELS)
+    frame = pl.DataFrame(
+        {name: columns.get(name, [None] * len(problem)) for name in schema.names()}
+    )
+    return frame.cast(dict(schema.items()))  # type: ignore[arg-type]
+
+
+class Kind(NamedTuple):
+    """Fits of one kind of probe in one view of the rows."""
+
+    name: str
+    view: View
+    fits: list[Fit]
+
+
+def lay_out(study: Study, n_seeds: int) -> tuple[list[Kind], int]:
+    """Return what the slice fits, by kind and view, and its number of configurations."""
+    assert study.sweep is not None
+    space = sweep_space(study.sweep, study)
+    site, setting = study.sites[0], study.settings[0]
+    place = (site.model, site.layer, setting)
+    slice_ = [each for each in space.stage1() if (each.model, each.layer, each.setting) == place]
+    kinds: dict[tuple[str, View], list[Fit]] = defaultdict(list)
+    for swept in recipes_at(space, slice_)[place]:
+        for wanted in wanted_fits(study, swept):
+            if wanted.seed in study.seeds[:n_seeds]:
+                fit = Fit(wanted.recipe, wanted.seed)
+                kinds[swept.template.name, wanted.view].append(fit)
+    return [Kind(*key, fits) for key, fits in kinds.items()], len(slice_)
+
+
+def main() -> None:
+    """Run the slice and print what it took, and what the whole would take."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", choices=("float32", "tf32"), default="float32")
+    for name, value in {"problems": 20, "rows": 2932, "features": 5120, "seeds": 20}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--kinds", help="names, with commas; default: all")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    options = parser.parse_args()
+    study = load_study("studies/sweep.yaml")
+    kinds, n_configurations = lay_out(study, options.seeds)
+    if options.kinds:
+        kinds = [kind for kind in kinds if kind.name in options.kinds.split(",")]
+    start = time.perf_counter()
+    data = make_data(Size(options.problems, options.rows, options.features))
+    assert data.tokens is not None
+    name = torch.cuda.get_device_name() if options.device == "cuda" else options.device
+    print(
+        f"{name}, torch {torch.__version__}, {options.precision}: {len(data.texts):,} sentences x "
+        f"{options.features:,}, {len(data.tokens.values):,} tokens, drawn in "
+        f"{time.perf_counter() - start:.0f} s\n"
+        f"{n_configurations} configurations x {options.problems} folds x {options.seeds} seeds",
+        flush=True,
+    )
+    designs = {
+        view: design_of(study, take_rows(data, kept_rows(data, view)))
+        for view in {kind.view for kind in kinds}
+    }
+    seconds: dict[str, float] = defaultdict(float)
+    n_models: dict[str, int] = defaultdict(int)
+    for kind in kinds:
+        took, n = run(designs[kind.view], kind, options.device, options.precision)
+        seconds[kind.name] += took
+        n_models[kind.name] += n
+        print(
+            f"{kind.name:28} {'last dropped' if kind.view.drop_last_sentence else 'all rows':13}"
+            f"{n:7,} models {took:8.1f} s {1e3 * took / n:9.2f} ms a model",
+            flush=True,
+        )
+    figures = summary(study, seconds, n_models, options, n_configurations)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def design_of(study: Study, data: ProbeData) -> Design:
+    """Lay out the folds of the study on synthetic problems."""
+    folds = make_folds(data.problems, study.splits, present=data.problems)
+    return Design(data, tuple(folds), study.splits, study.labels)
+
+
+def run(design: Design, kind: Kind, device: str, precision: str) -> tuple[float, int]:
+    """Fit one kind; return wall seconds and models."""
+    start = time.perf_counter()
+    n = 0
+    solved = fit_batches(design, kind.fits, device, keep_probes=False, precision=precision)  # type: ignore[arg-type]
+    for _, found in solved:
+        assert found.scores.height
+        n += len(design.folds)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, n
+
+
+def summary(
+    study: Study,
+    seconds: dict[str, float],
+    n_models: dict[str, int],
+    options: argparse.Namespace,
+    n_configurations: int,
+) -> dict[str, object]:
+    """Print the slice's share, its seconds, and those of the whole stage."""
+    assert study.sweep is not None
+    space = sweep_space(study.sweep, study)
+    every = space.stage1()
+    counts = count_fits(space, every, n_folds=options.problems, n_seeds=len(study.seeds))
+    n_places = len({(each.model, each.layer, each.setting) for each in every})
+    stochastic = {recipe.name for recipe in study.probes.recipes if recipe.is_stochastic}
+    # Deterministic kinds are solved once whatever the seeds, so only the others are scaled.
+    scale = {
+        name: len(study.seeds) / options.seeds if name in stochastic else 1 for name in seconds
+    }
+    whole = {name: took * scale[name] * n_places for name, took in seconds.items()}
+    total = sum(seconds.values())
+    trained = n_configurations * options.problems * options.seeds
+    all_trained = len(every) * options.problems * len(study.seeds)
+    print(
+        f"\nslice: {trained:,} of {all_trained:,} configuration-fold-seeds "
+        f"({trained / all_trained:.1%}), {sum(n_models.values()):,} models, {total:.0f} s\n"
+        f"a loop would fit {counts.n_loop:,} models in all; distinct are {counts.n_distinct:,}\n"
+        f"all of stage 1 at this rate, {n_places} pairs of setting and layer: "
+        f"{sum(whole.values()) / 3600:.2f} h"
+    )
+    for name, took in sorted(whole.items(), key=lambda each: -each[1]):
+        print(f"  {name:28} {took / 3600:7.3f} h")
+    peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else None
+    if peak is not None:
+        print(f"peak device memory {peak:.1f} GiB")
+    return {
+        "seconds": dict(seconds),
+        "models": dict(n_models),
+        "whole_hours": {name: took / 3600 for name, took in whole.items()},
+        "trained": trained,
+        "share": trained / all_trained,
+        "peak_gib": peak,
+    }
+
+
+if __name__ == "__main__":
+    main()
