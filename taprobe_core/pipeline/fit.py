@@ -3,16 +3,17 @@
 What shares a feature matrix is done on one loaded matrix: cells are grouped by (site, setting), and
 all that their trials lack goes into the solvers together. A fit is keyed by what it depends on, so
 baselines are solved once for all sites of a model and deterministic recipes once for all seeds; it
-is committed as soon as its solve is done, and a trial's artifact is an index of its fits.
+is committed as soon as its solve is done, and a trial's artifact is an index of its fits. A setting
+that repeats another's rows takes over its fits.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +27,9 @@ from taprobe_core.pipeline.attention import read_attention
 from taprobe_core.pipeline.inputs import read_probe_data
 from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.twins import find_twin, take_over
 from taprobe_core.pipeline.view import WHOLE, View, kept_rows, take_rows, with_attention
-from taprobe_core.probes import Design, Fit, RecipeFit, fit_batches, save_probes
+from taprobe_core.probes import Contents, Design, Fit, RecipeFit, fit_batches, save_probes
 from taprobe_core.probes.threads import side_by_side
 from taprobe_core.splits import make_folds
 from taprobe_core.store import ArtifactKey, write_table
@@ -128,16 +130,7 @@ def ensure_fits(
     if lacking:
         bench = _Bench(plan, site, setting, tuple(lacking.values()))
         for view, fits in by_view.items():
-            probes = plan.study.probes
-            solved = fit_batches(
-                bench.design(view),
-                list(fits),
-                bench.device,
-                keep_probes=probes.keep == "probes",
-                precision=probes.precision,
-            )
-            for fit, result in solved:
-                bench.commit(fits[fit], fit, result)
+            bench.make(view, fits)
     return {key: key not in lacking for key in keys}
 
 
@@ -189,17 +182,45 @@ class _Bench:
         folds = make_folds(self.plan.problem_ids(), splits, present=data.problems)
         return Design(data, tuple(folds), splits, self.plan.study.labels)
 
-    def commit(self, key: ArtifactKey, fit: Fit, result: RecipeFit) -> None:
-        def write(folder: Path) -> None:
-            if result.probes:
-                save_probes(folder, result.probes)
-            write_table(folder / "scores.parquet", result.scores)
+    def make(self, view: View, keys: Mapping[Fit, ArtifactKey]) -> None:
+        """Commit fits of one view: those of a twin as they are, the others solved together."""
+        plan, probes = self.plan, self.plan.study.probes
+        design = self.design(view)
+        contents = Contents(design, probes.precision)
+        names = {fit: contents.of(fit) for fit in keys}
+        rest = []
+        for fit, key in keys.items():
+            twin = find_twin(plan, self.site, self.setting, fit, view, names[fit])
+            if twin is None:
+                rest.append(fit)
+            else:
+                same = {"content_sha256": names[fit], "twin": str(twin.key)}
+                self._commit(key, fit, partial(take_over, twin), same)
+        for fit, result in fit_batches(
+            design,
+            rest,
+            self.device,
+            keep_probes=probes.keep == "probes",
+            precision=probes.precision,
+        ):
+            write = partial(_write, result)
+            self._commit(keys[fit], fit, write, {"content_sha256": names[fit]})
 
+    def _commit(
+        self, key: ArtifactKey, fit: Fit, write: Callable[[Path], None], more: Mapping[str, str]
+    ) -> None:
         provenance = {
             "recipe": fit.recipe.name,
             "target": fit.recipe.target,
             "setting": self.setting,
             "seed": fit.seed if fit.recipe.is_stochastic else None,
+            **more,
         }
         upstream = self.plan.fit_inputs(self.site, self.setting, fit.recipe)
         commit_once(self.plan, key, write, provenance, upstream)
+
+
+def _write(result: RecipeFit, folder: Path) -> None:
+    if result.probes:
+        save_probes(folder, result.probes)
+    write_table(folder / "scores.parquet", result.scores)

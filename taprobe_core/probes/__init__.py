@@ -9,15 +9,19 @@ solved      what a solve leaves
 fitted      a fitted probe: arrays in, scores out
 fit         recipes to solves to scores
 files       probes on disk
+content     a name for what a fit sees
+precision   products on CUDA
 threads     how many threads a solve gets
 """
 
+from taprobe_core.probes.content import Contents
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.files import load_probes, save_probes
 from taprobe_core.probes.fit import RecipeFit, fit_batches
 from taprobe_core.probes.fitted import FittedProbe, Training
 
 __all__ = [
+    "Contents",
     "Design",
     "Fit",
     "FittedProbe",
