@@ -227,13 +227,13 @@ def summary(
     total = sum(seconds.values())
     trained = n_configurations * options.problems * options.seeds
     all_trained = len(every) * options.problems * len(study.seeds)
+    hours = sum(whole.values()) / 3600
     print(
         f"\nslice: {trained:,} of {all_trained:,} configuration-fold-seeds "
         f"({trained / all_trained:.1%}), {sum(n_models.values()):,} models, {total:.0f} s\n"
         f"a loop would fit {counts.n_loop:,} models in all; distinct are {counts.n_distinct:,}\n"
         f"all of stage 1 at this rate, {n_places} pairs of setting and layer: "
-        f"{sum(whole.values()) / 3600:.2f} h; {sum(whole.values()) / 7200:.2f} h where forced answers "
-        f"repeat the plain ones"
+        f"{hours:.2f} h; {hours / 2:.2f} h where forced answers repeat the plain ones"
     )
     for name, took in sorted(whole.items(), key=lambda each: -each[1]):
         print(f"  {name:28} {took / 3600:7.3f} h")
