@@ -428,8 +428,9 @@ def test_a_validation_side_of_one_class_leaves_the_logits_uncalibrated():
     np.testing.assert_allclose(found.probability()[:, 1], expit(found.decision[:, 1]))
 
 
-def test_seeds_scatter_like_those_of_modules_trained_alone():
-    options = replace(SMALL, pooling="attention", max_epochs=8, learning_rate=0.01, width=6)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_seeds_scatter_like_those_of_modules_trained_alone(pooling):
+    options = replace(SMALL, pooling=pooling, max_epochs=8, learning_rate=0.01, width=6)
     tokens, train, validation, y = planted(n=90, seed=6)
     flip = np.random.default_rng(1).random(90) < 0.15
     y = np.where(flip, 1 - y, y)
