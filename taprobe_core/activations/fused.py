@@ -71,7 +71,7 @@ class CudaSteps:
     def rotary(
         self, model: Any, hidden: torch.Tensor, layout: Layout
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, float32 [token, d_head / 2]; both halves of the library's are equal."""
+        """Cosines and sines, float32 [token, d_head / 2]; the library's halves are equal."""
         wide = torch.empty(0, dtype=torch.float32, device=layout.positions.device)
         cos, sin = model.rotary_emb(wide, layout.positions)
         half = cos.shape[-1] // 2

@@ -1,9 +1,9 @@
 """The steps of a block on a CPU: those of the library, in its order, in memory that a pass keeps.
 
-A block of the library makes a dozen new tensors of all tokens, and the kernel hands their memory out
-page by page, zeroed, each time: a sixth of a pass of a small model. Here a pass has one buffer for
-each purpose, and what can is done in place. What does not belong here: the order of the steps
-(fused), attention (packed_attention).
+A block of the library makes a dozen new tensors of all tokens, and each time the kernel hands their
+memory out page by page, zeroed: a tenth of a pass of a small model. Here a pass has one buffer for
+each purpose, and works in place where that is possible. What does not belong here: the order of the
+steps (fused), attention (packed_attention).
 
 The invariant: every value is rounded where the library rounds it, so the bits are the library's;
 each text's matrix products are its own, since a BLAS library may give a row other bits among more

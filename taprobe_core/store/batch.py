@@ -1,6 +1,6 @@
 """Many commits of one file each, for the price of fewer.
 
-Turns whole files into artifacts as `Store.commit` does, each locked, flushed and renamed on its own;
+Turns whole files into artifacts as `Store.commit` does, each locked, flushed and renamed by itself;
 but every step is taken for all of them before the next one, so that the disk writes them side by
 side and one journal entry of its file system serves them all. What is not plain goes to
 `Store.commit` afterwards: a version that exists, a lock that somebody holds, a partition named
@@ -33,7 +33,7 @@ from taprobe_core.store.disk import (
 )
 from taprobe_core.store.draft import Draft
 from taprobe_core.store.fingerprint import ArtifactKey, check_key
-from taprobe_core.store.integrity import describe_files, remember_sha256
+from taprobe_core.store.integrity import describe_parts, remember_sha256
 from taprobe_core.store.local import LocalBackend
 from taprobe_core.store.manifest import MANIFEST_NAME, render_manifest
 from taprobe_core.store.workers import FileCommit
@@ -64,7 +64,6 @@ def commit_files(store: Store, commits: Iterable[FileCommit]) -> None:
 
 def _commit_group(store: Store, commits: Iterable[FileCommit], faults: list[Exception]) -> bool:
     """Commit some, and tell whether there were any."""
-    backend = store.backend
     staged: list[_Staged] = []
     later: list[FileCommit] = []
     is_any = False
@@ -72,10 +71,8 @@ def _commit_group(store: Store, commits: Iterable[FileCommit], faults: list[Exce
         for commit in commits:
             is_any = True
             with _collecting(faults):
-                if (
-                    not isinstance(backend, LocalBackend)
-                    or (found := _stage(store, backend, commit)) is None
-                ):
+                found = _stage(store, commit)
+                if found is None:
                     later.append(commit)
                 else:
                     opened.callback(found.close)
@@ -115,13 +112,13 @@ def _commit_one(store: Store, commit: FileCommit) -> None:
     )
 
 
-def _stage(store: Store, backend: LocalBackend, commit: FileCommit) -> _Staged | None:
+def _stage(store: Store, commit: FileCommit) -> _Staged | None:
     """Lock a partition and write a version beside it; None where `Store.commit` has to decide."""
-    key = check_key(commit.key)
+    backend, key = store.backend, check_key(commit.key)
+    if not isinstance(backend, LocalBackend):
+        return None
     draft = Draft(key, commit.code_version, commit.config, commit.provenance, ()).checked()
     with disk_errors(backend.where(*key), commit.n_bytes, backend.free_bytes), ExitStack() as held:
-        if backend.sizes(key) is not None:
-            return None
         try:
             unflushed = held.enter_context(backend.lock_at_once(key.stage, key.partition))
         except BusyArtifactError:
@@ -163,9 +160,10 @@ class _Staged:
         name = self._commit.name
         os.mkdir(self._folder)  # noqa: PTH102
         self._open(f"{self._folder}/{name}", *self._commit.parts)
-        files = describe_files(Path(self._folder), {name: self._commit.n_bytes})
-        self._sha256 = files[name]["sha256"]
-        self._open(f"{self._folder}/{MANIFEST_NAME}", render_manifest(draft.body(files, sequence)))
+        record = describe_parts(name, self._commit.parts, self._folder)
+        self._sha256 = record["sha256"]
+        rendered = render_manifest(draft.body({name: record}, sequence))
+        self._open(f"{self._folder}/{MANIFEST_NAME}", rendered)
         self._open(self._pointer, f"{self._key.fingerprint}\n".encode("ascii"))
 
     def _open(self, path: str, *parts: bytes | memoryview) -> None:
