@@ -188,7 +188,9 @@ def run_fused(
         steps.rotate_(key, cos, sin)
         mixed, _ = packed_attention(
             attention,
-            *(states.transpose(0, 1)[None] for states in (query, key, value)),
+            query.transpose(0, 1)[None],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
             None,
             scaling=attention.scaling,
             packed_layout=layout,

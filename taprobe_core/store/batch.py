@@ -87,6 +87,9 @@ def _commit_group(store: Store, commits: Iterable[FileCommit], faults: list[Exce
         for each in staged:
             with _collecting(faults):
                 each.settle()
+        for each in staged:
+            with _collecting(faults):
+                each.close()
     for commit in later:
         with _collecting(faults):
             _commit_one(store, commit)
@@ -153,7 +156,7 @@ class _Staged:
         self._pointer = f"{self._partition}/{temporary_name(POINTER)}"
         self._descriptors: list[int] = []
         self._sha256 = ""
-        self._is_flushed = self._is_published = False
+        self._is_flushed = self._is_published = self._is_current = False
 
     def write(self, draft: Draft, sequence: int) -> None:
         """Write the file, the manifest and the next pointer, and let the disk begin with them."""
@@ -193,19 +196,20 @@ class _Staged:
             os.rename(self._folder, f"{self._partition}/{self._key.fingerprint}")  # noqa: PTH104
             self._is_published = True
             os.replace(self._pointer, f"{self._partition}/{POINTER}")  # noqa: PTH105
+            self._is_current = True
 
     def settle(self) -> None:
-        """Wait until the names are on the disk, and let the partition go."""
+        """Wait until the names are on the disk."""
         if not self._is_published:
             return
         with self._errors():
             sync_path(self._partition)
             remember_sha256(self._backend.folder(self._key) / self._commit.name, self._sha256)
-        self.close()
 
     def close(self) -> None:
         """Remove what has got no name, and let the partition go."""
-        self.held.close()
+        with self._errors():
+            self.held.close()
 
     def remove(self) -> None:
         """Remove what has got no name."""
@@ -214,8 +218,9 @@ class _Staged:
         self._descriptors.clear()
         if not self._is_published:
             shutil.rmtree(self._folder, ignore_errors=True)
-        with suppress(FileNotFoundError):
-            os.unlink(self._pointer)  # noqa: PTH108
+        if not self._is_current:
+            with suppress(FileNotFoundError):
+                os.unlink(self._pointer)  # noqa: PTH108
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
