@@ -5,7 +5,7 @@ but every step is taken for all of them before the next one, so that the disk wr
 side and one journal entry of its file system serves them all. What is not plain goes to
 `Store.commit` afterwards: a version that exists, a lock that somebody holds, a partition named
 twice, a store that is no local folder. What does not belong here: where the files come from
-(committer, worker).
+(committer).
 
 The invariant: no version gets its name before its bytes, its manifest, its folder and the entry of
 its partition are on the disk; a fault of one commit is no other's.

@@ -10,14 +10,18 @@ import json
 import signal
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 from taprobe_core.errors import TaprobeError
 from taprobe_core.store.artifacts import Store
-from taprobe_core.store.batch import commit_files
+from taprobe_core.store.disk import write_bytes
 from taprobe_core.store.fingerprint import ArtifactKey
-from taprobe_core.store.workers import LENGTH, FileCommit
+from taprobe_core.store.workers import LENGTH
+
+_THREADS = 8
+"""Commits at once: each waits for the disk most of its time."""
 
 
 def main() -> None:
@@ -25,37 +29,47 @@ def main() -> None:
     # An interrupt is for the parent; the child ends when its input does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     source, answers = sys.stdin.buffer, sys.stdout.buffer
-    while len(head := source.read(LENGTH.size)) == LENGTH.size:
-        try:
-            found = _serve(source, head)
-            answers.write(json.dumps(found).encode() + b"\n")
-            answers.flush()
-        except (EOFError, BrokenPipeError):
-            return  # the parent is gone, and with it whoever would read a message
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while len(head := source.read(LENGTH.size)) == LENGTH.size:
+            try:
+                found = _serve(pool, source, head)
+                answers.write(json.dumps(found).encode() + b"\n")
+                answers.flush()
+            except (EOFError, BrokenPipeError):
+                return  # the parent is gone, and with it whoever would read a message
 
 
-def _serve(source: IO[bytes], head: bytes) -> dict[str, str | None] | None:
+def _serve(
+    pool: ThreadPoolExecutor, source: IO[bytes], head: bytes
+) -> dict[str, str | None] | None:
     told = json.loads(bytes(_read(source, LENGTH.unpack(head)[0])))
+    store = Store(Path(told["root"]))
     # Begun as they arrive: the first is on its way to the disk while the last is still in the pipe.
-    commits = (_commit_of(header, _read(source, header["n_bytes"])) for header in told["commits"])
-    try:
-        commit_files(Store(Path(told["root"])), commits)
-    except EOFError:
-        raise
-    except Exception as error:  # noqa: BLE001  for the parent to raise
-        return _told(error)
-    return None
+    commits = [
+        pool.submit(_commit, store, header, _read(source, header["n_bytes"]))
+        for header in told["commits"]
+    ]
+    found: dict[str, str | None] | None = None
+    for commit in commits:
+        error = commit.exception()
+        if error is not None and found is None:
+            found = _told(error)
+    return found
 
 
-def _commit_of(header: Mapping[str, Any], content: memoryview) -> FileCommit:
+def _commit(store: Store, header: Mapping[str, Any], content: memoryview) -> None:
     stage, partition, fingerprint = header["key"]
-    return FileCommit(
+
+    def write(folder: Path) -> None:
+        write_bytes(folder / header["name"], content)
+
+    store.commit(
         ArtifactKey(stage, tuple(partition), fingerprint),
-        header["name"],
-        [content],
-        header["provenance"],
-        header["code_version"],
-        header["config"],
+        write,
+        provenance=header["provenance"],
+        estimate_bytes=header["n_bytes"],
+        code_version=header["code_version"],
+        config=header["config"],
     )
 
 
