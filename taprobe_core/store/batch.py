@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
-from taprobe_core.errors import BusyArtifactError
+from taprobe_core.errors import BusyArtifactError, TaprobeError
 from taprobe_core.store.artifacts import Store
 from taprobe_core.store.backend import POINTER
 from taprobe_core.store.disk import (
@@ -54,7 +54,7 @@ def commit_files(store: Store, commits: Iterable[FileCommit]) -> None:
     Raises:
         TaprobeError: of the first that could not be committed; the others are.
     """
-    faults: list[Exception] = []
+    faults: list[TaprobeError] = []
     arriving = iter(commits)
     while _commit_group(store, islice(arriving, MAX_BATCH), faults):
         pass
@@ -62,7 +62,7 @@ def commit_files(store: Store, commits: Iterable[FileCommit]) -> None:
         raise faults[0]
 
 
-def _commit_group(store: Store, commits: Iterable[FileCommit], faults: list[Exception]) -> bool:
+def _commit_group(store: Store, commits: Iterable[FileCommit], faults: list[TaprobeError]) -> bool:
     """Commit some, and tell whether there were any."""
     staged: list[_Staged] = []
     later: list[FileCommit] = []
@@ -97,10 +97,10 @@ def _commit_group(store: Store, commits: Iterable[FileCommit], faults: list[Exce
 
 
 @contextmanager
-def _collecting(faults: list[Exception]) -> Iterator[None]:
+def _collecting(faults: list[TaprobeError]) -> Iterator[None]:
     try:
         yield
-    except Exception as fault:  # noqa: BLE001  raised when the others are done
+    except TaprobeError as fault:  # raised when the others are done
         faults.append(fault)
 
 
@@ -171,9 +171,10 @@ class _Staged:
 
     def _open(self, path: str, *parts: bytes | memoryview) -> None:
         self._descriptors.append(write_open(path, *parts))
-        # On Linux this begins to write out, without waiting; flushed one by one, each file would
-        # wait for a journal entry of its own.
-        os.posix_fadvise(self._descriptors[-1], 0, 0, os.POSIX_FADV_DONTNEED)
+        if hasattr(os, "posix_fadvise"):
+            # On Linux this begins to write out, without waiting; flushed one by one, each file
+            # would wait for a journal entry of its own.
+            os.posix_fadvise(self._descriptors[-1], 0, 0, os.POSIX_FADV_DONTNEED)
 
     def flush(self, flushed: set[Path]) -> None:
         """Wait until everything that the version consists of is on the disk."""

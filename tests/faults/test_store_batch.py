@@ -4,12 +4,8 @@ is spoilt by another's fault."""
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +18,6 @@ from taprobe_core.errors import ArtifactError, ConfigError
 from taprobe_core.store import ArtifactKey, FileCommit, Store, commit_files, write_json
 from taprobe_core.store.lock import hold_lock
 
-CHILD = Path(__file__).with_name("store_steps.py")
 OLD, NEW = "0" * 20, "1" * 20
 PARTITIONS = [("m@L00", "7"), ("m@L01", "7"), ("m@L01", "8")]
 """As in `store_steps`."""
@@ -39,43 +34,6 @@ def key_of(at: int, version: str = NEW) -> ArtifactKey:
 def commit_of(at: int, version: str = NEW, content: bytes = CONTENT) -> FileCommit:
     key = key_of(at, version)
     return FileCommit(key, "a.bin", [content[:7], content[7:]], {"at": at}, "1", {"k": [at]})
-
-
-@pytest.fixture(scope="module")
-def ask() -> Iterator[Ask]:
-    """Run one scenario in a fork of a child process that stops itself at a given step."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(
-        [sys.executable, str(CHILD)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        stdin, stdout = child.stdin, child.stdout
-
-        def send(root: Path, scenario: str, fault: str | int, n: int) -> dict[str, Any]:
-            stdin.write(f"{root} {scenario} {fault} {n}\n")
-            stdin.flush()
-            answer: dict[str, Any] = json.loads(stdout.readline())
-            return answer
-
-        yield send
-        stdin.close()
-        assert child.wait(10) == 0
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: kills are no power cuts, and fsync costs nothing."""
-    memory = Path("/dev/shm")  # noqa: S108
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as name:
-        yield Path(name)
 
 
 def check_state(root: Path, scenario: str) -> set[int]:
