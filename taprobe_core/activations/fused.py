@@ -1,23 +1,25 @@
-"""A pack through Llama-like blocks by few kernels, the residual sums within the matrix products.
+"""A pack through Llama-like blocks by few steps, each without needless passes over memory.
 
-The blocks are those of transformers; only the order of operations is spelled out here, so that each
-memory-bound step is one kernel and each residual sum rides on a matrix product. For CUDA in half
-precision. What does not belong here: any other architecture or device (forward).
+The blocks are those of transformers; only the order of operations is spelled out here, and each
+step is what is best for the device: on CUDA in half precision one kernel, with the residual sums
+within the matrix products; on a CPU the library's operations in place. What does not belong here:
+the steps themselves (kernels, host_steps), any other architecture or device (forward).
 
-The invariant: differences from the library's own blocks are rounding alone; `extract` compares the
-two on a text before it relies on this.
+The invariant: differences from the library's own blocks are rounding alone on CUDA, and none on a
+CPU; `extract` compares the two on a text before it relies on this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
+from torch.nn import functional
 
-from taprobe_core.activations.packed_attention import Watcher, has_triton
+from taprobe_core.activations.host_steps import HostSteps
+from taprobe_core.activations.packed_attention import Watcher, has_triton, packed_attention
 from taprobe_core.activations.packing import Layout
 
 Sink = Callable[[int, torch.Tensor], None]
@@ -26,8 +28,70 @@ Sink = Callable[[int, torch.Tensor], None]
 _BLOCKS = frozenset({"LlamaDecoderLayer", "Qwen2DecoderLayer", "MistralDecoderLayer"})
 
 
+class Steps(Protocol):
+    """What a block consists of, beside attention; a result may be overwritten by the next block."""
+
+    def rotary(
+        self, model: Any, hidden: torch.Tensor, layout: Layout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the positions, in the form that `rotate_` takes."""
+        ...
+
+    def rms_norm(self, hidden: torch.Tensor, norm: Any) -> torch.Tensor:
+        """Root-mean-square normalisation of each row, times a weight."""
+        ...
+
+    def project(self, slot: str, states: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        """Apply a linear layer; results of different slots do not overwrite each other."""
+        ...
+
+    def add_product_(self, hidden: torch.Tensor, states: torch.Tensor, linear: nn.Linear) -> None:
+        """Add a linear layer's result to the residual stream."""
+        ...
+
+    def rotate_(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        """Apply the rotary embedding to [token, head, d_head] in place."""
+        ...
+
+    def silu_times_(self, gate: torch.Tensor, up: torch.Tensor) -> Any:
+        """Put silu(gate) · up into `gate`."""
+        ...
+
+
+class CudaSteps:
+    """Steps on CUDA in half precision; see `Steps`."""
+
+    def __init__(self) -> None:
+        from taprobe_core.activations import kernels
+
+        self._kernels = kernels
+        self.rotate_ = kernels.rotate_
+        self.silu_times_ = kernels.silu_times_
+
+    def rotary(
+        self, model: Any, hidden: torch.Tensor, layout: Layout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, float32 [token, d_head / 2]; the library's halves are equal."""
+        wide = torch.empty(0, dtype=torch.float32, device=layout.positions.device)
+        cos, sin = model.rotary_emb(wide, layout.positions)
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+    def rms_norm(self, hidden: torch.Tensor, norm: Any) -> torch.Tensor:
+        """Root-mean-square normalisation by one kernel."""
+        return self._kernels.rms_norm(hidden, norm.weight, norm.variance_epsilon)
+
+    def project(self, slot: str, states: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        """Apply a linear layer; memory comes from the allocator, which keeps it."""
+        return functional.linear(states, linear.weight, linear.bias)
+
+    def add_product_(self, hidden: torch.Tensor, states: torch.Tensor, linear: nn.Linear) -> None:
+        """Add a linear layer's result to the residual stream, within the matrix product."""
+        hidden.addmm_(states, linear.weight.t())
+
+
 def can_fuse(base_model: nn.Module) -> bool:
-    """Whether the blocks are of a kind known here, on CUDA in half precision.
+    """Whether the blocks are of a kind known here, on a device and in a type with steps for them.
 
     Args:
         base_model: base transformer without LM head.
@@ -36,13 +100,10 @@ def can_fuse(base_model: nn.Module) -> bool:
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         return False
     return (
-        has_triton()
-        and all(type(block).__name__ in _BLOCKS and _is_plain(block) for block in blocks)
+        all(type(block).__name__ in _BLOCKS and _is_plain(block) for block in blocks)
         and base_model.config.hidden_act == "silu"  # type: ignore[union-attr]
-        and all(
-            parameter.is_cuda and parameter.dtype in (torch.float16, torch.bfloat16)
-            for parameter in base_model.parameters()
-        )
+        and (_is_half_on_cuda(base_model) or _is_on_cpu(base_model))
+        and not is_hooked(base_model)
     )
 
 
@@ -55,7 +116,36 @@ def _is_plain(block: Any) -> bool:
         all(type(each) is nn.Linear for each in projections)
         and all(each.bias is None for each in bare)
         and getattr(attention, "sliding_window", None) is None
-        and attention.head_dim in (32, 64, 128, 256)
+    )
+
+
+def _is_half_on_cuda(model: Any) -> bool:
+    is_half = all(
+        parameter.is_cuda and parameter.dtype in (torch.float16, torch.bfloat16)
+        for parameter in model.parameters()
+    )
+    heads = (block.self_attn.head_dim for block in model.layers)
+    return is_half and has_triton() and all(each in (32, 64, 128, 256) for each in heads)
+
+
+def _is_on_cpu(model: Any) -> bool:
+    kinds = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
+    return kinds in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)})
+
+
+def is_hooked(base_model: nn.Module) -> bool:
+    """Whether someone hooked into the model, whose hooks only the library's blocks would call.
+
+    Those that transformers itself leaves behind after `output_hidden_states` are idle.
+
+    Args:
+        base_model: base transformer without LM head.
+    """
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("transformers.")
+        for module in base_model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in hooks.values()
     )
 
 
@@ -77,42 +167,40 @@ def run_fused(
         sink: gets every block's output.
         watcher: gets every block's queries and keys.
     """
-    from taprobe_core.activations.attention_kernel import causal_attention
-    from taprobe_core.activations.kernels import rms_norm, rotate_, silu_times_
-
     model: Any = base_model
     hidden = model.embed_tokens(input_ids)
-    cos, sin = _rotary(model, layout)
+    steps: Steps = CudaSteps() if hidden.is_cuda else HostSteps(layout)
+    cos, sin = steps.rotary(model, hidden, layout)
     for layer in range(deepest + 1):
         block = model.layers[layer]
         attention, mlp = block.self_attn, block.mlp
         if (device := attention.q_proj.weight.device) != hidden.device:
             hidden, cos, sin = (each.to(device) for each in (hidden, cos, sin))
             layout = layout.to(device)
-        norm = block.input_layernorm
-        normed = rms_norm(hidden, norm.weight, norm.variance_epsilon)
+        normed = steps.rms_norm(hidden, block.input_layernorm)
         query, key, value = (
-            linear(normed, each.weight, each.bias).view(len(normed), -1, attention.head_dim)
-            for each in (attention.q_proj, attention.k_proj, attention.v_proj)
+            steps.project(slot, normed, each).view(len(normed), -1, attention.head_dim)
+            for slot, each in (
+                ("query", attention.q_proj),
+                ("key", attention.k_proj),
+                ("value", attention.v_proj),
+            )
         )
-        rotate_(query, cos, sin)
-        rotate_(key, cos, sin)
-        mixed, lse = causal_attention(query, key, value, layout, attention.scaling)
-        layout.attended.append(layer)
-        if watcher is not None:
-            watcher(layer, query, key, lse, attention.scaling)
-        hidden.addmm_(mixed.flatten(1), attention.o_proj.weight.t())
-        norm = block.post_attention_layernorm
-        normed = rms_norm(hidden, norm.weight, norm.variance_epsilon)
-        gate = linear(normed, mlp.gate_proj.weight)
-        silu_times_(gate, linear(normed, mlp.up_proj.weight))
-        hidden.addmm_(gate, mlp.down_proj.weight.t())
+        steps.rotate_(query, cos, sin)
+        steps.rotate_(key, cos, sin)
+        mixed, _ = packed_attention(
+            attention,
+            query.transpose(0, 1)[None],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
+            None,
+            scaling=attention.scaling,
+            packed_layout=layout,
+            packed_watcher=watcher,
+        )
+        steps.add_product_(hidden, mixed[0].flatten(1), attention.o_proj)
+        normed = steps.rms_norm(hidden, block.post_attention_layernorm)
+        gate = steps.project("gate", normed, mlp.gate_proj)
+        steps.silu_times_(gate, steps.project("up", normed, mlp.up_proj))
+        steps.add_product_(hidden, gate, mlp.down_proj)
         sink(layer, hidden)
-
-
-def _rotary(model: Any, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, float32 [token, d_head / 2]; both halves of the library's are equal."""
-    wide = torch.empty(0, dtype=torch.float32, device=layout.positions.device)
-    cos, sin = model.rotary_emb(wide, layout.positions)
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()

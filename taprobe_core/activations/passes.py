@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from taprobe_core.activations.forward import run_pack
-from taprobe_core.activations.fused import can_fuse
+from taprobe_core.activations.fused import can_fuse, is_hooked
 from taprobe_core.activations.options import ExtractOptions
 from taprobe_core.activations.pooling import (
     Pooling,
@@ -43,7 +43,8 @@ FUSED_TOLERANCE = 0.05
 """Largest relative difference (Frobenius) between the states of fused blocks and the library's.
 
 Half precision rounds both, so they drift apart: 0.011 after one block and 0.025 after four, with
-random weights of 14B shape. A wrong operation is of order one in the first block."""
+random weights of 14B shape. A wrong operation is of order one in the first block. On a CPU none is
+allowed: a build of PyTorch that rounds a step otherwise must not change results unnoticed."""
 
 _TRIAL_TOKENS = 256
 _TRIAL_BLOCKS = 4
@@ -204,12 +205,15 @@ class QueuedPack:
 def is_fused(model: nn.Module, token_ids: Sequence[int]) -> bool:
     """Whether a model's packs run through `fused`: its blocks can, and a trial agreed.
 
-    The trial runs the start of a text through the first blocks both ways, once per model.
+    The trial runs the start of a text through the first blocks both ways, once per model. A model
+    that someone has hooked into runs as the library runs it.
 
     Args:
         model: base transformer without LM head.
         token_ids: a text.
     """
+    if is_hooked(model):
+        return False
     if model not in _fused:
         _fused[model] = can_fuse(model) and _agrees(model, token_ids[:_TRIAL_TOKENS])
     return _fused[model]
@@ -223,20 +227,23 @@ def _agrees(model: nn.Module, token_ids: Sequence[int]) -> bool:
             model,
             [token_ids],
             deepest,
-            lambda _, hidden, found=found: found.append(hidden.float().cpu()),  # type: ignore[misc]
+            lambda _, hidden, found=found: found.append(  # type: ignore[misc]
+                hidden.to("cpu", torch.float32, copy=True)
+            ),
             is_fused=way,
         )
     difference = max(
         float(torch.linalg.norm(fused - library) / torch.linalg.norm(library))
         for fused, library in zip(*states, strict=True)
     )
-    if difference <= FUSED_TOLERANCE:
+    allowed = FUSED_TOLERANCE if next(model.parameters()).is_cuda else 0.0
+    if difference <= allowed:
         _log.info("fused blocks agree with the library's to %.2g of the states", difference)
         return True
     _log.warning(
         "fused blocks differ from the library's by %.2g of the states (allowed %.2g); the "
         "library's run instead, slower",
         difference,
-        FUSED_TOLERANCE,
+        allowed,
     )
     return False

@@ -5,7 +5,8 @@ manifest      what an artifact holds and was made from; strict, self-checking
 files         Parquet, safetensors, JSON
 integrity     sha256 of files, once per process
 artifacts     Store and Artifact: find, open, commit, adopt
-committer     many commits, by threads of this process or by child processes (workers, worker)
+batch         many commits of one file each, step by step together
+committer     commits as they come, in step or ahead by child processes (workers, worker)
 audit         verify, lineage, usage, prune, discard
 backend       what a store needs from the place that keeps it
 local         that place as folders; disk and lock are its tools
@@ -15,6 +16,7 @@ from taprobe_core.store.artifact import Artifact
 from taprobe_core.store.artifacts import Store
 from taprobe_core.store.audit import Lineage, Verdict
 from taprobe_core.store.backend import Backend
+from taprobe_core.store.batch import commit_files
 from taprobe_core.store.committer import Committer
 from taprobe_core.store.disk import write_bytes
 from taprobe_core.store.files import (
@@ -44,6 +46,7 @@ __all__ = [
     "Manifest",
     "Store",
     "Verdict",
+    "commit_files",
     "fingerprint",
     "library_versions",
     "parse_key",

@@ -20,11 +20,11 @@ from taprobe_core.errors import CorruptArtifactError, MissingArtifactError, Stal
 from taprobe_core.store import upkeep
 from taprobe_core.store.artifact import Artifact
 from taprobe_core.store.backend import Backend
-from taprobe_core.store.disk import disk_errors, disk_full, write_bytes
+from taprobe_core.store.disk import check_room, disk_errors, write_bytes
 from taprobe_core.store.draft import Draft
 from taprobe_core.store.fingerprint import ArtifactKey, check_key
-from taprobe_core.store.integrity import remember_sha256
-from taprobe_core.store.local import LocalBackend
+from taprobe_core.store.integrity import describe_files, remember_sha256
+from taprobe_core.store.local import LocalBackend, file_sizes
 from taprobe_core.store.manifest import MANIFEST_NAME, parse_manifest, render_manifest
 from taprobe_core.store.reader import StoreReader
 
@@ -130,14 +130,11 @@ class Store(StoreReader):
 
     def _write(self, draft: Draft, write: Callable[[Path], None], estimate_bytes: int) -> Artifact:
         key = draft.key
-        free = self._backend.free_bytes()
-        if free is not None and free < 2 * estimate_bytes:
-            raise disk_full(
-                self._where(key), 2 * estimate_bytes, lambda: free, "checked before writing"
-            )
+        check_room(self._where(key), estimate_bytes, self._backend.free_bytes)
         with self._backend.staging(key) as folder:
             write(folder)
-            rendered = render_manifest(draft.body(folder, self._next_sequence(key)))
+            files = describe_files(folder, file_sizes(folder))
+            rendered = render_manifest(draft.body(files, self.next_sequence(key)))
             write_bytes(folder / MANIFEST_NAME, rendered)
             # Parsed back, so that a fresh artifact is the very thing that a later `open` returns.
             manifest = parse_manifest(rendered, str(folder))
@@ -153,7 +150,8 @@ class Store(StoreReader):
             self._backend.point(key)
         return found
 
-    def _next_sequence(self, key: ArtifactKey) -> int:
+    def next_sequence(self, key: ArtifactKey) -> int:
+        """Number of the next version in the partition of `key`; needs its lock."""
         taken = [0]
         for version in self._backend.versions(key.stage, key.partition):
             try:

@@ -1,7 +1,7 @@
 """Commit files as they come, in step with whoever makes them or while he goes on.
 
-In step, threads of this process commit what came together, and `put` waits for them. Ahead, child
-processes do (`workers`), because commits by the hundred a second would keep this process from
+In step, what came together is committed by the call (`batch`). Ahead, child processes do it
+(`workers`), because commits by the hundred a second would keep this process from
 feeding an accelerator. What does not belong here: what the files are.
 
 The invariant: an error of a commit is raised by a later `put`, or by `flush`; in step, by this one.
@@ -11,17 +11,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Self
 
 from taprobe_core.store.artifacts import Store
-from taprobe_core.store.disk import write_bytes
+from taprobe_core.store.batch import commit_files
 from taprobe_core.store.local import LocalBackend
 from taprobe_core.store.workers import CommitWorkers, FileCommit
-
-_THREADS = 8
-"""Commits at once in step. A commit mostly waits for the disk, without holding the interpreter."""
 
 _BATCH = 12
 """Commits that a child gets at once: so that the last ones are shared out over the children."""
@@ -43,7 +40,6 @@ class Committer:
         self._store = store
         self._workers = workers
         self._root = store.backend.root if isinstance(store.backend, LocalBackend) else None
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="commit")
         self._pending: deque[list[Future[None]]] = deque()
 
     def __enter__(self) -> Self:
@@ -55,11 +51,8 @@ class Committer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if error is None:
-                self.flush()
-        finally:
-            self._threads.shutdown(cancel_futures=True)
+        if error is None:
+            self.flush()
 
     def put(self, commits: Sequence[FileCommit]) -> None:
         """Commit some artifacts.
@@ -76,8 +69,7 @@ class Committer:
             self._pending.append([self._workers.submit(self._root, each) for each in batches])
             self._wait(_AHEAD)
         else:
-            self._pending.append([self._threads.submit(self._commit, each) for each in commits])
-            self._wait(0)
+            commit_files(self._store, commits)
 
     def flush(self) -> None:
         """Wait for every commit.
@@ -91,13 +83,3 @@ class Committer:
         while len(self._pending) > n_left:
             for future in self._pending.popleft():
                 future.result()
-
-    def _commit(self, commit: FileCommit) -> None:
-        self._store.commit(
-            commit.key,
-            lambda folder: write_bytes(folder / commit.name, *commit.parts),
-            provenance=commit.provenance,
-            estimate_bytes=commit.n_bytes,
-            code_version=commit.code_version,
-            config=commit.config,
-        )

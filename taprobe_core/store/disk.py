@@ -39,16 +39,31 @@ def write_bytes(path: Path, *parts: bytes | memoryview, is_synced: bool = False)
         parts: its bytes, in order; a memoryview holds single bytes.
         is_synced: flush them to the disk too.
     """
+    descriptor = write_open(path, *parts)
+    try:
+        if is_synced:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_open(path: Path | str, *parts: bytes | memoryview) -> int:
+    """Write a file anew, as `write_bytes`, and return its descriptor, which is left open.
+
+    Args:
+        path: the file.
+        parts: its bytes, in order; a memoryview holds single bytes.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         for part in parts:
             left = memoryview(part)
             while left:
                 left = left[os.write(descriptor, left) :]
-        if is_synced:
-            os.fsync(descriptor)
-    finally:
+    except BaseException:
         os.close(descriptor)
+        raise
+    return descriptor
 
 
 def sync_path(path: Path | str) -> None:
@@ -121,6 +136,22 @@ def disk_errors(
                 "check that the folder exists and is writable, and its disk, then run again",
             ) from error
         raise
+
+
+def check_room(where: str, estimate_bytes: int, free_bytes: Callable[[], int | None]) -> None:
+    """Refuse to write where less than twice the estimated size is free.
+
+    Args:
+        where: the folder concerned, for the message.
+        estimate_bytes: bytes that are to be written.
+        free_bytes: asks how many bytes are free, None if not known.
+
+    Raises:
+        DiskFullError: too few are.
+    """
+    free = free_bytes()
+    if free is not None and free < 2 * estimate_bytes:
+        raise disk_full(where, 2 * estimate_bytes, lambda: free, "checked before writing")
 
 
 def disk_full(

@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from taprobe_core.errors import ArtifactError
 from taprobe_core.store.canonical import NotJsonError, plain
 from taprobe_core.store.fingerprint import ArtifactKey
-from taprobe_core.store.integrity import describe_files
-from taprobe_core.store.local import file_sizes
 from taprobe_core.store.lock import this_process
 from taprobe_core.store.manifest import FORMAT, SCHEMA_VERSION, library_versions
 
@@ -41,14 +38,18 @@ class Draft:
         self._plain("provenance")
         return replace(self, config=self._plain("config"))
 
-    def body(self, folder: Path, sequence: int) -> dict[str, Any]:
-        """Describe the files in `folder`; `sequence` numbers the version in its partition.
+    def body(self, files: Mapping[str, Any], sequence: int) -> dict[str, Any]:
+        """Return the manifest that the draft becomes.
+
+        Args:
+            files: from `describe_files`.
+            sequence: number of the version in its partition.
 
         Returns:
             The fields of a `Manifest` but its hash, as JSON values.
 
         Raises:
-            ArtifactError: a file is unfit, or JSON cannot hold the provenance any more.
+            ArtifactError: JSON cannot hold the provenance any more.
         """
         writer = this_process()
         return {
@@ -65,7 +66,7 @@ class Draft:
             "provenance": self._plain("provenance"),
             "versions": library_versions(),
             "writer": {"host": writer.host, "pid": writer.pid, "run_id": writer.run_id},
-            "files": describe_files(folder, file_sizes(folder)),
+            "files": files,
         }
 
     def _plain(self, field: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,10 +150,22 @@ def tensor_header(path: Path) -> dict[str, Any]:
         CorruptArtifactError: the header is cut, not JSON, or does not cover the file exactly.
     """
     with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(_LENGTH.size)
-        length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else size
-        raw = file.read(length) if length <= min(size, _MAX_HEADER_BYTES) else b""
+        return parse_tensor_header(file.read, os.fstat(file.fileno()).st_size, str(path))
+
+
+def parse_tensor_header(
+    read: Callable[[int], bytes | None], size: int, where: str
+) -> dict[str, Any]:
+    """Read the header of safetensors from a stream of bytes; see `tensor_header`.
+
+    Args:
+        read: gives the next bytes, at most that many.
+        size: bytes of the whole.
+        where: its place, for the message.
+    """
+    head = read(_LENGTH.size) or b""
+    length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else size
+    raw = (read(length) or b"") if length <= min(size, _MAX_HEADER_BYTES) else b""
     try:
         header: dict[str, Any] = json.loads(raw)
         ends = [info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"]
@@ -161,7 +173,7 @@ def tensor_header(path: Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         is_covered = False
     if not is_covered:
-        raise CorruptArtifactError("file is not safetensors (bad header)", str(path), DISCARD)
+        raise CorruptArtifactError("file is not safetensors (bad header)", where, DISCARD)
     return header
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from taprobe_core.store.files import (
     JSON_SUFFIX,
     TABLE_SUFFIX,
     TENSORS_SUFFIX,
+    parse_tensor_header,
     read_json,
     tensor_header,
 )
@@ -89,15 +91,63 @@ def describe_files(folder: Path, sizes: Mapping[str, int]) -> dict[str, dict[str
             "the stage wrote no file", str(folder), "write at least one file in `write(folder)`"
         )
     for name, size in sizes.items():
-        is_name = all(_FILE_PART.fullmatch(part) for part in name.split("/"))
-        if not is_name or name == MANIFEST_NAME or size == NOT_REGULAR:
-            raise ArtifactError(
-                f"file {name!r} cannot be part of an artifact",
-                str(folder),
-                "write regular files with names of A-Z, a-z, 0-9, '@', '.', '_' and '-'; "
-                f"{MANIFEST_NAME!r} is taken",
-            )
+        _check_name(name, str(folder), is_regular=size != NOT_REGULAR)
     return {name: _describe(folder / name, sizes[name]) for name in sorted(sizes)}
+
+
+def describe_parts(name: str, parts: Sequence[bytes | memoryview], where: str) -> dict[str, Any]:
+    """Describe a file for a manifest by what was written into it, without reading it again.
+
+    Args:
+        name: its relative path inside the artifact; no table, whose form is its library's.
+        parts: its bytes, in order.
+        where: the artifact's folder, where the file is, for the message.
+
+    Returns:
+        A `FileRecord`, as JSON values.
+
+    Raises:
+        ArtifactError: as `describe_files`.
+    """
+    _check_name(name, where, is_regular=True)
+    views = [memoryview(part) for part in parts]
+    size = sum(view.nbytes for view in views)
+    if not name.endswith(TENSORS_SUFFIX):
+        return _describe(Path(where, name), size)
+    digest = hashlib.sha256()
+    for view in views:
+        digest.update(view)
+    with _reading_back(f"{where}/{name}"):
+        header = parse_tensor_header(_reader(views), size, name)
+    return {"size_bytes": size, "sha256": digest.hexdigest(), "content": _tensors(header)}
+
+
+def _reader(views: list[memoryview]) -> Callable[[int], bytes]:
+    """Give the bytes of some views like a file that is open."""
+    left = list(views)
+
+    def read(n_bytes: int) -> bytes:
+        found = b""
+        while left and len(found) < n_bytes:
+            taken = left[0][: n_bytes - len(found)]
+            found += taken
+            left[0] = left[0][len(taken) :]
+            if not left[0]:
+                del left[0]
+        return found
+
+    return read
+
+
+def _check_name(name: str, where: str, *, is_regular: bool) -> None:
+    is_name = all(_FILE_PART.fullmatch(part) for part in name.split("/"))
+    if not is_name or name == MANIFEST_NAME or not is_regular:
+        raise ArtifactError(
+            f"file {name!r} cannot be part of an artifact",
+            where,
+            "write regular files with names of A-Z, a-z, 0-9, '@', '.', '_' and '-'; "
+            f"{MANIFEST_NAME!r} is taken",
+        )
 
 
 def check_sizes(manifest: Manifest, sizes: Mapping[str, int], where: str) -> None:
@@ -159,26 +209,27 @@ def _sha256(path: Path) -> str:
 
 
 def _describe(path: Path, size: int) -> dict[str, Any]:
-    try:
+    with _reading_back(str(path)):
         content = _content(path)
+    return {"size_bytes": size, "sha256": _sha256(path), "content": content}
+
+
+@contextmanager
+def _reading_back(where: str) -> Iterator[None]:
+    try:
+        yield
     except (CorruptArtifactError, pl.exceptions.PolarsError) as error:
         found = error.what if isinstance(error, CorruptArtifactError) else str(error)
         raise ArtifactError(
             f"the stage wrote a file that does not read back: {found}",
-            str(path),
+            where,
             "write it with write_table, write_tensors or write_json",
         ) from None
-    return {"size_bytes": size, "sha256": _sha256(path), "content": content}
 
 
 def _content(path: Path) -> dict[str, Any]:
     if path.suffix == TENSORS_SUFFIX:
-        header = tensor_header(path)
-        metadata = header.pop("__metadata__", {})
-        tensors = {
-            name: {"dtype": info["dtype"], "shape": info["shape"]} for name, info in header.items()
-        }
-        return {"kind": "tensors", "tensors": tensors, "metadata": metadata}
+        return _tensors(tensor_header(path))
     if path.suffix == TABLE_SUFFIX:
         table = pl.scan_parquet(path, glob=False, hive_partitioning=False)
         columns = {name: _type_name(dtype) for name, dtype in table.collect_schema().items()}
@@ -188,6 +239,14 @@ def _content(path: Path) -> dict[str, Any]:
         read_json(path)
         return {"kind": "json"}
     return {"kind": "bytes"}
+
+
+def _tensors(header: dict[str, Any]) -> dict[str, Any]:
+    metadata = header.pop("__metadata__", {})
+    tensors = {
+        name: {"dtype": info["dtype"], "shape": info["shape"]} for name, info in header.items()
+    }
+    return {"kind": "tensors", "tensors": tensors, "metadata": metadata}
 
 
 def _type_name(dtype: pl.DataType) -> str:

@@ -103,10 +103,38 @@ class LocalBackend:
     @contextmanager
     def lock(self, stage: str, partition: tuple[str, ...], timeout_s: float) -> Iterator[None]:
         """Hold `.lock` of the partition, made if new, and delete what dead writers left in it."""
-        if self._had_root and not self._root.is_dir():
-            raise FileNotFoundError(2, "the store's folder is gone", str(self._root))
+        self._check_root()
         folder = self._partition(stage, partition)
         make_folder(folder)
+        with self._locked(folder, timeout_s):
+            yield
+
+    @contextmanager
+    def lock_at_once(self, stage: str, partition: tuple[str, ...]) -> Iterator[list[Path]]:
+        """As `lock`, without waiting, and leaving a flush to the caller.
+
+        Yields:
+            The parent of a partition that is new, to be flushed before anything in it gets a name.
+
+        Raises:
+            BusyArtifactError: somebody holds the lock.
+        """
+        self._check_root()
+        folder = self._partition(stage, partition)
+        unflushed: list[Path] = []
+        if not folder.is_dir():
+            make_folder(folder.parent)
+            folder.mkdir(exist_ok=True)
+            unflushed.append(folder.parent)
+        with self._locked(folder, 0.0):
+            yield unflushed
+
+    def _check_root(self) -> None:
+        if self._had_root and not self._root.is_dir():
+            raise FileNotFoundError(2, "the store's folder is gone", str(self._root))
+
+    @contextmanager
+    def _locked(self, folder: Path, timeout_s: float) -> Iterator[None]:
         self._had_root = True
         with hold_lock(folder, timeout_s):
             with os.scandir(folder) as entries:

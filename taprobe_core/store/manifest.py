@@ -35,6 +35,7 @@ def _check_key_text(text: str) -> str:
 
 
 _encode = json.JSONEncoder(allow_nan=False).encode
+_quote = json.encoder.encode_basestring_ascii
 _ZEROS = "0" * 64
 # Text values hold no raw newline and nested fields stand further right, so only the manifest's own
 # field can look like this.
@@ -173,15 +174,18 @@ def render_manifest(body: Mapping[str, Any]) -> bytes:
 
 def _spell(value: Any, gap: str) -> str:
     # The text of json.dumps(value, sort_keys=True, indent=1), which has no fast path for an indent.
-    if type(value) is int:
+    kind = type(value)
+    if kind is str:
+        return _quote(value)
+    if kind is int:
         return str(value)
     if not value or not isinstance(value, dict | list):
         return _encode(value)
     inner = gap + " "
-    if isinstance(value, list):
+    if kind is list:
         items = [inner + _spell(item, inner) for item in value]
         return "[" + ",".join(items) + gap + "]"
-    items = [f"{inner}{_encode(key)}: {_spell(value[key], inner)}" for key in sorted(value)]
+    items = [f"{inner}{_quote(key)}: {_spell(value[key], inner)}" for key in sorted(value)]
     return "{" + ",".join(items) + gap + "}"
 
 

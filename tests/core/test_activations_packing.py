@@ -115,7 +115,7 @@ def test_neither_cache_nor_mask_reaches_a_pack(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         model, "forward", lambda **kwargs: (given.append(kwargs), forward(**kwargs))
     )
-    states(model, TEXTS)
+    run_pack(model, TEXTS, 2, lambda *_: None, is_fused=False)
     assert given[0]["use_cache"] is False
     assert "attention_mask" not in given[0]
 

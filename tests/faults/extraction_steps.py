@@ -23,15 +23,16 @@ from taprobe_core.study import load_study
 
 
 def note_passes(log: str) -> None:
-    real_run_pack = passes.run_pack
+    real_init = passes.QueuedPack.__init__
 
-    def run_pack(model: Any, texts: Any, *rest: Any, **more: Any) -> None:
+    def init(self: Any, model: Any, tasks: Any, options: Any) -> None:
         with Path(log).open("a") as file:
-            file.write(hashlib.sha256(repr([list(text) for text in texts]).encode()).hexdigest())
+            texts = [list(task.token_ids) for task in tasks]
+            file.write(hashlib.sha256(repr(texts).encode()).hexdigest())
             file.write("\n")
-        real_run_pack(model, texts, *rest, **more)
+        real_init(self, model, tasks, options)
 
-    passes.run_pack = run_pack
+    passes.QueuedPack.__init__ = init  # type: ignore[method-assign]
 
 
 def run(study: str, data: str, log: str) -> None:

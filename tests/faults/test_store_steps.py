@@ -1,13 +1,8 @@
 from __future__ import annotations
 
 import errno
-import json
-import os
 import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +11,12 @@ import pytest
 from taprobe_core.errors import CorruptArtifactError
 from taprobe_core.store import ArtifactKey, Store, fingerprint
 
-CHILD = Path(__file__).with_name("store_steps.py")
 PARTITION = ("m@L16", "7")
 KEYS = [ArtifactKey("labels", PARTITION, fingerprint("labels", str(n), {}, [])) for n in range(4)]
 OLD, NEW, THIRD, FOURTH = KEYS
 MAX_STEPS = 80
 
 Ask = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def ask() -> Iterator[Ask]:
-    """Run one scenario in a fork of a child process that stops itself at a given step."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen(
-        [sys.executable, str(CHILD)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        stdin, stdout = child.stdin, child.stdout
-
-        def send(root: Path, scenario: str, fault: str | int, n: int) -> dict[str, Any]:
-            stdin.write(f"{root} {scenario} {fault} {n}\n")
-            stdin.flush()
-            answer: dict[str, Any] = json.loads(stdout.readline())
-            return answer
-
-        yield send
-        stdin.close()
-        assert child.wait(10) == 0
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: kills are no power cuts, and fsync costs nothing."""
-    memory = Path("/dev/shm")  # noqa: S108
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as name:
-        yield Path(name)
 
 
 def content_of(store: Store, key: ArtifactKey) -> str:
