@@ -200,8 +200,16 @@ class Design:
         """
         return fold_words(self.data.texts, self.train)
 
-    def matrix(self, recipe: ProbeRecipe, device: str = "cpu") -> FoldMatrix:
+    def matrix(
+        self, recipe: ProbeRecipe, device: str = "cpu", *, visible: Mask | None = None
+    ) -> FoldMatrix:
         """Return the features of a linear recipe, standardised by every fold for itself.
+
+        Args:
+            recipe: says which features.
+            device: of the dense ones.
+            visible: [set, feature] bool of the dense ones; the folds stand once for each set, all
+                folds of one set before those of the next. None: one set of all.
 
         Raises:
             DataError: the data lacks what the recipe reads.
@@ -209,7 +217,12 @@ class Design:
         """
         has_text = "text" in recipe.features
         text = TextBlock(self.words.counts, self.words.idf) if has_text else None
-        return FoldMatrix(self.train, dense_matrix(recipe, self.data), text, device=device)
+        dense = dense_matrix(recipe, self.data)
+        if visible is None or len(visible) == 1:
+            return FoldMatrix(self.train, dense, text, device=device)
+        seen = np.repeat(visible, len(self.train), axis=0)
+        train = np.tile(self.train, (len(visible), 1))
+        return FoldMatrix(train, dense, text, visible=seen, device=device)
 
     def columns(self, fits: Sequence[Fit], train: Mask | None = None) -> Columns:
         """Return one column per fit and fold, folds running fastest.

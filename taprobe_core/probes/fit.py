@@ -19,9 +19,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from taprobe_core.errors import NonFiniteError
+from taprobe_core.features import ProbeData
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.fitted import FittedProbe
-from taprobe_core.probes.inputs import n_values, n_weights
+from taprobe_core.probes.inputs import joint_features, n_values, n_weights
 from taprobe_core.probes.linear import fit_linear
 from taprobe_core.probes.network import fit_mlp
 from taprobe_core.probes.precision import products_in
@@ -83,7 +84,7 @@ def fit_batches(
     """
     groups: dict[str, list[Fit]] = defaultdict(list)
     for fit in fits:
-        groups[_shared(fit)].append(fit)
+        groups[_shared(fit, design.data)].append(fit)
     for group in groups.values():
         recipe = group[0].recipe
         weights = n_weights(recipe, design.data) if keep_probes else 0
@@ -111,13 +112,18 @@ def columns_at_once(n_rows: int, n_weights: int) -> int:
     return max(1, min(MAX_COLUMNS, MAX_HOST_BYTES // (3 * 8 * n_rows + 4 * n_weights)))
 
 
-def _shared(fit: Fit) -> str:
-    """What fits of one solve have in common: everything but target, penalty and seed."""
+def _shared(fit: Fit, data: ProbeData) -> str:
+    """What fits of one solve have in common: everything but target, penalty and seed.
+
+    Wide linear fits may also differ in a few features.
+    """
     recipe = fit.recipe
     per_column = {
         "target", "percentile", "threshold", "window", "weights", "residualize", "regularization",
     }  # fmt: skip
     common = {name: value for name, value in recipe.content().items() if name not in per_column}
+    if recipe.estimator == "linear":
+        common["features"] = joint_features(recipe, data)
     kind: object = recipe.target == "anchor_binary"
     if recipe.reads_tokens and recipe.target in ("exceeds_threshold", "windowed_change"):
         # Where the target is undefined there is no validation loss either.

@@ -14,7 +14,7 @@ from scipy.special import expit
 
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.fitted import FittedProbe, Training
-from taprobe_core.probes.inputs import Arrays
+from taprobe_core.probes.inputs import Arrays, joint_blocks
 from taprobe_core.probes.solved import Solved
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.fold_matrix import FoldMatrix
@@ -37,11 +37,14 @@ WIDE = 1024
 def fit_linear(
     design: Design, fits: Sequence[Fit], device: str, keep_weights: bool = True
 ) -> Solved:
-    """Solve linear recipes of equal features: logistic regression for anchors, ridge for the rest.
+    """Solve linear recipes: logistic regression for anchors, ridge for the rest.
+
+    Recipes may differ in dense features (`inputs.joint_features`): then the matrix holds those of
+    all, every fold stands in it once for each set of features, and sees its own.
 
     Args:
         design: rows and folds.
-        fits: linear recipes that differ in target and penalty alone.
+        fits: linear recipes that differ in target, penalty and a few features.
         device: of the products with dense features.
         keep_weights: not read: coefficients are what is solved for, and small.
 
@@ -50,14 +53,19 @@ def fit_linear(
         NotEnoughDataError: the training texts of a fold hold no word.
     """
     recipe = fits[0].recipe
-    matrix = design.matrix(recipe, device)
+    joint, blocks = joint_blocks([fit.recipe for fit in fits], design.data)
+    matrix = design.matrix(joint, device, visible=blocks.seen)
     words = design.words if "text" in recipe.features else None
-    penalty = np.repeat([fit.recipe.regularization for fit in fits], len(design.folds))
+    n_folds = len(design.folds)
+    penalty = np.repeat([fit.recipe.regularization for fit in fits], n_folds)
     columns = design.columns(fits)
+    weight = columns.weight
     if recipe.target == "anchor_binary":
         # Both classes count alike, as scikit-learn's `class_weight="balanced"`.
-        weight = columns.weight * balanced_weights(columns.y, design.train, columns.fold)
-        columns = Columns(columns.fold, columns.y, weight)
+        weight = weight * balanced_weights(columns.y, design.train, columns.fold)
+    fold = columns.fold + n_folds * np.repeat(blocks.of_recipe, n_folds)
+    columns = Columns(fold, columns.y, weight)
+    if recipe.target == "anchor_binary":
         found = solve_logistic(matrix, columns, penalty, tol=tolerance_of(matrix))
         score = expit(found.decision)
     else:
@@ -65,11 +73,13 @@ def fit_linear(
         score = found.decision
 
     def probe(fit: Fit, column: int) -> FittedProbe:
-        fold = int(columns.fold[column])
+        own = int(columns.fold[column])
         training = Training(int(found.n_iter[column]), is_converged=True)
-        arrays, terms = _arrays(matrix, words, found.coef[column], fold)
+        arrays, terms = _arrays(matrix, words, found.coef[column], own, blocks.seen[own // n_folds])
         arrays["intercept"] = np.atleast_1d(found.intercept[column])
-        return FittedProbe(fit.recipe, design.folds[fold], fit.seed, arrays, terms, training)
+        return FittedProbe(
+            fit.recipe, design.folds[own % n_folds], fit.seed, arrays, terms, training
+        )
 
     return Solved(score.astype(np.float32), probe)
 
@@ -81,15 +91,22 @@ def tolerance_of(matrix: FoldMatrix) -> float:
 
 
 def _arrays(
-    matrix: FoldMatrix, words: FoldWords | None, coef: NDArray[np.float64], fold: int
+    matrix: FoldMatrix,
+    words: FoldWords | None,
+    coef: NDArray[np.float64],
+    fold: int,
+    seen: NDArray[np.bool_],
 ) -> tuple[Arrays, tuple[str, ...] | None]:
+    """Cut the arrays of one fold down to the dense features that it sees, [feature] bool."""
     arrays: Arrays = {}
     terms = None
-    if matrix.n_dense:
-        arrays |= {"mean": matrix.mean[fold], "scale": matrix.scale[fold]}
+    dense = coef[matrix.n_terms :][seen]
+    if len(dense):
+        arrays |= {"mean": matrix.mean[fold][seen], "scale": matrix.scale[fold][seen]}
     if words is not None:
-        is_own = words.idf[fold] > 0
-        terms = words.terms_of(fold)
-        arrays["idf"] = words.idf[fold, is_own]
-        coef = np.concatenate([coef[: len(is_own)][is_own], coef[len(is_own) :]])
-    return {**arrays, "coef": coef}, terms
+        own = fold % len(words.idf)
+        is_own = words.idf[own] > 0
+        terms = words.terms_of(own)
+        arrays["idf"] = words.idf[own, is_own]
+        dense = np.concatenate([coef[: matrix.n_terms][is_own], dense])
+    return {**arrays, "coef": dense}, terms

@@ -39,6 +39,9 @@ class FoldMatrix:
         train: [fold, row] bool, training rows.
         dense: [row, feature] float32 or float64, or None.
         text: TF-IDF block, or None; at least one of both.
+        visible: [fold, feature] bool of the dense block; a feature that a fold does not see has a
+            coefficient of 0 there, as if it were not in the matrix. None: all see all. So columns
+            with and without a few features share the products of the others.
         scaling: "fold", each fold standardises for itself; "shared", one mean and scale of all
             rows, a different estimator (it has seen the held-out rows' features); "none".
         device: where the dense block and its products live; a text block stays on the CPU.
@@ -59,6 +62,7 @@ class FoldMatrix:
         dense: NDArray[np.float32] | NDArray[np.float64] | None = None,
         text: TextBlock | None = None,
         *,
+        visible: NDArray[np.bool_] | None = None,
         scaling: Scaling = "fold",
         device: str | torch.device = "cpu",
     ) -> None:
@@ -66,6 +70,7 @@ class FoldMatrix:
         self.text = text
         self.device = torch.device(device)
         self.scaling: Scaling = scaling
+        self._visible = visible
         self._check(dense)
         values = np.empty((self.n_rows, 0)) if dense is None else dense
         self._raw = torch.as_tensor(np.ascontiguousarray(values)).to(self.device)
@@ -84,6 +89,12 @@ class FoldMatrix:
             self.text.check(self.n_folds, self.n_rows)
         if dense is None:
             return
+        if self._visible is not None and self._visible.shape != (self.n_folds, dense.shape[1]):
+            raise DataError(
+                f"visible features are {self._visible.shape}",
+                "fold matrix",
+                f"give {self.n_folds} folds x {dense.shape[1]} features",
+            )
         if dense.ndim != 2 or len(dense) != self.n_rows:
             raise DataError(
                 f"dense features are {dense.shape} for {self.n_rows} rows",
@@ -144,6 +155,8 @@ class FoldMatrix:
                 mean, scale = self._fold_statistics()
         self._shift = (mean - self._mean) / self._scale
         self._ratio = self._scale / scale
+        if self._visible is not None:
+            self._ratio = self._ratio * torch.as_tensor(self._visible, device=self.device)
         self.mean: NDArray[np.float64] = mean.cpu().numpy().copy()
         self.scale: NDArray[np.float64] = scale.cpu().numpy().copy()
 
@@ -272,7 +285,7 @@ class FoldMatrix:
 
         Returns:
             [row, feature] float64; shift and ratio [fold, feature], so that fold f sees
-            `(shared - shift_f) * ratio_f`.
+            `(shared - shift_f) * ratio_f`; the ratio is 0 where a fold does not see a feature.
         """
         shared = torch.cat([part for _, part in self._float64()])
         return shared, self._shift, self._ratio

@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError
 
+_COMMON = 50
+"""A term in more than one row of so many is common."""
+
 
 @dataclass(frozen=True, eq=False)
 class TextBlock:
@@ -84,8 +87,15 @@ class TextBlock:
         rows = self.counts.multiply(self.idf.mean(axis=0)).tocsr()
         norm = np.sqrt(np.asarray(rows.multiply(rows).sum(axis=1)).ravel())
         inverse = _reciprocal(norm)
-        rows = sp.diags_array(inverse) @ rows
-        return np.asarray((rows @ rows.T).toarray())
+        rows = (sp.diags_array(inverse) @ rows).tocsc()
+        # A term costs a sparse product the square of its rows: the few in many rows go to a dense
+        # one, which leaves the sparse one next to nothing to do.
+        is_common = np.diff(rows.indptr) * _COMMON > len(norm)
+        common, rare = rows[:, is_common].toarray(), rows[:, ~is_common].tocsr()
+        gram = common @ common.T
+        rest = (rare @ rare.T).tocoo()
+        gram[rest.row, rest.col] += rest.data
+        return np.asarray(gram)
 
     def rows(self, fold: int) -> NDArray[np.float64]:
         """Return one fold's TF-IDF rows, [row, term] float64, dense: for small tables."""

@@ -252,6 +252,44 @@ def test_recipes_solved_together_are_what_they_are_alone(
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
+@pytest.mark.parametrize("target", ["anchor_binary", "importance_abs"])
+@pytest.mark.parametrize("d_model", [300, 1100])
+def test_wide_recipes_that_differ_in_position_are_one_solve_and_what_they_are_alone(
+    target: Target, d_model: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = _data(n_sentences=40, d_model=d_model, seed=3)
+    folds = make_folds(wide.problems, Splits(lopo_validation="smallest"))[:3]
+    recipes = [
+        ProbeRecipe(name="plain", features=("activations",)),
+        ProbeRecipe(name="placed", features=("position", "activations")),
+        ProbeRecipe(name="causal", features=("activations", "causal_position"), regularization=0.5),
+        ProbeRecipe(name="moved", features=("activations",), residualize="position"),
+        ProbeRecipe(name="texts", features=("activations", "text")),
+    ]
+    fits = [Fit(recipe.resolved(target, 70), 0) for recipe in recipes]
+    n_solves, solve = [], fit_linear
+
+    def counted(design: Design, part: Sequence[Fit], *rest: object) -> object:
+        n_solves.append(len(part))
+        return solve(design, part, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(module._SOLVE, "linear", counted)
+    design = design_of(wide, folds)
+    together = dict(fit_batches(design, fits))
+    assert sorted(n_solves) == [1, 4]
+    for fit in fits:
+        ((_, alone),) = fit_batches(design_of(wide, folds), [fit])
+        one, other = (each.scores["score"].to_numpy() for each in (together[fit], alone))
+        np.testing.assert_allclose(one, other, atol=2e-5)
+        for mine, theirs in zip(together[fit].probes, alone.probes, strict=True):
+            assert mine.fold == theirs.fold
+            assert {name: each.shape for name, each in mine.arrays.items()} == {
+                name: each.shape for name, each in theirs.arrays.items()
+            }
+            np.testing.assert_allclose(mine.arrays["mean"], theirs.arrays["mean"], rtol=1e-9)
+            np.testing.assert_allclose(mine.predict(wide), theirs.predict(wide), atol=2e-5)
+
+
 def test_inner_folds_score_every_problem_that_is_not_tested(data: ProbeData) -> None:
     splits = Splits(protocols=("holdout",), inner_folds=3)
     (outer,) = make_folds(data.problems, splits)

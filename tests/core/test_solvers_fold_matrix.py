@@ -182,3 +182,41 @@ def test_a_row_without_a_term_of_the_fold_is_zero():
     np.testing.assert_array_equal(block.rows(0), [[0, 1], [0, 0], [0, 0]])
     gram = block.shared_gram()
     np.testing.assert_allclose(gram, block.rows(0) @ block.rows(0).T)
+
+
+def test_a_fold_that_does_not_see_a_feature_is_a_fold_without_it():
+    rng = np.random.default_rng(7)
+    dense = rng.standard_normal((30, 6)) * 3 + 5
+    train = masks(rng, 3, 30)
+    seen = np.array([[True] * 6, [True, False] * 3, [False] * 5 + [True]])
+    whole = FoldMatrix(train, dense, visible=seen)
+    fold = np.arange(3)
+    coef = torch.from_numpy(rng.standard_normal((3, 6)))
+    dual = torch.from_numpy(rng.standard_normal((3, 30)))
+    forward, backward = whole.forward(fold, coef).numpy(), whole.backward(fold, dual).numpy()
+    for at, own in enumerate(seen):
+        part = FoldMatrix(train, dense[:, own])
+        one = np.array([at])
+        np.testing.assert_allclose(
+            forward[at], part.forward(one, coef[at : at + 1, own])[0], atol=1e-12
+        )
+        np.testing.assert_allclose(
+            backward[at, own], part.backward(one, dual[at : at + 1])[0], atol=1e-12
+        )
+        assert not backward[at, ~own].any()
+    with pytest.raises(DataError, match="visible features are"):
+        FoldMatrix(train, dense, visible=seen[:2])
+
+
+def test_the_gram_matrix_of_texts_is_that_of_all_terms_common_or_rare():
+    rng = np.random.default_rng(3)
+    words = np.array([f"w{at}" for at in range(400)])
+    share = 1 / np.arange(1, 401)
+    texts = [" ".join(rng.choice(words, 12, p=share / share.sum())) for _ in range(150)]
+    counts = sp.csr_matrix(CountVectorizer().fit_transform(texts))
+    block = TextBlock(counts, rng.random((2, counts.shape[1])) + 0.5)
+    rows = counts.toarray() * block.idf.mean(axis=0)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    is_common = (counts.toarray() > 0).sum(axis=0) * 50 > 150
+    assert 0 < is_common.sum() < len(is_common)
+    np.testing.assert_allclose(block.shared_gram(), rows @ rows.T, atol=1e-12)
