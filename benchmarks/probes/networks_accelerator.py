@@ -1,12 +1,13 @@
 """Networks on an accelerator: all at once, one at a time, and beside the CPU's results.
 
 Run by `python -m benchmarks.probes.networks --device cuda`. The clock is wall seconds between
-synchronisations.
+synchronisations; scikit-learn's network, which stands beside them, is timed in CPU seconds.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from benchmarks.probes.features import make_probe_data
 from taprobe_core.solvers.columns import Columns
@@ -66,6 +70,9 @@ def accelerator(device: torch.device, n_epochs: int, n_seeds: int) -> None:
               f"ours alone, {1e3 * eager:.3f} torch.nn alone; gain {alone / together:.0f} x and "
               f"{eager / together:.0f} x (bar: 50)", flush=True)  # fmt: skip
     torch.set_float32_matmul_precision("highest")
+    theirs = looped_alone(X[kept], y[kept], n_epochs) / n_epochs
+    print(f"scikit-learn on one core of this machine: {1e3 * theirs:.1f} CPU ms per epoch of one "
+          f"network")  # fmt: skip
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
 
@@ -91,6 +98,20 @@ def torch_alone(X: torch.Tensor, y: torch.Tensor, n_epochs: int) -> None:
             loss.backward()
             optimiser.step()
             total += loss.item()  # as loops that log their loss do
+
+
+def looped_alone(X: NDArray[np.float32], y: NDArray[np.float64], n_epochs: int) -> float:
+    """Return CPU seconds of scikit-learn's network for some epochs, on one thread."""
+    rows = StandardScaler().fit_transform(X)
+    model = MLPClassifier((100,), max_iter=n_epochs, n_iter_no_change=n_epochs, random_state=0)
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        begin = time.process_time()
+        model.fit(rows, y.astype(np.int64))
+        seconds = time.process_time() - begin
+    if model.n_iter_ != n_epochs:
+        raise RuntimeError(f"scikit-learn stopped after {model.n_iter_} of {n_epochs} epochs")
+    return seconds
 
 
 def same_as_cpu(device: torch.device) -> None:

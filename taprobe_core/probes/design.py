@@ -34,6 +34,9 @@ from taprobe_core.words import FoldWords, fold_words
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
+TARGET_SETTINGS = ("target", "percentile", "threshold", "window", "weights", "residualize")
+"""All that `targets` and `residuals` read of a recipe but its name, which errors give."""
+
 
 class Fit(NamedTuple):
     """One recipe at one seed: what is fitted on every fold and stored as one artifact."""
@@ -139,11 +142,14 @@ class Design:
         return train, validation
 
     @cached_property
-    def _targets(self) -> dict[ProbeRecipe, FoldTarget]:
+    def _targets(self) -> dict[tuple[object, ...], FoldTarget]:
         return {}
 
     def target(self, recipe: ProbeRecipe) -> FoldTarget:
         """Return what `recipe` is fitted to and judged by, on every fold.
+
+        Recipes that agree in what a target reads have one: its baseline is solved once for all
+        kinds of probes that are fitted to what it leaves.
 
         Args:
             recipe: with its target filled in (`ProbeRecipe.resolved`).
@@ -151,9 +157,10 @@ class Design:
         Raises:
             LabelError: the labels lack what the target is made of.
         """
-        if recipe not in self._targets:
-            self._targets[recipe] = self._target(recipe)
-        return self._targets[recipe]
+        key = tuple(getattr(recipe, name) for name in TARGET_SETTINGS)
+        if key not in self._targets:
+            self._targets[key] = self._target(recipe)
+        return self._targets[key]
 
     def _target(self, recipe: ProbeRecipe) -> FoldTarget:
         own = target_values(self.data.labels, recipe, self.labels)

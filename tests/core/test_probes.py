@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -36,9 +37,12 @@ from taprobe_core.probes import (
     save_probes,
     threads,
 )
+from taprobe_core.probes import design as design_module
 from taprobe_core.probes import fit as module
+from taprobe_core.probes.design import TARGET_SETTINGS
 from taprobe_core.probes.inputs import DENSE_BLOCKS
 from taprobe_core.probes.linear import fit_linear
+from taprobe_core.residuals import ResidualTargets
 from taprobe_core.splits import Fold, inner_folds, make_folds
 from taprobe_core.study import DEFAULT_RECIPES, Labels, ProbeRecipe, Splits, Target, TokenProbe
 from taprobe_core.tables import LABEL_STATUS, LABELS, SCORES, check_table
@@ -288,6 +292,57 @@ def test_wide_recipes_that_differ_in_position_are_one_solve_and_what_they_are_al
             }
             np.testing.assert_allclose(mine.arrays["mean"], theirs.arrays["mean"], rtol=1e-9)
             np.testing.assert_allclose(mine.predict(wide), theirs.predict(wide), atol=2e-5)
+
+
+@pytest.mark.parametrize("target", ["anchor_binary", "importance_signed", "windowed_change"])
+def test_kinds_of_probes_share_a_target_and_its_baseline(
+    data: ProbeData, folds: list[Fold], target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved = []
+    real = design_module.residual_targets
+
+    def counted(*args: Any) -> ResidualTargets:
+        solved.append(args[4].name)
+        return real(*args)
+
+    monkeypatch.setattr(design_module, "residual_targets", counted)
+    own = RESIDUAL.model_copy(update={"window": 2}).resolved(target, 70)
+    same = SMALL_MLP.model_copy(
+        update={name: getattr(own, name) for name in TARGET_SETTINGS} | {"max_iter": 3}
+    )
+    design = design_of(data, folds)
+    assert design.target(own) is design.target(same)
+    assert solved == [own.name]
+    alone = design_of(data, folds).target(same)
+    for shared, fresh in zip(design.target(own), alone, strict=True):
+        np.testing.assert_array_equal(shared, fresh)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target": "importance_abs"},
+        {"percentile": 50.0},
+        {"weights": "inverse_variance"},
+        {"residualize": "position"},
+        {"residualize": "none"},
+        {"target": "windowed_change", "window": 2},
+        {"target": "exceeds_threshold", "threshold": 0.3},
+    ],
+)
+def test_what_a_target_reads_is_not_shared(
+    data: ProbeData, folds: list[Fold], change: dict[str, Any]
+) -> None:
+    design, own = design_of(data, folds), RESIDUAL.resolved("anchor_binary", 70)
+    other = own.model_copy(update=change)
+    first, second = design.target(own), design.target(other)
+    fresh = design_of(data, folds).target(other)
+    assert any(
+        one is None or two is None or one.shape != two.shape or not np.array_equal(one, two)
+        for one, two in zip(first, second, strict=True)
+    )
+    for found, expected in zip(second, fresh, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_inner_folds_score_every_problem_that_is_not_tested(data: ProbeData) -> None:
