@@ -16,6 +16,11 @@ the whole is 16 times the slice; baselines without activations are counted at ev
 the store keeps one. Where the forced-answer settings repeat the plain ones, as they do wherever
 they were compared, their fits are taken over (`pipeline.twins`) and the whole is 8 times the slice.
 Seconds are wall seconds, the device synchronised.
+
+`--seconds` bounds what a kind may take: its seeds run in blocks, of which the first always runs and
+no other is begun that would end too late. What it took is scaled by the seeds it lacks, which
+overstates what is done once; a deterministic kind always runs whole. The share of such a slice
+counts the seeds that all kinds ran, and a slice of some kinds has none.
 """
 
 from __future__ import annotations
@@ -39,13 +44,15 @@ from taprobe_core.pipeline.sweep import wanted_fits
 from taprobe_core.pipeline.view import View, kept_rows, take_rows
 from taprobe_core.probes import Design, Fit, fit_batches
 from taprobe_core.splits import make_folds
-from taprobe_core.study import Study, load_study
+from taprobe_core.study import Precision, Study, load_study
 from taprobe_core.sweep import count_fits, recipes_at, sweep_space
 from taprobe_core.tables import LABELS, schema_of
 
 Floats = NDArray[np.float64]
 
 RELIABILITY = 0.3
+SEEDS_AT_ONCE = 5
+"""Where seconds are bounded: enough models for a full batch."""
 
 
 class Size(NamedTuple):
@@ -148,13 +155,18 @@ def main() -> None:
     parser.add_argument("--precision", choices=("float32", "tf32"), default="float32")
     for name, value in {"problems": 20, "rows": 2932, "features": 5120, "seeds": 20}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--seconds", type=float, help="of a kind; default: all seeds run")
     parser.add_argument("--kinds", help="names, with commas; default: all")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     study = load_study("studies/sweep.yaml")
     kinds, n_configurations = lay_out(study, options.seeds)
     if options.kinds:
-        kinds = [kind for kind in kinds if kind.name in options.kinds.split(",")]
+        asked = options.kinds.split(",")
+        unknown = sorted(set(asked) - {kind.name for kind in kinds})
+        if unknown:
+            parser.error(f"no kinds {unknown}; there are {sorted({each.name for each in kinds})}")
+        kinds = [kind for kind in kinds if kind.name in asked]
     start = time.perf_counter()
     data = make_data(Size(options.problems, options.rows, options.features))
     assert data.tokens is not None
@@ -170,18 +182,24 @@ def main() -> None:
         view: design_of(study, take_rows(data, kept_rows(data, view)))
         for view in {kind.view for kind in kinds}
     }
-    seconds: dict[str, float] = defaultdict(float)
-    n_models: dict[str, int] = defaultdict(int)
+    n_fits: dict[str, int] = defaultdict(int)
     for kind in kinds:
-        took, n = run(designs[kind.view], kind, options.device, options.precision)
-        seconds[kind.name] += took
-        n_models[kind.name] += n
+        n_fits[kind.name] += len(kind.fits)
+    ran = []
+    for kind in kinds:
+        own = None
+        if options.seconds is not None:
+            own = options.seconds * len(kind.fits) / n_fits[kind.name]
+        done = run(designs[kind.view], kind, options.device, options.precision, own)
+        ran.append(done)
         print(
             f"{kind.name:28} {'last dropped' if kind.view.drop_last_sentence else 'all rows':13}"
-            f"{n:7,} models {took:8.1f} s {1e3 * took / n:9.2f} ms a model",
+            f"{done.n_models:7,} models {done.n_seeds:3d} of {done.n_asked} seeds "
+            f"{done.seconds:8.1f} s {1e3 * done.seconds / done.n_models:9.2f} ms a model, "
+            f"{done.n_iter / done.n_models:6.1f} epochs or steps",
             flush=True,
         )
-    figures = summary(study, seconds, n_models, options, n_configurations)
+    figures = summary(study, ran, options, n_configurations)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
@@ -192,25 +210,44 @@ def design_of(study: Study, data: ProbeData) -> Design:
     return Design(data, tuple(folds), study.splits, study.labels)
 
 
-def run(design: Design, kind: Kind, device: str, precision: str) -> tuple[float, int]:
-    """Fit one kind; return wall seconds and models."""
+class Ran(NamedTuple):
+    """What one kind took in one view: seeds run and asked for, models, their epochs or steps."""
+
+    name: str
+    seconds: float
+    n_seeds: int
+    n_asked: int
+    n_models: int
+    n_iter: int
+
+
+def run(
+    design: Design, kind: Kind, device: str, precision: Precision, seconds: float | None
+) -> Ran:
+    """Fit one kind, as many seeds as its seconds allow (None: all)."""
+    seeds = sorted({fit.seed for fit in kind.fits})
+    step = len(seeds) if seconds is None else SEEDS_AT_ONCE
+    n_models = n_iter = n_seeds = 0
     start = time.perf_counter()
-    n = 0
-    solved = fit_batches(design, kind.fits, device, keep_probes=False, precision=precision)  # type: ignore[arg-type]
-    for _, found in solved:
-        assert found.scores.height
-        n += len(design.folds)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, n
+    for first in range(0, len(seeds), step):
+        begin = time.perf_counter()
+        block = seeds[first : first + step]
+        fits = [fit for fit in kind.fits if fit.seed in block]
+        for _, found in fit_batches(design, fits, device, keep_probes=False, precision=precision):
+            assert found.scores.height
+            n_models += len(found.n_iter)
+            n_iter += int(found.n_iter.sum())
+        if device == "cuda":
+            torch.cuda.synchronize()
+        n_seeds += len(block)
+        now = time.perf_counter()
+        if seconds is not None and 2 * now - begin - start > seconds:
+            break
+    return Ran(kind.name, time.perf_counter() - start, n_seeds, len(seeds), n_models, n_iter)
 
 
 def summary(
-    study: Study,
-    seconds: dict[str, float],
-    n_models: dict[str, int],
-    options: argparse.Namespace,
-    n_configurations: int,
+    study: Study, ran: list[Ran], options: argparse.Namespace, n_configurations: int
 ) -> dict[str, object]:
     """Print the slice's share, its seconds, and those of the whole stage."""
     assert study.sweep is not None
@@ -219,33 +256,45 @@ def summary(
     counts = count_fits(space, every, n_folds=options.problems, n_seeds=len(study.seeds))
     n_places = len({(each.model, each.layer, each.setting) for each in every})
     stochastic = {recipe.name for recipe in study.probes.recipes if recipe.is_stochastic}
+    by_name: dict[str, list[Ran]] = defaultdict(list)
+    for each in ran:
+        by_name[each.name].append(each)
     # Deterministic kinds are solved once whatever the seeds, so only the others are scaled.
-    scale = {
-        name: len(study.seeds) / options.seeds if name in stochastic else 1 for name in seconds
+    whole = {
+        name: n_places
+        * sum(
+            each.seconds * (len(study.seeds) / each.n_seeds if name in stochastic else 1)
+            for each in parts
+        )
+        for name, parts in by_name.items()
     }
-    whole = {name: took * scale[name] * n_places for name, took in seconds.items()}
-    total = sum(seconds.values())
-    trained = n_configurations * options.problems * options.seeds
+    n_seeds = min((each.n_seeds for each in ran if each.name in stochastic), default=0)
+    trained = None if options.kinds else n_configurations * options.problems * n_seeds
     all_trained = len(every) * options.problems * len(study.seeds)
-    hours = sum(whole.values()) / 3600
+    of_all = f"only {options.kinds}, no share of the configurations"
+    if trained is not None:
+        share = f"{trained / all_trained:.1%}"
+        of_all = f"{trained:,} of {all_trained:,} configuration-fold-seeds ({share})"
+    hours, n_models = sum(whole.values()) / 3600, sum(each.n_models for each in ran)
     print(
-        f"\nslice: {trained:,} of {all_trained:,} configuration-fold-seeds "
-        f"({trained / all_trained:.1%}), {sum(n_models.values()):,} models, {total:.0f} s\n"
+        f"\nslice: {of_all}, {n_models:,} models, {sum(each.seconds for each in ran):.0f} s, "
+        f"{n_models / sum(each.seconds for each in ran):.1f} models a second\n"
         f"a loop would fit {counts.n_loop:,} models in all; distinct are {counts.n_distinct:,}\n"
         f"all of stage 1 at this rate, {n_places} pairs of setting and layer: "
         f"{hours:.2f} h; {hours / 2:.2f} h where forced answers repeat the plain ones"
     )
     for name, took in sorted(whole.items(), key=lambda each: -each[1]):
-        print(f"  {name:28} {took / 3600:7.3f} h")
+        parts = by_name[name]
+        mean = sum(each.n_iter for each in parts) / sum(each.n_models for each in parts)
+        print(f"  {name:28} {took / 3600:7.3f} h {took / 3600 / hours:6.1%}, {mean:.1f} a model")
     peak = torch.cuda.max_memory_allocated() / 2**30 if options.device == "cuda" else None
     if peak is not None:
         print(f"peak device memory {peak:.1f} GiB")
     return {
-        "seconds": dict(seconds),
-        "models": dict(n_models),
+        "ran": [each._asdict() for each in ran],
         "whole_hours": {name: took / 3600 for name, took in whole.items()},
         "trained": trained,
-        "share": trained / all_trained,
+        "share": None if trained is None else trained / all_trained,
         "peak_gib": peak,
     }
 

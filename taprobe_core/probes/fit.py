@@ -43,13 +43,17 @@ _SOLVE = {"linear": fit_linear, "mlp": fit_mlp}
 
 @dataclass(frozen=True, eq=False)
 class RecipeFit:
-    """Scores of one recipe (`tables.SCORES`), and its probes, one per tested fold in order.
+    """What one recipe and seed came to.
 
-    There are no probes where they were not to be kept.
+    Attributes:
+        scores: `tables.SCORES`.
+        probes: one per tested fold in order; none where they were not to be kept.
+        n_iter: [fold] int64, epochs or solver steps on every fold of the design.
     """
 
     scores: pl.DataFrame
     probes: list[FittedProbe]
+    n_iter: NDArray[np.int64]
 
 
 def fit_batches(
@@ -138,7 +142,8 @@ def _result(design: Design, fit: Fit, solved: Solved, index: int, keep_probes: b
     if not index:
         # The tables of one solve are made alike: one look at the contract is enough.
         check_table(scores, SCORES, f"recipe {fit.recipe.name!r}, target {fit.recipe.target}")
-    return RecipeFit(scores, [solved.probe(fit, first + fold) for fold in range(n_kept)])
+    probes = [solved.probe(fit, first + fold) for fold in range(n_kept)]
+    return RecipeFit(scores, probes, solved.n_iter[first : first + n_folds])
 
 
 def _scores(design: Design, fit: Fit, score: NDArray[np.float32]) -> pl.DataFrame:

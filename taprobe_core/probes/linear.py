@@ -81,7 +81,7 @@ def fit_linear(
             fit.recipe, design.folds[own % n_folds], fit.seed, arrays, terms, training
         )
 
-    return Solved(score.astype(np.float32), probe)
+    return Solved(score.astype(np.float32), found.n_iter, probe)
 
 
 def tolerance_of(matrix: FoldMatrix) -> float:

@@ -66,7 +66,7 @@ def fit_mlp(design: Design, fits: Sequence[Fit], device: str, keep_weights: bool
         arrays = _arrays(found, column, fold)
         return FittedProbe(fit.recipe, design.folds[fold], fit.seed, arrays, None, training)
 
-    return Solved(score.astype(np.float32), probe)
+    return Solved(score.astype(np.float32), found.n_iter, probe)
 
 
 def _arrays(found: NetworkSolution, column: int, fold: int) -> Arrays:

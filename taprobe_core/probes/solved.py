@@ -19,8 +19,10 @@ class Solved:
     Attributes:
         score: [row, column] float32: the probability of an anchor for `anchor_binary`, else the
             predicted value; the columns of `Design.columns`.
+        n_iter: [column] int64, epochs of a network or token probe, else solver steps.
         probe: makes the stored probe of one column; called only for folds that are tested.
     """
 
     score: NDArray[np.float32]
+    n_iter: NDArray[np.int64]
     probe: Callable[[Fit, int], FittedProbe]

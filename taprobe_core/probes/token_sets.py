@@ -72,7 +72,7 @@ def fit_token_sets(
         fold = design.folds[int(columns.fold[column])]
         return FittedProbe(fit.recipe, fold, fit.seed, arrays, None, training)
 
-    return Solved(score.astype(np.float32), probe)
+    return Solved(score.astype(np.float32), found.n_iter, probe)
 
 
 def score_tokens(probe: FittedProbe, data: ProbeData) -> NDArray[np.float32]:

@@ -645,3 +645,63 @@ def test_work_beside_each_other_comes_back_in_order_and_its_error_where_it_belon
     with pytest.raises(ValueError, match="3"):
         next(found)
     assert len(begun) < 50
+
+
+@pytest.mark.parametrize("n_rows", [1, 200, 2_932, 74_000, 10**9])
+@pytest.mark.parametrize("n_weights", [0, 5_120, 5_120 * 100 + 100 * 100, 10**8, 10**10])
+def test_a_solve_stays_within_its_bytes_and_takes_what_fits(n_rows: int, n_weights: int) -> None:
+    n = module.columns_at_once(n_rows, n_weights)
+    per_model = 3 * 8 * n_rows + 4 * n_weights
+    assert 1 <= n <= module.MAX_COLUMNS
+    assert n == 1 or n * per_model <= module.MAX_HOST_BYTES
+    assert n == module.MAX_COLUMNS or (n + 1) * per_model > module.MAX_HOST_BYTES
+
+
+def _several() -> list[Fit]:
+    weak = EVERYTHING.model_copy(update={"name": "weak", "regularization": 1e-3})
+    return [
+        Fit(recipe.resolved(target, 70), seed)
+        for recipe in (*FEW, weak)
+        for target in ("anchor_binary", "importance_signed")
+        for seed in ((0, 1, 2) if recipe.is_stochastic else (0,))
+    ]
+
+
+def test_without_probes_scores_and_iterations_are_the_same(
+    data: ProbeData, folds: list[Fold]
+) -> None:
+    kept = dict(fit_batches(design_of(data, folds), _several()))
+    slim = dict(fit_batches(design_of(data, folds), _several(), keep_probes=False))
+    assert list(slim) == list(kept)
+    for fit, found in slim.items():
+        assert not found.probes
+        assert found.scores.equals(kept[fit].scores)
+        # Each fit's own, of all that were solved with it.
+        assert [each.training.n_iter for each in kept[fit].probes] == found.n_iter.tolist()
+    steps = {
+        fit.recipe.name: found.n_iter.tolist()
+        for fit, found in slim.items()
+        if fit.recipe.target == "anchor_binary"
+    }
+    assert steps["weak"] != steps["everything"]
+
+
+@pytest.mark.parametrize("n_columns", [1, 4, 9])
+def test_scores_do_not_depend_on_how_fits_are_divided(
+    data: ProbeData, folds: list[Fold], n_columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = dict(fit_batches(design_of(data, folds), _several(), keep_probes=False))
+    asked = []
+
+    def few(n_rows: int, n_weights: int) -> int:
+        asked.append(n_weights)
+        return n_columns
+
+    monkeypatch.setattr(module, "columns_at_once", few)
+    divided = dict(fit_batches(design_of(data, folds), _several(), keep_probes=False))
+    assert asked
+    assert set(asked) == {0}
+    assert set(divided) == set(whole)
+    for fit, found in divided.items():
+        one, other = (each.scores["score"].to_numpy() for each in (whole[fit], found))
+        np.testing.assert_allclose(one, other, atol=1e-4)
