@@ -106,10 +106,11 @@ def variants(
 def demo_rows(folder: Path) -> Iterator[tuple[str, ProbeData, Labels]]:
     """Yield rows of the embedded demo with its own activations, setting by setting."""
     plan = open_plan(None, folder)
-    for stage in DEMO_STAGES:
-        list(run_stage(plan, stage, cells_of(plan.study, stage)))
     last = {site.model: site for site in plan.study.sites}
     for model, site in last.items():
+        for stage in DEMO_STAGES:
+            cells = [each for each in cells_of(plan.study, stage) if each[0] in (model, str(site))]
+            list(run_stage(plan, stage, cells))
         for setting in plan.study.settings:
             data = read_probe_data(plan, model, setting, site, [RECIPE])
             yield f"{site} {setting}", data, plan.study.labels
