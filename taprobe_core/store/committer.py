@@ -23,8 +23,8 @@ from taprobe_core.store.workers import CommitWorkers, FileCommit
 _BATCH = 12
 """Commits that a child gets at once: so that the last ones are shared out over the children."""
 
-_AHEAD = 16
-"""Calls of `put` whose commits may be under way; bounds the memory."""
+_AHEAD = 2
+"""Calls of `put` for each child whose commits may be under way; bounds the memory."""
 
 
 class Committer:
@@ -67,7 +67,7 @@ class Committer:
             starts = range(0, len(commits), _BATCH)
             batches = [commits[at : at + _BATCH] for at in starts]
             self._pending.append([self._workers.submit(self._root, each) for each in batches])
-            self._wait(_AHEAD)
+            self._wait(_AHEAD * len(self._workers))
         else:
             commit_files(self._store, commits)
 

@@ -93,6 +93,10 @@ class CommitWorkers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(n_workers, thread_name_prefix="commit-worker")
 
+    def __len__(self) -> int:
+        """Children."""
+        return len(self._workers)
+
     def close(self) -> None:
         """Let the children end, and wait for them; what was not begun is not committed."""
         self._threads.shutdown(cancel_futures=True)
