@@ -32,6 +32,7 @@ class HostSteps:
     def __init__(self, layout: Layout) -> None:
         self._bounds = layout.bounds
         self._buffers: dict[str, torch.Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...], torch.dtype], torch.Tensor] = {}
 
     def rotary(
         self, model: Any, hidden: torch.Tensor, layout: Layout
@@ -114,8 +115,12 @@ class HostSteps:
         silu(gate, inplace=True).mul_(up)
 
     def _buffer(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        n_bytes = math.prod(shape) * dtype.itemsize
-        buffer = self._buffers.get(slot)
-        if buffer is None or buffer.numel() < n_bytes:
-            buffer = self._buffers[slot] = torch.empty(n_bytes, dtype=torch.uint8)
-        return buffer[:n_bytes].view(dtype).view(shape)
+        """A tensor in the memory of this slot, which grows to the largest that is asked for."""
+        view = self._views.get((slot, shape, dtype))
+        if view is None:
+            n_bytes = math.prod(shape) * dtype.itemsize
+            buffer = self._buffers.get(slot)
+            if buffer is None or buffer.numel() < n_bytes:
+                buffer = self._buffers[slot] = torch.empty(n_bytes, dtype=torch.uint8)
+            view = self._views[slot, shape, dtype] = buffer[:n_bytes].view(dtype).view(shape)
+        return view

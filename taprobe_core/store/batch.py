@@ -65,22 +65,22 @@ def commit_files(store: Store, commits: Iterable[FileCommit]) -> None:
 def _commit_group(store: Store, commits: Iterable[FileCommit], faults: list[TaprobeError]) -> bool:
     """Commit some, and tell whether there were any."""
     staged: list[_Staged] = []
+    unflushed: list[Path] = []
     later: list[FileCommit] = []
     is_any = False
     with ExitStack() as opened:
         for commit in commits:
             is_any = True
             with _collecting(faults):
-                found = _stage(store, commit)
+                found = _stage(store, commit, unflushed)
                 if found is None:
                     later.append(commit)
                 else:
                     opened.callback(found.close)
                     staged.append(found)
-        flushed: set[Path] = set()
         for each in staged:
             with _collecting(faults):
-                each.flush(flushed)
+                each.flush(unflushed)
         for each in staged:
             with _collecting(faults):
                 each.publish()
@@ -92,6 +92,8 @@ def _commit_group(store: Store, commits: Iterable[FileCommit], faults: list[Tapr
                 each.close()
     for commit in later:
         with _collecting(faults):
+            with disk_errors(store.backend.where(*commit.key)):
+                _flush_all(unflushed)  # what no version of this group has flushed
             _commit_one(store, commit)
     return is_any
 
@@ -115,7 +117,7 @@ def _commit_one(store: Store, commit: FileCommit) -> None:
     )
 
 
-def _stage(store: Store, commit: FileCommit) -> _Staged | None:
+def _stage(store: Store, commit: FileCommit, unflushed: list[Path]) -> _Staged | None:
     """Lock a partition and write a version beside it; None where `Store.commit` has to decide."""
     backend, key = store.backend, check_key(commit.key)
     if not isinstance(backend, LocalBackend):
@@ -123,17 +125,24 @@ def _stage(store: Store, commit: FileCommit) -> _Staged | None:
     draft = Draft(key, commit.code_version, commit.config, commit.provenance, ()).checked()
     with disk_errors(backend.where(*key), commit.n_bytes, backend.free_bytes), ExitStack() as held:
         try:
-            unflushed = held.enter_context(backend.lock_at_once(key.stage, key.partition))
+            held.enter_context(backend.lock_at_once(key.stage, key.partition, unflushed))
         except BusyArtifactError:
             return None
         if backend.sizes(key) is not None:
             return None
         check_room(backend.where(*key), commit.n_bytes, backend.free_bytes)
-        found = _Staged(backend, commit, unflushed)
+        found = _Staged(backend, commit)
         held.callback(found.remove)
         found.write(draft, store.next_sequence(key))
         found.held = held.pop_all()
         return found
+
+
+def _flush_all(unflushed: list[Path]) -> None:
+    """Flush folders and take them off the list; one that fails stays on it."""
+    while unflushed:
+        sync_path(unflushed[0])
+        del unflushed[0]
 
 
 class _Staged:
@@ -142,15 +151,13 @@ class _Staged:
     Args:
         backend: keeps it.
         commit: what it is made of.
-        unflushed: folders whose entries have to be on the disk before it gets its name.
     """
 
-    def __init__(self, backend: LocalBackend, commit: FileCommit, unflushed: list[Path]) -> None:
+    def __init__(self, backend: LocalBackend, commit: FileCommit) -> None:
         self.held = ExitStack()
         self._backend = backend
         self._key: ArtifactKey = commit.key
         self._commit = commit
-        self._unflushed = unflushed
         self._partition = backend.where(commit.key.stage, commit.key.partition)
         self._folder = f"{self._partition}/{temporary_name(commit.key.fingerprint)}"
         self._pointer = f"{self._partition}/{temporary_name(POINTER)}"
@@ -176,17 +183,19 @@ class _Staged:
             # would wait for a journal entry of its own.
             os.posix_fadvise(self._descriptors[-1], 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def flush(self, flushed: set[Path]) -> None:
-        """Wait until everything that the version consists of is on the disk."""
+    def flush(self, unflushed: list[Path]) -> None:
+        """Wait until everything that the version consists of is on the disk.
+
+        Args:
+            unflushed: folders above, in which the batch made others; the first one flushes all, or
+                fails and leaves the rest to the next.
+        """
         with self._errors():
             while self._descriptors:
                 os.fsync(self._descriptors[-1])
                 os.close(self._descriptors.pop())
             sync_path(self._folder)
-            for folder in self._unflushed:
-                if folder not in flushed:
-                    sync_path(folder)
-                    flushed.add(folder)
+            _flush_all(unflushed)
         self._is_flushed = True
 
     def publish(self) -> None:

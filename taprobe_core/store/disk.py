@@ -85,12 +85,29 @@ def sync_tree(folder: Path | str) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents; the entry of each new one is on the disk afterwards."""
+    for each in _missing(folder):
+        each.mkdir(exist_ok=True)
+        sync_path(each.parent)
+
+
+def make_unflushed(folder: Path, unflushed: list[Path]) -> None:
+    """Make a folder and its parents, and leave it to the caller to flush their entries.
+
+    Args:
+        folder: to be made.
+        unflushed: gets each folder whose entries have to be flushed, when they have changed.
+    """
+    for each in _missing(folder):
+        each.mkdir(exist_ok=True)
+        if each.parent not in unflushed:
+            unflushed.append(each.parent)
+
+
+def _missing(folder: Path) -> list[Path]:
     missing = [folder] if not folder.is_dir() else []
     while missing and not missing[-1].parent.is_dir():
         missing.append(missing[-1].parent)
-    for each in reversed(missing):
-        each.mkdir(exist_ok=True)
-        sync_path(each.parent)
+    return missing[::-1]
 
 
 def replace_text(path: Path, text: str) -> None:

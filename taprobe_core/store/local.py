@@ -22,6 +22,7 @@ from taprobe_core.store.backend import NOT_REGULAR, POINTER
 from taprobe_core.store.disk import (
     TEMPORARY,
     make_folder,
+    make_unflushed,
     replace_text,
     sync_path,
     sync_tree,
@@ -110,24 +111,24 @@ class LocalBackend:
             yield
 
     @contextmanager
-    def lock_at_once(self, stage: str, partition: tuple[str, ...]) -> Iterator[list[Path]]:
-        """As `lock`, without waiting, and leaving a flush to the caller.
+    def lock_at_once(
+        self, stage: str, partition: tuple[str, ...], unflushed: list[Path]
+    ) -> Iterator[None]:
+        """As `lock`, without waiting, and leaving flushes to the caller.
 
-        Yields:
-            The parent of a partition that is new, to be flushed before anything in it gets a name.
+        Args:
+            stage: the stage.
+            partition: the partition.
+            unflushed: gets the folders to be flushed before anything in the partition gets a name.
 
         Raises:
             BusyArtifactError: somebody holds the lock.
         """
         self._check_root()
         folder = self._partition(stage, partition)
-        unflushed: list[Path] = []
-        if not folder.is_dir():
-            make_folder(folder.parent)
-            folder.mkdir(exist_ok=True)
-            unflushed.append(folder.parent)
+        make_unflushed(folder, unflushed)
         with self._locked(folder, 0.0):
-            yield unflushed
+            yield
 
     def _check_root(self) -> None:
         if self._had_root and not self._root.is_dir():

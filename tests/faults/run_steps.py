@@ -21,44 +21,76 @@ from pathlib import Path
 from typing import Any
 
 from taprobe_core.pipeline import cells_of, open_plan, run_stage, stages_of
-from taprobe_core.store import LocalBackend, Store
+from taprobe_core.store import LocalBackend, Store, batch
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(log: str, kill: tuple[int, str] | None) -> None:
-    begun = itertools.count(1)
-    stop_at, moment = kill or (0, "")
-    last: Any = None
-    real_commit, real_publish = Store.commit, LocalBackend.publish
+class Killer:
+    """Notes every artifact whose files begin to be written, and dies at the one it is told to.
 
-    def commit(self: Store, key: Any, write: Callable[[Path], None], **more: Any) -> Any:
-        def noting(folder: Path) -> None:
-            nonlocal last
-            n = next(begun)
-            if n == stop_at:
-                last = key
-            with Path(log).open("a") as file:
-                file.write(f"{key}\n")
-            write(folder)
-            if n == stop_at and moment == "in":
-                die()
+    Args:
+        log: gets a line for each.
+        kill: number of the artifact, and whether to die `in` its writing or `after` its naming.
+    """
 
-        return real_commit(self, key, noting, **more)
+    def __init__(self, log: str, kill: tuple[int, str] | None) -> None:
+        self.log = Path(log)
+        self.begun = itertools.count(1)
+        self.stop_at, self.moment = kill or (0, "")
+        self.last: Any = None
 
-    def publish(self: LocalBackend, key: Any, folder: Path) -> None:
-        real_publish(self, key, folder)
-        if key == last and moment == "after":
+    def write(self, key: Any, write: Callable[[], None]) -> None:
+        n = next(self.begun)
+        if n == self.stop_at:
+            self.last = key
+        with self.log.open("a") as file:
+            file.write(f"{key}\n")
+        write()
+        if n == self.stop_at and self.moment == "in":
             die()
 
-    Store.commit = commit  # type: ignore[method-assign]
-    LocalBackend.publish = publish  # type: ignore[method-assign]
+    def name(self, key: Any, name: Callable[[], None]) -> None:
+        name()
+        if key == self.last and self.moment == "after":
+            die()
+
+    def arm_store(self) -> None:
+        """Watch single commits."""
+        real_commit, real_publish = Store.commit, LocalBackend.publish
+
+        def commit(store: Store, key: Any, write: Callable[[Path], None], **more: Any) -> Any:
+            def noting(folder: Path) -> None:
+                self.write(key, lambda: write(folder))
+
+            return real_commit(store, key, noting, **more)
+
+        def publish(backend: LocalBackend, key: Any, folder: Path) -> None:
+            self.name(key, lambda: real_publish(backend, key, folder))
+
+        Store.commit = commit  # type: ignore[method-assign]
+        LocalBackend.publish = publish  # type: ignore[method-assign]
+
+    def arm_batches(self) -> None:
+        """Watch commits in a batch."""
+        staged = batch._Staged
+        real_write, real_publish = staged.write, staged.publish
+
+        def write(each: Any, *about: Any) -> None:
+            self.write(each._key, lambda: real_write(each, *about))
+
+        def publish(each: Any) -> None:
+            self.name(each._key, lambda: real_publish(each))
+
+        staged.write, staged.publish = write, publish  # type: ignore[method-assign]
 
 
 def run(study: str, data: str, log: str, kill: tuple[int, str] | None) -> None:
-    arm(log, kill)
+    killer = Killer(log, kill)
+    killer.arm_store()
+    killer.arm_batches()
     plan = open_plan(study, data)
     for stage in stages_of(plan.study):
         for _ in run_stage(plan, stage, cells_of(plan.study, stage)):
