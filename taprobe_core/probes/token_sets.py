@@ -29,7 +29,9 @@ from taprobe_core.solvers.token_probes import (
 from taprobe_core.study import ProbeRecipe
 
 
-def fit_token_sets(design: Design, fits: Sequence[Fit], device: str) -> Solved:
+def fit_token_sets(
+    design: Design, fits: Sequence[Fit], device: str, keep_weights: bool = True
+) -> Solved:
     """Train the token probes of recipes that differ in target and seed alone.
 
     Binary targets weigh both classes alike while training; their scores are then calibrated on the
@@ -39,6 +41,7 @@ def fit_token_sets(design: Design, fits: Sequence[Fit], device: str) -> Solved:
         design: rows and folds.
         fits: recipes of one token estimator, of equal settings.
         device: of the training.
+        keep_weights: False where no probe will be asked for.
 
     Raises:
         DataError: the data has no token sets.
@@ -53,7 +56,9 @@ def fit_token_sets(design: Design, fits: Sequence[Fit], device: str) -> Solved:
         weight = columns.weight * positive_weights(columns.y, columns.fold, train)
         columns = Columns(columns.fold, columns.y, weight, columns.seed)
     tokens = ragged_tokens(recipe, design.data)
-    found = fit_token_probes(tokens, train, validation, columns, options, device)
+    found = fit_token_probes(
+        tokens, train, validation, columns, options, device, keep_weights=keep_weights
+    )
     score = found.probability() if options.is_binary else found.decision
 
     def probe(fit: Fit, column: int) -> FittedProbe:

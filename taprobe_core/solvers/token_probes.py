@@ -82,7 +82,7 @@ class TokenSolution:
         return probabilities(self.decision, self.calibration)
 
     def column(self, at: int) -> dict[str, NDArray[np.float32]]:
-        """Return the arrays of one model."""
+        """Return the arrays of one model; none where weights were not kept."""
         return {name: array[at] for name, array in self.arrays.items()}
 
 
@@ -113,6 +113,8 @@ def fit_token_probes(
     options: TokenProbeOptions,
     device: torch.device | str = "cpu",
     validation_weight: Floats | None = None,
+    *,
+    keep_weights: bool = True,
 ) -> TokenSolution:
     """Fit one token probe per column.
 
@@ -131,6 +133,7 @@ def fit_token_probes(
         validation_weight: [n, column], at least 0, of validation sentences in the loss that
             decides when to stop; None: the mean training weight of the sentence's class for binary
             targets, 1 for continuous ones.
+        keep_weights: False saves memory where the scores are enough.
 
     Returns:
         The probes, their scores and how they got there; equal for equal arguments on one machine.
@@ -147,19 +150,21 @@ def fit_token_probes(
         watched = watched_weights(columns, validation, options.is_binary, validation_weight)
     n, m = columns.y.shape
     shape = network_shape(tokens.n_features, options)
-    arrays = {name: np.empty((m, *size), np.float32) for name, size in shape.parameters().items()}
+    sizes = shape.parameters() if keep_weights else {}
+    arrays = {name: np.empty((m, *size), np.float32) for name, size in sizes.items()}
     n_iter, best_epoch = np.zeros((2, m), dtype=np.int64)
     is_converged, decision = np.zeros(m, dtype=bool), np.empty((n, m))
     for chosen, seed in _groups(columns, tokens.n_features * options.width):
         found = _fit_group(states, columns, watched, options, chosen, seed)
-        for name, view in found.trained.stack.views.items():
-            arrays[name][chosen] = view.cpu().numpy()
+        for name, kept in arrays.items():
+            kept[chosen] = found.trained.stack.views[name].cpu().numpy()
         n_iter[chosen] = found.trained.n_epochs
         best_epoch[chosen] = found.trained.best_epoch
         is_converged[chosen] = found.trained.is_stopped
         decision[:, chosen] = found.decision
-    arrays["mean"] = states.mean[columns.fold].astype(np.float32)
-    arrays["scale"] = states.scale[columns.fold].astype(np.float32)
+    if keep_weights:
+        arrays["mean"] = states.mean[columns.fold].astype(np.float32)
+        arrays["scale"] = states.scale[columns.fold].astype(np.float32)
     calibration, is_calibrated = np.tile([1.0, 0.0], (m, 1)), np.zeros(m, dtype=bool)
     if options.is_binary and validation is not None:
         calibration, is_calibrated = calibrate(decision, columns.y, validation[columns.fold].T)

@@ -137,9 +137,15 @@ class ProbeRecipe(StudyPart):
         if self.reads_tokens:
             settings |= {"token_probe"}
         found = self.model_dump(mode="json", include=settings)
-        if self.reads_tokens and self.estimator != "rolling_multimax":
-            del found["token_probe"]["window"]
+        for name in self._unread_of_tokens() if self.reads_tokens else ():
+            del found["token_probe"][name]
         return found
+
+    def _unread_of_tokens(self) -> set[str]:
+        """Settings of `token_probe` that this estimator or target does not read."""
+        unread = {"window"} if self.estimator != "rolling_multimax" else set()
+        unread |= {"training"} if self.estimator == "attention" else set()
+        return unread | ({"loss"} if self.target == "anchor_binary" else set())
 
     def resolved(self, target: Target, percentile: float) -> ProbeRecipe:
         """Return the recipe with every setting of its target filled in.

@@ -54,8 +54,6 @@ class SweptRecipe:
         found = self.template.content() | {"drop_last_sentence": self.drop_last_sentence}
         if self.attention is not None:
             found["attention"] = self.attention.content(self.attention_mode)
-        if self.template.reads_tokens:
-            found["token_probe"] = _read(self.template, found["token_probe"])
         return found
 
     @cached_property
@@ -71,13 +69,6 @@ class SweptRecipe:
     def recipe(self) -> ProbeRecipe:
         """The recipe under its own name."""
         return self.template.model_copy(update={"name": self.name})
-
-
-def _read(template: ProbeRecipe, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that this token probe reads for this target."""
-    unread = {"loss"} if template.target == "anchor_binary" else set()
-    unread |= {"training"} if template.estimator == "attention" else set()
-    return {name: value for name, value in settings.items() if name not in unread}
 
 
 class Use(NamedTuple):
