@@ -74,7 +74,7 @@ class Data:
         return Columns(fold, y, positive_weights(y, fold, self.train), seed)
 
 
-def make(size: Size, n_folds: int) -> Data:
+def make(size: Size, n_folds: int, protocol: str = "rotating") -> Data:
     """Draw sentences.
 
     Lengths of the real size are log-normal with the percentiles of published traces (5, 50 and 95 %
@@ -94,6 +94,8 @@ def make(size: Size, n_folds: int) -> Data:
     train, validation = [], []
     for test in tests:
         others = [each for each in range(size.n_problems) if each != test]
+        if protocol == "rotating":
+            others = [*(each for each in others if each > test), *others[:test]]
         validation.append(np.isin(problem, others[:3]))
         train.append(np.isin(problem, others[3:]))
     return Data(
@@ -175,12 +177,18 @@ def per_epoch(
     return found
 
 
-def compare(size: Size, shapes: list[tuple[int, int]], device: torch.device, runs: int) -> None:
+def compare(
+    size: Size,
+    shapes: list[tuple[int, int]],
+    device: torch.device,
+    runs: int,
+    protocol: str = "rotating",
+) -> None:
     """Print one table: milliseconds per model-epoch of the peer and of ours for several batches.
 
     A ratio is the median over repetitions of ratios within a repetition.
     """
-    data = make(size, max(folds for folds, _ in shapes))
+    data = make(size, max(folds for folds, _ in shapes), protocol)
     tokens = RaggedTokens(data.tokens.values.to(device), data.tokens.offsets)
     print(
         f"\n{size.name}: {len(tokens)} sentences, {len(tokens.values)} tokens, width {size.width}"

@@ -27,11 +27,19 @@ from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError, NonFiniteError
 from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.device_memory import free_bytes
 from taprobe_core.solvers.platt import calibrate, probabilities
 from taprobe_core.solvers.ragged import RaggedTokens
-from taprobe_core.solvers.token_forward import Stack
+from taprobe_core.solvers.token_forward import NetworkShape, Stack
+from taprobe_core.solvers.token_memory import CPU_BYTES, bytes_needed
 from taprobe_core.solvers.token_options import TokenProbeOptions
-from taprobe_core.solvers.token_states import TokenStates, check_finite, token_states
+from taprobe_core.solvers.token_states import (
+    MAX_TOKENS_SCORED,
+    TokenStates,
+    check_finite,
+    token_states,
+    units_at_once,
+)
 from taprobe_core.solvers.token_training import (
     Targets,
     Trained,
@@ -43,9 +51,6 @@ from taprobe_core.solvers.token_weights import watched_weights
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
-
-MAX_VALUES = 2**26
-"""First-layer weights of one stack; training holds seven arrays of this size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +120,7 @@ def fit_token_probes(
     validation_weight: Floats | None = None,
     *,
     keep_weights: bool = True,
+    max_bytes: int | None = None,
 ) -> TokenSolution:
     """Fit one token probe per column.
 
@@ -134,6 +140,8 @@ def fit_token_probes(
             decides when to stop; None: the mean training weight of the sentence's class for binary
             targets, 1 for continuous ones.
         keep_weights: False saves memory where the scores are enough.
+        max_bytes: of the models trained at once, beside the token states; default 2 GiB on a CPU,
+            half of the free memory of a GPU.
 
     Returns:
         The probes, their scores and how they got there; equal for equal arguments on one machine.
@@ -154,7 +162,8 @@ def fit_token_probes(
     arrays = {name: np.empty((m, *size), np.float32) for name, size in sizes.items()}
     n_iter, best_epoch = np.zeros((2, m), dtype=np.int64)
     is_converged, decision = np.zeros(m, dtype=bool), np.empty((n, m))
-    for chosen, seed in _groups(columns, tokens.n_features * options.width):
+    at_once = models_at_once(states, shape, options, max_bytes)
+    for chosen, seed in _groups(columns, at_once):
         found = _fit_group(states, columns, watched, options, chosen, seed)
         for name, kept in arrays.items():
             kept[chosen] = found.trained.stack.views[name].cpu().numpy()
@@ -255,14 +264,36 @@ def _fit_group(
     return _Fitted(trained, decision.astype(np.float64))
 
 
-def _groups(columns: Columns, size: int) -> Iterator[tuple[NDArray[np.intp], int]]:
-    """Columns of one seed, as many at a time as the memory takes."""
+def models_at_once(
+    states: TokenStates, shape: NetworkShape, options: TokenProbeOptions, max_bytes: int | None
+) -> int:
+    """Return how many models are trained at once, at least 1.
+
+    Args:
+        states: on the device.
+        shape: of one model.
+        options: of all.
+        max_bytes: that they may take; None: 2 GiB on a CPU, half of the free memory of a GPU.
+    """
+    need = bytes_needed(
+        shape,
+        options,
+        states.tokens.lengths,
+        units_at_once(states.device),
+        min(MAX_TOKENS_SCORED, len(states.tokens.values)),
+    )
+    n_bytes = free_bytes(states.device, CPU_BYTES) if max_bytes is None else max_bytes
+    return need.models_within(n_bytes)
+
+
+def _groups(columns: Columns, at_once: int) -> Iterator[tuple[NDArray[np.intp], int]]:
+    """Columns of one seed, even groups of at most so many; models of a fold stand together."""
     assert columns.seed is not None  # noqa: S101  checked
-    at_once = max(MAX_VALUES // size, 1)
     for seed in np.unique(columns.seed):
         chosen = np.flatnonzero(columns.seed == seed)
-        for first in range(0, len(chosen), at_once):
-            yield chosen[first : first + at_once], int(seed)
+        chosen = chosen[np.argsort(columns.fold[chosen], kind="stable")]
+        for part in np.array_split(chosen, -(-len(chosen) // at_once)):
+            yield part, int(seed)
 
 
 def _check(
