@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from taprobe_core.solvers.ragged import ALIGNMENT
 from taprobe_core.solvers.token_forward import NetworkShape
 from taprobe_core.solvers.token_options import TokenProbeOptions
 
@@ -38,6 +39,7 @@ class Need(NamedTuple):
 def bytes_needed(
     shape: NetworkShape,
     options: TokenProbeOptions,
+    n_sentences: int,
     lengths: NDArray[np.int64],
     n_units_scored: int,
     n_tokens_scored: int,
@@ -47,6 +49,7 @@ def bytes_needed(
     Args:
         shape: of one model.
         options: of all.
+        n_sentences: of a batch.
         lengths: [sentence] int64, tokens of every sentence.
         n_units_scored: hidden units times tokens that one scoring pass holds.
         n_tokens_scored: tokens that it reads at most.
@@ -54,8 +57,8 @@ def bytes_needed(
     n_parameters = sum(int(np.prod(size)) for size in shape.parameters().values())
     first = shape.width * shape.n_features
     # The batch of the longest sentences, which a random order may draw.
-    longest = np.sort(lengths)[-options.batch_size :]
-    n_tokens, n_sentences = int(longest.sum()) + 32, len(longest)
+    longest = np.sort(lengths)[-n_sentences:]
+    n_tokens = int(longest.sum()) + ALIGNMENT
     slots = n_sentences * int(longest.max())
     if shape.pooling == "rolling_multimax":
         slots += n_tokens * min(options.window, int(longest.max()))

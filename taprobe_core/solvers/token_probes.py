@@ -1,6 +1,6 @@
 """Attention, MultiMax and rolling MultiMax probes, many models sharing one pass over the tokens.
 
-Columns (folds, targets, seeds) are grouped by seed; the models of a group see the same sentences in
+Columns (folds, targets, seeds) are grouped by seed and steps of an epoch; the models of a group see the same sentences in
 the same order, so that the tokens of a batch are read once and the first layer of all models is one
 matrix product. What does not belong here: training (`token_training`), the network
 (`token_forward`) and which columns there are.
@@ -33,6 +33,7 @@ from taprobe_core.solvers.ragged import RaggedTokens
 from taprobe_core.solvers.token_forward import NetworkShape, Stack
 from taprobe_core.solvers.token_memory import CPU_BYTES, bytes_needed
 from taprobe_core.solvers.token_options import TokenProbeOptions
+from taprobe_core.solvers.token_reading import n_batches
 from taprobe_core.solvers.token_states import (
     MAX_TOKENS_SCORED,
     TokenStates,
@@ -162,8 +163,9 @@ def fit_token_probes(
     arrays = {name: np.empty((m, *size), np.float32) for name, size in sizes.items()}
     n_iter, best_epoch = np.zeros((2, m), dtype=np.int64)
     is_converged, decision = np.zeros(m, dtype=bool), np.empty((n, m))
-    at_once = models_at_once(states, shape, options, max_bytes)
-    for chosen, seed in _groups(columns, at_once):
+    steps = _steps(columns, options)
+    at_once = models_at_once(states, shape, options, int(steps.min()), max_bytes)
+    for chosen, seed in _groups(columns, steps, at_once):
         found = _fit_group(states, columns, watched, options, chosen, seed)
         for name, kept in arrays.items():
             kept[chosen] = found.trained.stack.views[name].cpu().numpy()
@@ -265,7 +267,11 @@ def _fit_group(
 
 
 def models_at_once(
-    states: TokenStates, shape: NetworkShape, options: TokenProbeOptions, max_bytes: int | None
+    states: TokenStates,
+    shape: NetworkShape,
+    options: TokenProbeOptions,
+    n_steps: int,
+    max_bytes: int | None,
 ) -> int:
     """Return how many models are trained at once, at least 1.
 
@@ -273,11 +279,13 @@ def models_at_once(
         states: on the device.
         shape: of one model.
         options: of all.
+        n_steps: batches of an epoch, at least.
         max_bytes: that they may take; None: 2 GiB on a CPU, half of the free memory of a GPU.
     """
     need = bytes_needed(
         shape,
         options,
+        -(-len(states.tokens) // n_steps),
         states.tokens.lengths,
         units_at_once(states.device),
         min(MAX_TOKENS_SCORED, len(states.tokens.values)),
@@ -286,14 +294,26 @@ def models_at_once(
     return need.models_within(n_bytes)
 
 
-def _groups(columns: Columns, at_once: int) -> Iterator[tuple[NDArray[np.intp], int]]:
-    """Columns of one seed, even groups of at most so many; models of a fold stand together."""
+def _steps(columns: Columns, options: TokenProbeOptions) -> NDArray[np.int64]:
+    """Batches of each column's epoch, [column]."""
+    learnt = (columns.weight > 0).sum(axis=0).tolist()
+    return np.array([n_batches(n, options.batch_size) for n in learnt], dtype=np.int64)
+
+
+def _groups(
+    columns: Columns, steps: NDArray[np.int64], at_once: int
+) -> Iterator[tuple[NDArray[np.intp], int]]:
+    """Columns of one seed and equally many steps, even groups of at most so many.
+
+    Models of a fold stand together.
+    """
     assert columns.seed is not None  # noqa: S101  checked
-    for seed in np.unique(columns.seed):
-        chosen = np.flatnonzero(columns.seed == seed)
+    kinds = np.unique(np.stack([columns.seed, steps], axis=1), axis=0)
+    for seed, n_steps in kinds.tolist():
+        chosen = np.flatnonzero((columns.seed == seed) & (steps == n_steps))
         chosen = chosen[np.argsort(columns.fold[chosen], kind="stable")]
         for part in np.array_split(chosen, -(-len(chosen) // at_once)):
-            yield part, int(seed)
+            yield part, seed
 
 
 def _check(

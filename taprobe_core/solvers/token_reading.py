@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
 
-PART_VALUES = {"cpu": 2**18}
+PART_VALUES = {"cpu": 2**20}
 """First-layer weights of a part, at least: smaller products run well below the processor's rate."""
 PART_VALUES_ELSEWHERE = 2**24
 
-MIN_SHARE_SAVED = 0.08
+MIN_SHARE_SAVED = 0.12
 """Of the products; below, one large product is faster than parts."""
 
 MIN_GAP = 48
@@ -33,6 +33,25 @@ MIN_GAP = 48
 
 TOKENS_OF_A_COPY = 64
 """Copying a model's weights takes about as long as its product with this many tokens."""
+
+
+def n_batches(n_learnt: int, batch_size: int) -> int:
+    """Return into how many batches a model's epoch is cut: a function of its own sentences alone.
+
+    As many as if the model were alone, rounded up to five binary digits (above 32 by at most a
+    sixteenth), so that folds of nearly equal size can share their batches.
+
+    Args:
+        n_learnt: sentences that the model learns from.
+        batch_size: most of them in a batch, on average.
+
+    Example:
+        >>> [n_batches(n, 32) for n in (1, 640, 641, 3100, 3200)]
+        [1, 20, 21, 100, 100]
+    """
+    exact = max(-(-n_learnt // batch_size), 1)
+    step = 1 << max(exact.bit_length() - 5, 0)
+    return -(-exact // step) * step
 
 
 class Part(NamedTuple):

@@ -4,14 +4,15 @@ All models of a stack have one seed: they start from the same weights and see th
 a sentence that a model must not learn from has weight 0 in its loss. What does not belong here: how
 columns are grouped into stacks (`token_probes`) and the network (`token_forward`).
 
-Invariants: the order of the sentences is a function of the seed and their number alone, so that a
-model's result does not depend on the others but for rounding; a sentence that no model of the stack
+Invariants: the order of the sentences is a function of the seed and their number alone, their cut
+into batches of that and the number that the model learns from, so that a model's result does not
+depend on the others but for rounding; a sentence that no model of the stack
 learns from is not read; a model that has stopped leaves the stack and costs nothing more; the host
 waits for the device once per epoch.
 
 Source:
-    AdamW: Loshchilov and Hutter 2019. Batches are even (sizes differ by one at most) where usual
-    loops leave a small last one. A batch without a sentence that a model learns from counts as a
+    AdamW: Loshchilov and Hutter 2019. Batches are even, held-out sentences counted, where usual
+    loops leave a small last one; a model has about `batch_size` sentences of its own in each. A batch without a sentence that a model learns from counts as a
     step of gradient 0.
 """
 
@@ -37,7 +38,7 @@ from taprobe_core.solvers.token_forward import (
     forward,
 )
 from taprobe_core.solvers.token_options import Loss, TokenProbeOptions
-from taprobe_core.solvers.token_reading import Readers, watchers
+from taprobe_core.solvers.token_reading import Readers, n_batches, watchers
 from taprobe_core.solvers.token_states import TokenStates
 
 Floats = NDArray[np.float64]
@@ -101,7 +102,7 @@ def train_stack(
     Args:
         states: token states on the device.
         scaling: of each model's fold.
-        targets: of each model.
+        targets: of each model; of models whose epochs have equally many batches.
         options: settings.
         seed: of the initial weights and of the order of sentences.
     """
@@ -110,13 +111,14 @@ def train_stack(
     stack = Stack.zeros(shape, m, states.device, torch.float32)
     stack.fill(draw(shape, seed))
     best = stack.like(stack.flat.clone())
+    n_steps = n_batches(int((targets.weight > 0).sum(axis=0).max()), options.batch_size)
     learner = _Learner(states, scaling, targets, options, stack)
     rng = np.random.default_rng([seed, 1])
     active = np.arange(m)
     best_loss = np.full(m, np.nan if targets.watched is None else np.inf)
     best_epoch, n_epochs = np.zeros((2, m), dtype=np.int64)
     for epoch in range(1, options.max_epochs + 1):
-        learner.learn(_split(rng.permutation(len(targets.y)), options.batch_size), active)
+        learner.learn(np.array_split(rng.permutation(len(targets.y)), n_steps), active)
         n_epochs[active] = epoch
         if targets.watched is None:
             continue
@@ -154,10 +156,6 @@ def score_stack(
         found, _ = forward(stack, scaling, states.read(batch), batch, False, space)
         logits.index_copy_(0, batch.row, found)
     return logits
-
-
-def _split(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
-    return np.array_split(order, -(-len(order) // batch_size))
 
 
 class _Adam(NamedTuple):

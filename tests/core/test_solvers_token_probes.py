@@ -148,11 +148,11 @@ def train_alone(model, tokens, train, watched, y, weight, orders):
     return scores.double().numpy(), best_epoch, epoch
 
 
-def orders_of(seed, n, options):
+def orders_of(seed, n, n_learnt, options):
     """The batches that the solver promises for a seed."""
     rng = np.random.default_rng([seed, 1])
-    n_batches = -(-n // options.batch_size)
-    return [np.array_split(rng.permutation(n), n_batches) for _ in range(options.max_epochs)]
+    n_parts = -(-n_learnt // options.batch_size)
+    return [np.array_split(rng.permutation(n), n_parts) for _ in range(options.max_epochs)]
 
 
 def planted(n=72, d=6, seed=0, low=1, high=12, dtype=torch.float32):
@@ -249,7 +249,7 @@ def test_models_trained_together_equal_modules_trained_alone(pooling, loss, trai
             watched *= np.where(y > 0.5, columns.weight[:, at].max(), 1.0)
         scores, best, n_epochs = train_alone(
             model, tokens, train[fold], watched, y, columns.weight[:, at],
-            orders_of(seed, len(y), options),
+            orders_of(seed, len(y), int(train[fold].sum()), options),
         )  # fmt: skip
         np.testing.assert_allclose(found.decision[:, at], scores, atol=1e-5)
         assert (found.best_epoch[at], found.n_iter[at]) == (best, n_epochs)
@@ -285,7 +285,7 @@ def test_the_bytes_given_bound_the_models_trained_at_once(monkeypatch, n_fit, si
     monkeypatch.setattr(token_probes, "train_stack", counted)
     states = token_states(tokens, train, "cpu")
     shape, n_bytes = network_shape(6, SMALL), 0
-    while n_fit and token_probes.models_at_once(states, shape, SMALL, n_bytes) < n_fit:
+    while n_fit and token_probes.models_at_once(states, shape, SMALL, 3, n_bytes) < n_fit:
         n_bytes += 1000
     cut = fit_token_probes(tokens, train, validation, columns, SMALL, max_bytes=n_bytes)
     assert seen == sizes
@@ -298,7 +298,7 @@ def test_a_stack_takes_no_more_memory_than_was_counted(pooling):
     tokens, train, validation, y = planted(d=300, high=30)
     columns = columns_of(train, y, [0, 1, 2] * 8, [0] * 24)
     shape = network_shape(300, options)
-    need = bytes_needed(shape, options, tokens.lengths, 2**21, len(tokens.values))
+    need = bytes_needed(shape, options, 24, tokens.lengths, 2**21, len(tokens.values))
     states = token_states(tokens, train, "cpu")
     targets = Targets(columns.y, columns.weight, columns.weight * 0 + validation[columns.fold].T)
     counter = Allocations()
@@ -310,7 +310,7 @@ def test_a_stack_takes_no_more_memory_than_was_counted(pooling):
     # half of a GPU's 78 GiB takes hundreds of models of 5,120 features on sentences of real length
     wide = TokenProbeOptions(pooling)
     real = np.full(3000, 25)
-    need = bytes_needed(network_shape(5120, wide), wide, real, 2**27, 2**14)
+    need = bytes_needed(network_shape(5120, wide), wide, 40, real, 2**27, 2**14)
     assert 500 < need.models_within(39 * 2**30) < 3000
 
 
