@@ -157,7 +157,7 @@ def agreement(peer: Peer) -> tuple[float, float]:
     ours = fit_token_probes(data.tokens, data.train, None, columns, options, peer.device)
     theirs = []
     for order in (slice(None), slice(None, None, -1)):
-        peer.train([[batch[order] for batch in batches] for batches in epochs])
+        peer.train([[batch[order].copy() for batch in batches] for batches in epochs])
         found = scores(peer.model, peer.set, np.arange(len(data.tokens)))
         theirs.append(found.double().cpu().numpy())
     pairs = ((ours.decision[:, 0], theirs[0]), (theirs[1], theirs[0]))

@@ -120,7 +120,7 @@ class Stack:
         return Stack(self.shape, torch.cat(parts), len(models))
 
     def put(self, models: torch.Tensor, other: Stack, chosen: torch.Tensor) -> None:
-        """Overwrite some of the models, [model] int64, with as many chosen ones of another stack."""
+        """Overwrite some models, [model] int64, with as many chosen ones of another stack."""
         for name, view in self.views.items():
             view.index_copy_(0, models, other.views[name].index_select(0, chosen))
 

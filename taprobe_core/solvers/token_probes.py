@@ -1,9 +1,9 @@
 """Attention, MultiMax and rolling MultiMax probes, many models sharing one pass over the tokens.
 
-Columns (folds, targets, seeds) are grouped by seed and steps of an epoch; the models of a group see the same sentences in
-the same order, so that the tokens of a batch are read once and the first layer of all models is one
-matrix product. What does not belong here: training (`token_training`), the network
-(`token_forward`) and which columns there are.
+Columns (folds, targets, seeds) are grouped by seed and steps of an epoch; the models of a group see
+the same sentences in the same order, so that the tokens of a batch are read once and the first
+layer of all models is one matrix product. What does not belong here: training (`token_training`),
+the network (`token_forward`) and which columns there are.
 
 Invariant: a column's result is a function of its own fold, target, weights and seed, of the
 options and of the sentences; which other columns it is solved with changes it by rounding only.
@@ -17,7 +17,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,20 +27,12 @@ from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError, NonFiniteError
 from taprobe_core.solvers.columns import Columns
-from taprobe_core.solvers.device_memory import free_bytes
 from taprobe_core.solvers.platt import calibrate, probabilities
 from taprobe_core.solvers.ragged import RaggedTokens
-from taprobe_core.solvers.token_forward import NetworkShape, Stack
-from taprobe_core.solvers.token_memory import CPU_BYTES, bytes_needed
+from taprobe_core.solvers.token_forward import Stack
+from taprobe_core.solvers.token_memory import models_at_once, stacks, steps_of
 from taprobe_core.solvers.token_options import TokenProbeOptions
-from taprobe_core.solvers.token_reading import n_batches
-from taprobe_core.solvers.token_states import (
-    MAX_TOKENS_SCORED,
-    TokenStates,
-    check_finite,
-    token_states,
-    units_at_once,
-)
+from taprobe_core.solvers.token_states import TokenStates, check_finite, token_states
 from taprobe_core.solvers.token_training import (
     Targets,
     Trained,
@@ -163,9 +155,9 @@ def fit_token_probes(
     arrays = {name: np.empty((m, *size), np.float32) for name, size in sizes.items()}
     n_iter, best_epoch = np.zeros((2, m), dtype=np.int64)
     is_converged, decision = np.zeros(m, dtype=bool), np.empty((n, m))
-    steps = _steps(columns, options)
+    steps = steps_of(columns, options)
     at_once = models_at_once(states, shape, options, int(steps.min()), max_bytes)
-    for chosen, seed in _groups(columns, steps, at_once):
+    for chosen, seed in stacks(columns, steps, at_once):
         found = _fit_group(states, columns, watched, options, chosen, seed)
         for name, kept in arrays.items():
             kept[chosen] = found.trained.stack.views[name].cpu().numpy()
@@ -264,56 +256,6 @@ def _fit_group(
             "lower learning_rate, or look for extreme values among targets and weights",
         )
     return _Fitted(trained, decision.astype(np.float64))
-
-
-def models_at_once(
-    states: TokenStates,
-    shape: NetworkShape,
-    options: TokenProbeOptions,
-    n_steps: int,
-    max_bytes: int | None,
-) -> int:
-    """Return how many models are trained at once, at least 1.
-
-    Args:
-        states: on the device.
-        shape: of one model.
-        options: of all.
-        n_steps: batches of an epoch, at least.
-        max_bytes: that they may take; None: 2 GiB on a CPU, half of the free memory of a GPU.
-    """
-    need = bytes_needed(
-        shape,
-        options,
-        -(-len(states.tokens) // n_steps),
-        states.tokens.lengths,
-        units_at_once(states.device),
-        min(MAX_TOKENS_SCORED, len(states.tokens.values)),
-    )
-    n_bytes = free_bytes(states.device, CPU_BYTES) if max_bytes is None else max_bytes
-    return need.models_within(n_bytes)
-
-
-def _steps(columns: Columns, options: TokenProbeOptions) -> NDArray[np.int64]:
-    """Batches of each column's epoch, [column]."""
-    learnt = (columns.weight > 0).sum(axis=0).tolist()
-    return np.array([n_batches(n, options.batch_size) for n in learnt], dtype=np.int64)
-
-
-def _groups(
-    columns: Columns, steps: NDArray[np.int64], at_once: int
-) -> Iterator[tuple[NDArray[np.intp], int]]:
-    """Columns of one seed and equally many steps, even groups of at most so many.
-
-    Models of a fold stand together.
-    """
-    assert columns.seed is not None  # noqa: S101  checked
-    kinds = np.unique(np.stack([columns.seed, steps], axis=1), axis=0)
-    for seed, n_steps in kinds.tolist():
-        chosen = np.flatnonzero((columns.seed == seed) & (steps == n_steps))
-        chosen = chosen[np.argsort(columns.fold[chosen], kind="stable")]
-        for part in np.array_split(chosen, -(-len(chosen) // at_once)):
-            yield part, seed
 
 
 def _check(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 Mask = NDArray[np.bool_]
 Index = NDArray[np.int64]
 
-PART_VALUES = {"cpu": 2**20}
+PART_VALUES = {"cpu": 3 * 2**19}
 """First-layer weights of a part, at least: smaller products run well below the processor's rate."""
 PART_VALUES_ELSEWHERE = 2**24
 
@@ -73,17 +73,16 @@ class Readers:
         is_used: [sentence] bool, whether any model learns from it.
     """
 
-    def __init__(self, weight: NDArray[np.float64], lengths: Index, values: int, kind: str) -> None:
+    def __init__(self, is_read: Mask, lengths: Index, values: int, kind: str) -> None:
         """Cut the models into parts, or leave them whole where that saves too little.
 
         Args:
-            weight: [sentence, model], above 0 where the model learns.
+            is_read: [sentence, model] bool, whether the model learns from it.
             lengths: [sentence] int64, tokens.
             values: first-layer weights of one model.
             kind: type of the device, as PyTorch names it.
         """
-        is_read = weight > 0
-        self.is_used = is_read.any(axis=1)
+        self.is_used: Mask = np.any(is_read, axis=1)
         m = is_read.shape[1]
         each = -(-PART_VALUES.get(kind, PART_VALUES_ELSEWHERE) // values)
         n_parts = max(m // each, 1)

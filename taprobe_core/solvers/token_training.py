@@ -12,8 +12,8 @@ waits for the device once per epoch.
 
 Source:
     AdamW: Loshchilov and Hutter 2019. Batches are even, held-out sentences counted, where usual
-    loops leave a small last one; a model has about `batch_size` sentences of its own in each. A batch without a sentence that a model learns from counts as a
-    step of gradient 0.
+    loops leave a small last one; a model has about `batch_size` sentences of its own in each. A
+    batch without a sentence that a model learns from counts as a step of gradient 0.
 """
 
 from __future__ import annotations
@@ -234,8 +234,8 @@ class _Learner:
         """Take one step per batch of sentences."""
         tokens, options = self.states.tokens, self.options
         if self.readers is None:
-            weight, size = self.targets.weight[:, active], tokens.n_features * options.width
-            self.readers = Readers(weight, tokens.lengths, size, self.states.device.type)
+            learnt, size = self.targets.weight[:, active] > 0, tokens.n_features * options.width
+            self.readers = Readers(learnt, tokens.lengths, size, self.states.device.type)
         read = [self.readers.order(batch) for batch in batches]
         planned = plan_batches(tokens, read, options.window_or_none, self.states.device)
         for sentences, batch in zip(read, planned, strict=True):
@@ -265,9 +265,9 @@ class _Learner:
             for batch in batches:
                 states = self.states.read(batch)
                 logits, _ = forward(stack, scaling, states, batch, False, self.space)
-                of_models = (each.index_select(0, batch.row)[:, models] for each in (y, watched))
-                loss = _losses(logits, next(of_models), self.options.loss)
-                total.index_add_(0, models, (loss * next(of_models)).sum(0))
+                target, weight = (each[batch.row[:, None], models] for each in (y, watched))
+                losses = _losses(logits, target, self.options.loss)
+                total.index_add_(0, models, (losses * weight).sum(0))
         return np.asarray((total / watched.sum(0)).cpu().numpy(), dtype=np.float64)
 
     def _watch(self, watched: Floats) -> list[_Watch]:

@@ -23,7 +23,7 @@ from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.ragged import RaggedTokens, plan_batches
 from taprobe_core.solvers.token_backward import backward
 from taprobe_core.solvers.token_forward import FoldScaling, Stack, Workspace, draw, forward
-from taprobe_core.solvers.token_memory import bytes_needed
+from taprobe_core.solvers.token_memory import bytes_needed, models_at_once
 from taprobe_core.solvers.token_options import TokenProbeOptions
 from taprobe_core.solvers.token_pooling import POOLINGS
 from taprobe_core.solvers.token_probes import (
@@ -285,7 +285,7 @@ def test_the_bytes_given_bound_the_models_trained_at_once(monkeypatch, n_fit, si
     monkeypatch.setattr(token_probes, "train_stack", counted)
     states = token_states(tokens, train, "cpu")
     shape, n_bytes = network_shape(6, SMALL), 0
-    while n_fit and token_probes.models_at_once(states, shape, SMALL, 3, n_bytes) < n_fit:
+    while n_fit and models_at_once(states, shape, SMALL, 3, n_bytes) < n_fit:
         n_bytes += 1000
     cut = fit_token_probes(tokens, train, validation, columns, SMALL, max_bytes=n_bytes)
     assert seen == sizes
@@ -365,9 +365,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_models_that_read_parts_of_a_batch_learn_what_they_learn_alone(
-    monkeypatch, pooling, depth
-):
+def test_models_that_read_parts_of_a_batch_learn_what_they_learn_alone(monkeypatch, pooling, depth):
     options = replace(SMALL, pooling=pooling, depth=depth, max_epochs=8, patience=1,
                       learning_rate=0.02, batch_size=24)  # fmt: skip
     tokens, _, _, y = planted(n=96, high=20)
@@ -382,7 +380,7 @@ def test_models_that_read_parts_of_a_batch_learn_what_they_learn_alone(
     whole = fit_token_probes(tokens, train, validation, columns, options)
     monkeypatch.setitem(token_reading.PART_VALUES, "cpu", 1)
     monkeypatch.setattr(token_reading, "MIN_GAP", 10)
-    readers = token_reading.Readers(columns.weight, tokens.lengths, 48, "cpu")
+    readers = token_reading.Readers(columns.weight > 0, tokens.lengths, 48, "cpu")
     sentences = readers.order(np.arange(96))
     parts = readers.parts(sentences, tokens.lengths)
     assert max(len(part.ranges) for part in parts) > 1
@@ -403,8 +401,8 @@ def test_watched_sentences_are_grouped_by_the_models_that_they_count_for():
         for each in found:
             rest = np.delete(watched[each.sentences], each.models, axis=1)
             assert not rest.any()
-    assert [len(each.models) for each in token_reading.watchers(np.kron(np.eye(6), np.ones((10, 2))),
-                                                                lengths)] == [2] * 6  # fmt: skip
+    found = token_reading.watchers(np.kron(np.eye(6), np.ones((10, 2))), lengths)
+    assert [len(each.models) for each in found] == [2] * 6
 
 
 def test_weights_that_nobody_stores_are_not_kept():
@@ -576,7 +574,9 @@ def test_seeds_scatter_like_those_of_modules_trained_alone(pooling):
     Kolmogorov-Smirnov and Mann-Whitney on PR-AUC, log loss and epochs: of the six p-values of a
     pooling the smallest, times six (Bonferroni, what Holm's first step is), is above .05.
     """
-    options = replace(SMALL, pooling=pooling, max_epochs=15, patience=3, learning_rate=0.01, width=6)
+    options = replace(
+        SMALL, pooling=pooling, max_epochs=15, patience=3, learning_rate=0.01, width=6
+    )
     tokens, train, validation, y = planted(n=90, seed=6)
     flip = np.random.default_rng(1).random(90) < 0.15
     y = np.where(flip, 1 - y, y)
