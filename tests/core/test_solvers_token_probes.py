@@ -685,3 +685,27 @@ def test_divergence_is_said():
     options = replace(SMALL, loss="squared", learning_rate=1e20)
     with pytest.raises(NonFiniteError, match="diverged"):
         fit_token_probes(tokens, train, validation, columns, options)
+
+
+def test_steps_of_an_epoch_are_those_of_a_model_alone_or_a_sixteenth_more():
+    learnt = np.arange(1, 20_000, 7)
+    for batch_size in (1, 32):
+        exact = -(-learnt // batch_size)
+        found = np.array([token_reading.n_batches(int(n), batch_size) for n in learnt])
+        assert (found[exact <= 32] == exact[exact <= 32]).all()
+        assert (found >= exact).all()
+        assert (found <= exact * 17 / 16 + 1).all()
+    # Folds of nearly equal size, as leaving one problem out makes them, share a stack or two.
+    assert len({token_reading.n_batches(n, 32) for n in range(3100, 3270)}) == 2
+
+
+def test_folds_of_other_sizes_are_trained_as_they_are_alone():
+    tokens, train, validation, y = planted()
+    at = np.arange(72)
+    train = train & np.stack([at >= 0, at % 3 > 0, at % 2 > 0])
+    columns = columns_of(train, y, [0, 1, 2, 1], [0, 0, 0, 0])
+    options = replace(SMALL, batch_size=8)
+    together = fit_token_probes(tokens, train, validation, columns, options)
+    for at in range(4):
+        alone = fit_token_probes(tokens, train, validation, columns.take(np.array([at])), options)
+        np.testing.assert_allclose(alone.decision[:, 0], together.decision[:, at], atol=1e-5)
