@@ -48,6 +48,16 @@ class PaddedProbe(nn.Module):
         self.mixer.weight.copy_(named["mixer"][None])
         self.mixer.bias.copy_(named["bias"])
 
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw Xavier-uniform weights by the library's own generator; zero biases."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, each in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(each)
+            else:
+                nn.init.xavier_uniform_(each, generator=generator)
+
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return logits [sentence] of padded states [sentence, token, d]."""
         for layer in self.layers:
@@ -115,3 +125,13 @@ def scores(model: PaddedProbe, data: PaddedSet, rows: NDArray[np.int64]) -> torc
     """Return logits of some sentences, 32 at a time."""
     parts = np.array_split(rows, -(-len(rows) // 32))
     return torch.cat([model(*data.batch(part)[:2]) for part in parts])
+
+
+@torch.no_grad()
+def watched_loss(model: PaddedProbe, data: PaddedSet, rows: NDArray[np.int64]) -> float:
+    """Return the weighted mean loss of some sentences."""
+    states, mask, y, weight = data.batch(rows)
+    loss = functional.binary_cross_entropy_with_logits(
+        model(states, mask), y, weight=weight, reduction="sum"
+    )
+    return float(loss / weight.sum())

@@ -5,11 +5,15 @@
 
 Seconds per model and epoch: the time of a long training less that of a short one, over the epochs
 between them; validation after each epoch is included on both sides, patience is off. The peer
-(`token_peer`) trains on batches of 32 of its own fold's sentences. Agreement: after two epochs from
-the same weights over the same batches, the largest difference of logits over their standard
-deviation; about 1e-6, or 1e-3 where an activation within rounding of the ReLU's kink, or one of two
-nearly equal maxima, fell to the other side in training. Last, the daily case: a sweep cell of demo
-size, early stopping on.
+(`token_peer`) trains on batches of 32 of its own fold's sentences. Folds leave one problem out and
+hold three for validation: the three that follow it (`rotating`), or the three of the smallest
+numbers (`smallest`), which hardly any fold learns from.
+
+Agreement: after two epochs from the same weights over the same batches, the largest difference of
+logits over their standard deviation; beside it that of the peer from itself when the sentences of
+every batch stand in reverse order, which is what rounding alone does: activations within rounding
+of the ReLU's kink, and nearly equal maxima, fall to the other side. Last, the daily case: a sweep
+cell of demo size, early stopping on. Scatter over seeds: `token_seeds`.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from taprobe_core.solvers.token_probes import (
     fit_token_probes,
     positive_weights,
 )
+from taprobe_core.solvers.token_reading import n_batches
 from taprobe_core.solvers.token_training import network_shape
 
 SHORT, LONG = 1, 4
@@ -74,7 +79,7 @@ class Data:
         return Columns(fold, y, positive_weights(y, fold, self.train), seed)
 
 
-def make(size: Size, n_folds: int) -> Data:
+def make(size: Size, n_folds: int, protocol: str = "rotating") -> Data:
     """Draw sentences.
 
     Lengths of the real size are log-normal with the percentiles of published traces (5, 50 and 95 %
@@ -94,6 +99,8 @@ def make(size: Size, n_folds: int) -> Data:
     train, validation = [], []
     for test in tests:
         others = [each for each in range(size.n_problems) if each != test]
+        if protocol == "rotating":
+            others = [*(each for each in others if each > test), *others[:test]]
         validation.append(np.isin(problem, others[:3]))
         train.append(np.isin(problem, others[3:]))
     return Data(
@@ -133,18 +140,29 @@ class Peer:
     def our_epochs(self, n_epochs: int) -> list[list[NDArray[np.int64]]]:
         """The training sentences of the batches that ours draws for seed 0."""
         rng, n = np.random.default_rng([0, 1]), len(self.data.tokens)
-        orders = [np.array_split(rng.permutation(n), -(-n // 32)) for _ in range(n_epochs)]
-        return [[part[self.data.train[0][part]] for part in order] for order in orders]
+        train = self.data.train[0]
+        cut = n_batches(int(train.sum()), 32)
+        orders = [np.array_split(rng.permutation(n), cut) for _ in range(n_epochs)]
+        return [[part[train[part]] for part in order] for order in orders]
 
 
-def agreement(peer: Peer) -> float:
-    """Largest difference of logits after two epochs, over their standard deviation."""
+def agreement(peer: Peer) -> tuple[float, float]:
+    """Largest difference of logits after two epochs, over their standard deviation.
+
+    Returns:
+        That of ours from the peer, and of the peer from itself with every batch in reverse order.
+    """
     data, options = peer.data, replace(peer.options, max_epochs=2, patience=100)
-    peer.train(peer.our_epochs(2))
-    theirs = scores(peer.model, peer.set, np.arange(len(data.tokens))).double().cpu().numpy()
-    columns = data.columns(1, 1)
+    columns, epochs = data.columns(1, 1), peer.our_epochs(2)
     ours = fit_token_probes(data.tokens, data.train, None, columns, options, peer.device)
-    return float(np.abs(ours.decision[:, 0] - theirs).max() / theirs.std())
+    theirs = []
+    for order in (slice(None), slice(None, None, -1)):
+        peer.train([[batch[order].copy() for batch in batches] for batches in epochs])
+        found = scores(peer.model, peer.set, np.arange(len(data.tokens)))
+        theirs.append(found.double().cpu().numpy())
+    pairs = ((ours.decision[:, 0], theirs[0]), (theirs[1], theirs[0]))
+    first, second = (float(np.abs(a - b).max() / b.std()) for a, b in pairs)
+    return first, second
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -175,22 +193,29 @@ def per_epoch(
     return found
 
 
-def compare(size: Size, shapes: list[tuple[int, int]], device: torch.device, runs: int) -> None:
+def compare(
+    size: Size,
+    shapes: list[tuple[int, int]],
+    device: torch.device,
+    runs: int,
+    protocol: str = "rotating",
+) -> None:
     """Print one table: milliseconds per model-epoch of the peer and of ours for several batches.
 
     A ratio is the median over repetitions of ratios within a repetition.
     """
-    data = make(size, max(folds for folds, _ in shapes))
+    data = make(size, max(folds for folds, _ in shapes), protocol)
     tokens = RaggedTokens(data.tokens.values.to(device), data.tokens.offsets)
     print(
-        f"\n{size.name}: {len(tokens)} sentences, {len(tokens.values)} tokens, width {size.width}"
+        f"\n{size.name}, {protocol}: {len(tokens)} sentences, {len(tokens.values)} tokens, "
+        f"width {size.width}"
     )
     heads = "".join(f"{f'ours, M={folds * seeds}':>16}{'ratio':>8}" for folds, seeds in shapes)
-    print(f"{'ms per model-epoch':<20}{'alone':>10}{heads}{'max|d|/sd':>12}")
+    print(f"{'ms per model-epoch':<20}{'alone':>10}{heads}{'max|d|/sd':>12}{'reversed':>10}")
     for pooling in POOLINGS:
         options = TokenProbeOptions(pooling, width=size.width, patience=100)
         peer = Peer(data, options, device)
-        differs = agreement(peer)
+        differs, reversed_ = agreement(peer)
         batches = [data.columns(*shape) for shape in shapes]
         works: list[Callable[[int], object]] = [peer.train_own]
         works += [partial(fit, tokens, data, each, options) for each in batches]
@@ -199,7 +224,7 @@ def compare(size: Size, shapes: list[tuple[int, int]], device: torch.device, run
         for at, columns in enumerate(batches, 1):
             each = found[:, at] / len(columns)
             line += f"{np.median(each):>16.3f}{np.median(found[:, 0] / each):>8.1f}"
-        print(f"{line}{differs:>12.1e}", flush=True)
+        print(f"{line}{differs:>12.1e}{reversed_:>10.1e}", flush=True)
 
 
 def fit(
@@ -246,7 +271,8 @@ def main() -> None:
     else:
         torch.set_num_threads(1)
         print(f"1 thread, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
-        compare(REAL, [(1, 1), (20, 1)], device, arguments.repetitions)
+        for protocol in ("rotating", "smallest"):
+            compare(REAL, [(1, 1), (20, 1)], device, arguments.repetitions, protocol)
         compare(DEMO, [(1, 1), (21, 5)], device, arguments.repetitions)
     daily(device)
 

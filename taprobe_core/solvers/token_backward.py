@@ -11,13 +11,22 @@ numbers differ by rounding only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from taprobe_core.solvers.ragged import TokenBatch
-from taprobe_core.solvers.token_forward import FoldScaling, Stack, Trace, Workspace, heads
+from taprobe_core.solvers.token_forward import (
+    FoldScaling,
+    Stack,
+    Trace,
+    Workspace,
+    heads,
+    products,
+)
 from taprobe_core.solvers.token_pooling import maxima, pool_gradient
+from taprobe_core.solvers.token_reading import Part
 
 GATHER_BELOW = 0.5
 """Share of the tokens; gathering costs about as much as the products it saves here."""
@@ -47,6 +56,7 @@ def backward(
     gradient: torch.Tensor,
     out: Stack,
     space: Workspace,
+    parts: Sequence[Part] | None = None,
 ) -> None:
     """Write the gradient of every parameter.
 
@@ -58,6 +68,7 @@ def backward(
         gradient: [sentence, m], of the loss for the logits; 0 where a model does not learn.
         out: overwritten, the models of `stack`.
         space: as given to `forward`.
+        parts: as given to `forward`; `gradient` is 0 where a model does not read.
     """
     shape, views, m = stack.shape, out.views, stack.n_models
     by_head = gradient[..., None]
@@ -72,7 +83,7 @@ def backward(
     if "query" in views:
         views["query"].copy_(upstream.to_heads[:, : shape.n_heads])
     views["value"].copy_(upstream.to_heads[:, -shape.n_heads :])
-    _through_layers(stack, scaling, upstream, out)
+    _through_layers(stack, scaling, upstream, out, parts)
 
 
 def _at_all_tokens(
@@ -102,7 +113,13 @@ def _at_maxima(stack: Stack, trace: Trace, to_pooled: torch.Tensor, at: torch.Te
     return _Upstream(to_heads, to_hidden, hidden, states)
 
 
-def _through_layers(stack: Stack, scaling: FoldScaling, upstream: _Upstream, out: Stack) -> None:
+def _through_layers(
+    stack: Stack,
+    scaling: FoldScaling,
+    upstream: _Upstream,
+    out: Stack,
+    parts: Sequence[Part] | None,
+) -> None:
     shape, views, hidden = stack.shape, out.views, upstream.hidden
     to_hidden = upstream.to_hidden
     for layer in range(shape.depth - 1, -1, -1):
@@ -115,10 +132,32 @@ def _through_layers(stack: Stack, scaling: FoldScaling, upstream: _Upstream, out
             to_hidden = torch.bmm(stack.views[f"token_weight_{layer}"].mT, to_hidden)
     weight = views["token_weight_0"]
     if upstream.states.ndim == 2:
-        flat = to_hidden.view(-1, to_hidden.shape[2])
-        torch.mm(flat, upstream.states, out=weight.view(-1, shape.n_features))
+        _first_layer(to_hidden, upstream.states, weight, parts)
     else:
         torch.bmm(to_hidden, upstream.states, out=weight)
     # d/dW of W ((x - mean) * inverse): the mean's share is one outer product per model.
     weight.addcmul_(views["token_bias_0"][..., None], scaling.mean[:, None], value=-1)
     weight.mul_(scaling.inverse)
+
+
+def _first_layer(
+    to_hidden: torch.Tensor,
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    parts: Sequence[Part] | None,
+) -> None:
+    """Write the gradient of the first layer's weights, [model, width, d], over scaled states."""
+    m, width, n_tokens = to_hidden.shape
+    flat, out = to_hidden.view(-1, n_tokens), weight.view(m * width, -1)
+    if parts is not None:
+        for part in parts:
+            if not part.ranges:
+                weight[part.models[0] : part.models[1]].zero_()
+    written = 0
+    for rows, at in products(parts, m, width, n_tokens):
+        # Ranges of one part follow each other: the first writes, the others add.
+        if rows.stop > written:
+            torch.mm(flat[rows, at], states[at], out=out[rows])
+            written = rows.stop
+        else:
+            out[rows].addmm_(flat[rows, at], states[at])

@@ -18,6 +18,7 @@ Source:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from taprobe_core.solvers.token_pooling import (
     n_scores,
     pool,
 )
+from taprobe_core.solvers.token_reading import Part
 
 
 class NetworkShape(NamedTuple):
@@ -117,10 +119,19 @@ class Stack:
         parts = [view.index_select(0, models).flatten() for view in self.views.values()]
         return Stack(self.shape, torch.cat(parts), len(models))
 
-    def put(self, models: torch.Tensor, other: Stack) -> None:
-        """Overwrite some of the models, [model] int64, with all those of another stack."""
+    def put(self, models: torch.Tensor, other: Stack, chosen: torch.Tensor) -> None:
+        """Overwrite some models, [model] int64, with as many chosen ones of another stack."""
         for name, view in self.views.items():
-            view.index_copy_(0, models, other.views[name])
+            view.index_copy_(0, models, other.views[name].index_select(0, chosen))
+
+    def keep(self, models: torch.Tensor) -> Stack:
+        """Drop all models but some, ascending [model] int64, in place; this stack is lost."""
+        size = sum(view[0].numel() for view in self.views.values()) * len(models)
+        kept = Stack(self.shape, self.flat[:size], len(models))
+        for name, view in kept.views.items():
+            # What is written lies at or before what is read, and no later parameter before it.
+            view.copy_(self.views[name].index_select(0, models))
+        return kept
 
     def fill(self, drawn: dict[str, NDArray[np.float32]]) -> None:
         """Give every model the same parameters."""
@@ -155,7 +166,8 @@ class Workspace:
         """Return an array of a size; what was taken before under the name is lost."""
         n = math.prod(size)
         if name not in self._flat or len(self._flat[name]) < n:
-            self._flat[name] = self._like.new_empty(n)
+            # Finite from the start: what no model reads is multiplied by 0, never skipped.
+            self._flat[name] = self._like.new_zeros(n)
         return self._flat[name][:n].view(size)
 
 
@@ -184,6 +196,7 @@ def forward(
     batch: TokenBatch,
     is_soft: bool,
     space: Workspace,
+    parts: Sequence[Part] | None = None,
 ) -> tuple[torch.Tensor, Trace]:
     """Score the sentences of a batch with every model.
 
@@ -194,6 +207,8 @@ def forward(
         batch: index tables.
         is_soft: the softmax-weighted mean in place of maxima, for training.
         space: overwritten.
+        parts: which models read what; None: all models read everything. The logit of a sentence
+            that a model does not read is finite and means nothing.
 
     Returns:
         Logits [sentence, m], and what `token_backward.backward` needs.
@@ -203,7 +218,9 @@ def forward(
     weight = torch.mul(own, scaling.inverse, out=space.take("weight", *own.shape))
     bias = views["token_bias_0"] - torch.bmm(scaling.mean[:, None], weight.mT)[:, 0]
     first = space.take("hidden_0", m * shape.width, n_tokens)
-    torch.addmm(bias.view(-1, 1), weight.view(-1, shape.n_features), states.t(), out=first)
+    flat, column = weight.view(-1, shape.n_features), bias.view(-1, 1)
+    for rows, at in products(parts, m, shape.width, n_tokens):
+        torch.addmm(column[rows], flat[rows], states[at].t(), out=first[rows, at])
     hidden = [first.relu_().view(m, shape.width, n_tokens)]
     for layer in range(1, shape.depth):
         bias = views[f"token_bias_{layer}"][..., None]
@@ -216,6 +233,19 @@ def forward(
     pooled, saved = pool(scores, batch, shape.pooling, is_soft)
     logits = (pooled.view(-1, m, shape.n_heads) * views["mixer"]).sum(2)
     return logits.add_(views["bias"].view(-1)), Trace(states, hidden, scores, saved, pooled)
+
+
+def products(
+    parts: Sequence[Part] | None, n_models: int, width: int, n_tokens: int
+) -> Iterator[tuple[slice, slice]]:
+    """Yield the products of the first layer: rows of its units, and token rows."""
+    if parts is None:
+        yield slice(0, n_models * width), slice(0, n_tokens)
+        return
+    for part in parts:
+        low, high = part.models
+        for start, end in part.ranges:
+            yield slice(low * width, high * width), slice(start, end)
 
 
 def heads(stack: Stack) -> torch.Tensor:

@@ -31,7 +31,8 @@ class TokenProbeOptions:
             always take the maximum.
         learning_rate: of AdamW.
         weight_decay: of AdamW, decoupled.
-        batch_size: most sentences of a step, held-out ones counted.
+        batch_size: sentences that a model learns from in a step, at most on average
+            (`token_reading.n_batches`).
         max_epochs: most passes over the sentences.
         patience: epochs without a better validation loss after which a model stops.
 

@@ -1,9 +1,9 @@
 """Attention, MultiMax and rolling MultiMax probes, many models sharing one pass over the tokens.
 
-Columns (folds, targets, seeds) are grouped by seed; the models of a group see the same sentences in
-the same order, so that the tokens of a batch are read once and the first layer of all models is one
-matrix product. What does not belong here: training (`token_training`), the network
-(`token_forward`) and which columns there are.
+Columns (folds, targets, seeds) are grouped by seed and steps of an epoch; the models of a group see
+the same sentences in the same order, so that the tokens of a batch are read once and the first
+layer of all models is one matrix product. What does not belong here: training (`token_training`),
+the network (`token_forward`) and which columns there are.
 
 Invariant: a column's result is a function of its own fold, target, weights and seed, of the
 options and of the sentences; which other columns it is solved with changes it by rounding only.
@@ -17,7 +17,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.platt import calibrate, probabilities
 from taprobe_core.solvers.ragged import RaggedTokens
 from taprobe_core.solvers.token_forward import Stack
+from taprobe_core.solvers.token_memory import models_at_once, stacks, steps_of
 from taprobe_core.solvers.token_options import TokenProbeOptions
 from taprobe_core.solvers.token_states import TokenStates, check_finite, token_states
 from taprobe_core.solvers.token_training import (
@@ -43,9 +44,6 @@ from taprobe_core.solvers.token_weights import watched_weights
 
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
-
-MAX_VALUES = 2**26
-"""First-layer weights of one stack; training holds seven arrays of this size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +113,7 @@ def fit_token_probes(
     validation_weight: Floats | None = None,
     *,
     keep_weights: bool = True,
+    max_bytes: int | None = None,
 ) -> TokenSolution:
     """Fit one token probe per column.
 
@@ -134,6 +133,8 @@ def fit_token_probes(
             decides when to stop; None: the mean training weight of the sentence's class for binary
             targets, 1 for continuous ones.
         keep_weights: False saves memory where the scores are enough.
+        max_bytes: of the models trained at once, beside the token states; default 2 GiB on a CPU,
+            half of the free memory of a GPU.
 
     Returns:
         The probes, their scores and how they got there; equal for equal arguments on one machine.
@@ -154,7 +155,9 @@ def fit_token_probes(
     arrays = {name: np.empty((m, *size), np.float32) for name, size in sizes.items()}
     n_iter, best_epoch = np.zeros((2, m), dtype=np.int64)
     is_converged, decision = np.zeros(m, dtype=bool), np.empty((n, m))
-    for chosen, seed in _groups(columns, tokens.n_features * options.width):
+    steps = steps_of(columns, options)
+    at_once = models_at_once(states, shape, options, int(steps.min()), max_bytes)
+    for chosen, seed in stacks(columns, steps, at_once):
         found = _fit_group(states, columns, watched, options, chosen, seed)
         for name, kept in arrays.items():
             kept[chosen] = found.trained.stack.views[name].cpu().numpy()
@@ -253,16 +256,6 @@ def _fit_group(
             "lower learning_rate, or look for extreme values among targets and weights",
         )
     return _Fitted(trained, decision.astype(np.float64))
-
-
-def _groups(columns: Columns, size: int) -> Iterator[tuple[NDArray[np.intp], int]]:
-    """Columns of one seed, as many at a time as the memory takes."""
-    assert columns.seed is not None  # noqa: S101  checked
-    at_once = max(MAX_VALUES // size, 1)
-    for seed in np.unique(columns.seed):
-        chosen = np.flatnonzero(columns.seed == seed)
-        for first in range(0, len(chosen), at_once):
-            yield chosen[first : first + at_once], int(seed)
 
 
 def _check(

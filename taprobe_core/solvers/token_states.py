@@ -28,6 +28,8 @@ TOKENS_AT_ONCE = 4096
 UNITS_AT_ONCE = {"cpu": 2**21}
 """Hidden units times tokens that one scoring pass holds; a CPU's fit its cache."""
 UNITS_AT_ONCE_ELSEWHERE = 2**27
+MAX_TOKENS_SCORED = 2**14
+"""Of one scoring pass, which copies their states."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +84,16 @@ class TokenStates:
             n_units: hidden units of all models together.
             window: tokens of a window, None without windows.
         """
-        limit = UNITS_AT_ONCE.get(self.device.type, UNITS_AT_ONCE_ELSEWHERE) / n_units
+        limit = min(units_at_once(self.device) / n_units, MAX_TOKENS_SCORED)
         ordered = sentences[np.argsort(self.tokens.lengths[sentences], kind="stable")]
         nth = np.cumsum(self.tokens.lengths[ordered]) // max(limit, 1)
         parts = np.split(ordered, np.flatnonzero(np.diff(nth)) + 1)
         return plan_batches(self.tokens, parts, window, self.device)
+
+
+def units_at_once(device: torch.device) -> int:
+    """Return the hidden units times tokens that one scoring pass holds on a device."""
+    return UNITS_AT_ONCE.get(device.type, UNITS_AT_ONCE_ELSEWHERE)
 
 
 def check_finite(tokens: RaggedTokens) -> None:

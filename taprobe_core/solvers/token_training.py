@@ -4,15 +4,16 @@ All models of a stack have one seed: they start from the same weights and see th
 a sentence that a model must not learn from has weight 0 in its loss. What does not belong here: how
 columns are grouped into stacks (`token_probes`) and the network (`token_forward`).
 
-Invariants: the order of the sentences is a function of the seed and their number alone, so that a
-model's result does not depend on the others but for rounding; a sentence that no model of the stack
+Invariants: the order of the sentences is a function of the seed and their number alone, their cut
+into batches of that and the number that the model learns from, so that a model's result does not
+depend on the others but for rounding; a sentence that no model of the stack
 learns from is not read; a model that has stopped leaves the stack and costs nothing more; the host
 waits for the device once per epoch.
 
 Source:
-    AdamW: Loshchilov and Hutter 2019. Batches are even (sizes differ by one at most) where usual
-    loops leave a small last one. A batch without a sentence that a model learns from counts as a
-    step of gradient 0.
+    AdamW: Loshchilov and Hutter 2019. Batches are even, held-out sentences counted, where usual
+    loops leave a small last one; a model has about `batch_size` sentences of its own in each. A
+    batch without a sentence that a model learns from counts as a step of gradient 0.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from taprobe_core.solvers.token_forward import (
     forward,
 )
 from taprobe_core.solvers.token_options import Loss, TokenProbeOptions
+from taprobe_core.solvers.token_reading import Readers, n_batches, watchers
 from taprobe_core.solvers.token_states import TokenStates
 
 Floats = NDArray[np.float64]
@@ -100,7 +102,7 @@ def train_stack(
     Args:
         states: token states on the device.
         scaling: of each model's fold.
-        targets: of each model.
+        targets: of each model; of models whose epochs have equally many batches.
         options: settings.
         seed: of the initial weights and of the order of sentences.
     """
@@ -109,13 +111,14 @@ def train_stack(
     stack = Stack.zeros(shape, m, states.device, torch.float32)
     stack.fill(draw(shape, seed))
     best = stack.like(stack.flat.clone())
+    n_steps = n_batches(int((targets.weight > 0).sum(axis=0).max()), options.batch_size)
     learner = _Learner(states, scaling, targets, options, stack)
     rng = np.random.default_rng([seed, 1])
     active = np.arange(m)
     best_loss = np.full(m, np.nan if targets.watched is None else np.inf)
     best_epoch, n_epochs = np.zeros((2, m), dtype=np.int64)
     for epoch in range(1, options.max_epochs + 1):
-        learner.learn(_split(rng.permutation(len(targets.y)), options.batch_size), active)
+        learner.learn(np.array_split(rng.permutation(len(targets.y)), n_steps), active)
         n_epochs[active] = epoch
         if targets.watched is None:
             continue
@@ -155,10 +158,6 @@ def score_stack(
     return logits
 
 
-def _split(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
-    return np.array_split(order, -(-len(order) // batch_size))
-
-
 class _Adam(NamedTuple):
     """State of AdamW for a stack: gradient, its running mean and square, steps taken."""
 
@@ -172,9 +171,9 @@ class _Adam(NamedTuple):
         gradient, mean, square = (stack.like(torch.zeros_like(stack.flat)) for _ in range(3))
         return cls(gradient, mean, square, torch.zeros((), device=stack.flat.device))
 
-    def take(self, models: torch.Tensor) -> _Adam:
+    def keep(self, models: torch.Tensor) -> _Adam:
         gradient, mean, square = (
-            each.take(models) for each in (self.gradient, self.mean, self.square)
+            each.keep(models) for each in (self.gradient, self.mean, self.square)
         )
         return _Adam(gradient, mean, square, self.n_steps)
 
@@ -198,6 +197,13 @@ class _Adam(NamedTuple):
         )
 
 
+class _Watch(NamedTuple):
+    """Models, [model] int64, and batches of the sentences that they are watched on."""
+
+    models: torch.Tensor
+    batches: list[TokenBatch]
+
+
 class _Learner:
     """The models that still learn, and the state of their optimiser."""
 
@@ -217,7 +223,8 @@ class _Learner:
         watched = None if targets.watched is None else self._placed(targets.watched)
         self.tensors = _Tensors(self._placed(targets.y), self._placed(targets.weight), watched)
         self.adam = _Adam.start(stack)
-        self.plan: list[TokenBatch] | None = None
+        self.readers: Readers | None = None
+        self.plan: list[_Watch] | None = None
         self.space = Workspace(stack.flat)
 
     def _placed(self, values: Floats) -> torch.Tensor:
@@ -225,24 +232,23 @@ class _Learner:
 
     def learn(self, batches: Sequence[NDArray[np.int64]], active: NDArray[np.int64]) -> None:
         """Take one step per batch of sentences."""
-        is_used = np.any(self.targets.weight[:, active] > 0, axis=1)
-        # A step takes place even if nobody learns from it, lest it depend on who is here.
-        read = [batch[is_used[batch]] if is_used[batch].any() else batch[:1] for batch in batches]
-        options = self.options
-        for batch in plan_batches(
-            self.states.tokens, read, options.window_or_none, self.states.device
-        ):
-            states = self.states.read(batch)
+        tokens, options = self.states.tokens, self.options
+        if self.readers is None:
+            learnt, size = self.targets.weight[:, active] > 0, tokens.n_features * options.width
+            self.readers = Readers(learnt, tokens.lengths, size, self.states.device.type)
+        read = [self.readers.order(batch) for batch in batches]
+        planned = plan_batches(tokens, read, options.window_or_none, self.states.device)
+        for sentences, batch in zip(read, planned, strict=True):
+            states, parts = self.states.read(batch), self.readers.parts(sentences, tokens.lengths)
             logits, trace = forward(
-                self.stack, self.scaling, states, batch, options.is_soft, self.space
+                self.stack, self.scaling, states, batch, options.is_soft, self.space, parts
             )
             y = self.tensors.y.index_select(0, batch.row)
             weight = self.tensors.weight.index_select(0, batch.row)
             n_learnt = (weight > 0).sum(0).clamp_(min=1)
             gradient = _loss_gradient(logits, y, options.loss) * (weight / n_learnt)
-            backward(
-                self.stack, self.scaling, batch, trace, gradient, self.adam.gradient, self.space
-            )
+            out, space = self.adam.gradient, self.space
+            backward(self.stack, self.scaling, batch, trace, gradient, out, space, parts)
             self.adam.step(self.stack, options)
 
     def watched_loss(self, active: NDArray[np.int64]) -> Floats:
@@ -250,31 +256,42 @@ class _Learner:
         watched, y = self.tensors.watched, self.tensors.y
         assert watched is not None and self.targets.watched is not None  # noqa: S101, PT018
         if self.plan is None:
-            rows = np.flatnonzero((self.targets.watched[:, active] > 0).any(axis=1))
-            n_units = self.stack.n_models * self.options.width
-            self.plan = self.states.batches(rows, n_units, self.options.window_or_none)
+            self.plan = self._watch(self.targets.watched[:, active])
         total = torch.zeros(self.stack.n_models, device=y.device)
-        for batch in self.plan:
-            states = self.states.read(batch)
-            logits, _ = forward(self.stack, self.scaling, states, batch, False, self.space)
-            loss = _losses(logits, y.index_select(0, batch.row), self.options.loss)
-            total += (loss * watched.index_select(0, batch.row)).sum(0)
+        for models, batches in self.plan:
+            stack, scaling = self.stack, self.scaling
+            if len(models) < stack.n_models:
+                stack, scaling = stack.take(models), scaling.take(models)
+            for batch in batches:
+                states = self.states.read(batch)
+                logits, _ = forward(stack, scaling, states, batch, False, self.space)
+                target, weight = (each[batch.row[:, None], models] for each in (y, watched))
+                losses = _losses(logits, target, self.options.loss)
+                total.index_add_(0, models, (losses * weight).sum(0))
         return np.asarray((total / watched.sum(0)).cpu().numpy(), dtype=np.float64)
+
+    def _watch(self, watched: Floats) -> list[_Watch]:
+        plan = []
+        for models, sentences in watchers(watched, self.states.tokens.lengths):
+            n_units = len(models) * self.options.width
+            batches = self.states.batches(sentences, n_units, self.options.window_or_none)
+            plan.append(_Watch(torch.from_numpy(models).to(self.states.device), batches))
+        return plan
 
     def save(self, best: Stack, active: NDArray[np.int64], is_better: NDArray[np.bool_]) -> None:
         """Copy the models that are better than before into the stack of all."""
         if is_better.any():
             device = self.states.device
             chosen = torch.from_numpy(np.flatnonzero(is_better)).to(device)
-            best.put(torch.from_numpy(active[is_better]).to(device), self.stack.take(chosen))
+            best.put(torch.from_numpy(active[is_better]).to(device), self.stack, chosen)
 
     def keep(self, is_left: NDArray[np.bool_]) -> None:
         """Drop the models that have stopped."""
         models = torch.from_numpy(np.flatnonzero(is_left)).to(self.states.device)
-        self.stack, self.adam = self.stack.take(models), self.adam.take(models)
+        self.stack, self.adam = self.stack.keep(models), self.adam.keep(models)
         self.scaling = self.scaling.take(models)
         self.tensors = self.tensors.take(models)
-        self.plan = None
+        self.readers, self.plan = None, None
 
 
 def _loss_gradient(logits: torch.Tensor, y: torch.Tensor, loss: Loss) -> torch.Tensor:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from taprobe_core.errors import ConfigError, DataError
-from taprobe_core.study import Study, load_study, parse_study
+from taprobe_core.study import ProbeRecipe, Study, TokenProbe, load_study, parse_study
 from taprobe_core.study.sweep import ATTENTION_VARIANTS, AttentionVariant
 from taprobe_core.sweep import (
     Configuration,
@@ -523,3 +523,22 @@ def test_the_demo_campaign_is_small() -> None:
 
     assert (len(first), len(second), len(third)) == (32, 20, 4 + 2)
     assert len(duplicates(space, second)) >= 4
+
+
+@pytest.mark.parametrize("estimator", ["attention", "multimax", "rolling_multimax"])
+@pytest.mark.parametrize("target", ["anchor_binary", "importance_abs"])
+def test_what_a_token_recipe_does_not_read_is_in_no_fit(estimator: str, target: str) -> None:
+    recipe = ProbeRecipe.model_validate(
+        {"name": "probe", "features": ("tokens",), "estimator": estimator, "target": target}
+    )
+    unread = {"window"} if estimator != "rolling_multimax" else set()
+    unread |= {"training"} if estimator == "attention" else set()
+    unread |= {"loss"} if target == "anchor_binary" else set()
+    known = recipe.token_probe.model_dump(mode="json")
+    others = {"window": 3, "training": "soft", "loss": "squared"}
+    assert set(recipe.content()["token_probe"]) == set(known) - unread
+    for name, value in others.items():
+        changed = recipe.model_copy(
+            update={"token_probe": TokenProbe.model_validate(known | {name: value})}
+        )
+        assert (changed.content() == recipe.content()) is (name in unread)
