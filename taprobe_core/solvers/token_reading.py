@@ -54,6 +54,10 @@ def n_batches(n_learnt: int, batch_size: int) -> int:
     return -(-exact // step) * step
 
 
+PRODUCTS_OF_A_PASS = 2**26
+"""A scoring pass takes about as long to call as so many multiplications."""
+
+
 class Part(NamedTuple):
     """Neighbouring models and what they read of a batch.
 
@@ -141,12 +145,13 @@ class Watchers(NamedTuple):
     sentences: Index
 
 
-def watchers(watched: NDArray[np.float64], lengths: Index) -> Sequence[Watchers]:
+def watchers(watched: NDArray[np.float64], lengths: Index, values: int) -> Sequence[Watchers]:
     """Group the sentences that models are watched on by who they are.
 
     Args:
         watched: [sentence, model], above 0 where the model is watched.
         lengths: [sentence] int64, tokens.
+        values: first-layer weights of one model.
 
     Returns:
         Groups that together hold every watched sentence once, each with every model it counts for.
@@ -162,7 +167,7 @@ def watchers(watched: NDArray[np.float64], lengths: Index) -> Sequence[Watchers]
             known, n, members = merged[-1]
             both = known | models
             wasted = n * (both & ~known).sum() + n_tokens[at] * (both & ~models).sum()
-            if wasted <= TOKENS_OF_A_COPY * models.sum():
+            if wasted <= TOKENS_OF_A_COPY * models.sum() + PRODUCTS_OF_A_PASS / values:
                 merged[-1] = (both, n + n_tokens[at], [*members, at])
                 continue
         merged.append((models, float(n_tokens[at]), [at]))

@@ -272,7 +272,9 @@ class _Learner:
 
     def _watch(self, watched: Floats) -> list[_Watch]:
         plan = []
-        for models, sentences in watchers(watched, self.states.tokens.lengths):
+        tokens = self.states.tokens
+        values = tokens.n_features * self.options.width
+        for models, sentences in watchers(watched, tokens.lengths, values):
             n_units = len(models) * self.options.width
             batches = self.states.batches(sentences, n_units, self.options.window_or_none)
             plan.append(_Watch(torch.from_numpy(models).to(self.states.device), batches))

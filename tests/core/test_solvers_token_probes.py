@@ -380,6 +380,7 @@ def test_models_that_read_parts_of_a_batch_learn_what_they_learn_alone(monkeypat
     whole = fit_token_probes(tokens, train, validation, columns, options)
     monkeypatch.setitem(token_reading.PART_VALUES, "cpu", 1)
     monkeypatch.setattr(token_reading, "MIN_GAP", 10)
+    monkeypatch.setattr(token_reading, "PRODUCTS_OF_A_PASS", 0)
     readers = token_reading.Readers(columns.weight > 0, tokens.lengths, 48, "cpu")
     sentences = readers.order(np.arange(96))
     parts = readers.parts(sentences, tokens.lengths)
@@ -395,13 +396,13 @@ def test_watched_sentences_are_grouped_by_the_models_that_they_count_for():
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 400, 60)
     for watched in (np.kron(np.eye(6), np.ones((10, 2))), rng.random((60, 12)) < 0.1):
-        found = token_reading.watchers(watched, lengths)
+        found = token_reading.watchers(watched, lengths, 2**20)
         rows = np.concatenate([each.sentences for each in found])
         assert sorted(rows) == np.flatnonzero(watched.any(axis=1)).tolist()
         for each in found:
             rest = np.delete(watched[each.sentences], each.models, axis=1)
             assert not rest.any()
-    found = token_reading.watchers(np.kron(np.eye(6), np.ones((10, 2))), lengths)
+    found = token_reading.watchers(np.kron(np.eye(6), np.ones((10, 2))), lengths, 2**20)
     assert [len(each.models) for each in found] == [2] * 6
 
 
