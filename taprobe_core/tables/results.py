@@ -191,6 +191,35 @@ BEST_SEEDS = pa.DataFrameSchema(
 the fold's validation problems, and of the best one; `seeds` lists every fold's best, in fold order.
 The deviation is over the k seeds, folds averaged."""
 
+SELECTIVITY = pa.DataFrameSchema(
+    {
+        **_RECIPE,
+        "metric": column(pl.String),
+        "n_problems": column(pl.Int64, at_least(0)),
+        "n_undefined": column(pl.Int64, at_least(0)),
+        "n_better": column(pl.Int64, at_least(0)),
+        "task_value": column(pl.Float64, nullable=True),
+        "task_chance": column(pl.Float64, nullable=True),
+        "control_value": column(pl.Float64, nullable=True),
+        "control_chance": column(pl.Float64, nullable=True),
+        "selectivity": column(pl.Float64, nullable=True),
+        "selectivity_low": column(pl.Float64, nullable=True),
+        "selectivity_high": column(pl.Float64, nullable=True),
+        "t_low": column(pl.Float64, nullable=True),
+        "t_high": column(pl.Float64, nullable=True),
+        "p_sign_flip": column(pl.Float64, within(0, 1), nullable=True),
+        "p_wilcoxon": column(pl.Float64, within(0, 1), nullable=True),
+        "interval_note": column(pl.String, nullable=True),
+    },
+    strict=True,
+    ordered=True,
+    unique=["recipe", "protocol"],
+    name="selectivity",
+)
+"""One row per recipe with a control task × protocol, on test: the metric on the task, on the
+control, and their difference, over the `n_problems` where both are defined; `n_undefined` problems
+hold no positive of the control. `*_chance` is what a random ranking reaches on these problems."""
+
 _PLAN_KEY = {
     "recipe": column(pl.String),
     "protocol": column(pl.Enum(PROTOCOLS)),
