@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import dagster as dg
 import pytest
@@ -16,6 +17,7 @@ from dagster._core.definitions.data_version import (
     StaleStatus,
 )
 from dagster._core.definitions.events import AssetKeyPartitionKey
+from dagster._core.errors import DagsterAssetCheckFailedError
 from dagster._core.loader import LoadingContextForTest
 
 from taprobe_core.errors import MissingArtifactError
@@ -147,14 +149,16 @@ def test_a_repeated_passage_warns_and_a_repeated_trace_stops(
     checks = {**CHECKS, "rollouts": {**CHECKS["rollouts"], name: lambda *_: ["a copy"]}}
     monkeypatch.setattr(assets, "CHECKS", checks)
     (launch,) = launches_of(fresh, plan, "read_rollouts", OPS["read_rollouts"])
-    execute(defs, fresh, launch)
+    is_warning = name == "passages_differ_across_problems"
+    stops = pytest.raises(DagsterAssetCheckFailedError, match=name)
+    with nullcontext() if is_warning else stops:
+        execute(defs, fresh, launch)
     key = dg.AssetCheckKey(dg.AssetKey("rollouts"), name)
     record = fresh.event_log_storage.get_latest_asset_check_execution_by_key([key])[key]
     assert record.status.value == "FAILED"
     assert record.event is not None
     assert record.event.dagster_event is not None
     evaluation = record.event.dagster_event.asset_check_evaluation_data
-    is_warning = name == "passages_differ_across_problems"
     assert evaluation.severity.value == ("WARN" if is_warning else "ERROR")
     assert evaluation.metadata["n_faults"].value == len(cells_of(plan.study, "rollouts"))
     assert "a copy" in str(evaluation.metadata["faults"].value)
