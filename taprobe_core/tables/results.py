@@ -40,6 +40,14 @@ the anchors it is to find, both as residuals where the recipe is residualised. T
 where it is not defined, such as a windowed change at the end of a trace; anchors are null for
 signed targets, whose scores do not rank them."""
 
+_TESTS = {
+    "t_low": column(pl.Float64, nullable=True),
+    "t_high": column(pl.Float64, nullable=True),
+    "p_sign_flip": column(pl.Float64, within(0, 1), nullable=True),
+    "p_wilcoxon": column(pl.Float64, within(0, 1), nullable=True),
+    "interval_note": column(pl.String, nullable=True),
+}
+
 DELTAS = pa.DataFrameSchema(
     {
         "recipe": column(pl.String),
@@ -51,11 +59,7 @@ DELTAS = pa.DataFrameSchema(
         "delta": column(pl.Float64, nullable=True),
         "delta_low": column(pl.Float64, nullable=True),
         "delta_high": column(pl.Float64, nullable=True),
-        "t_low": column(pl.Float64, nullable=True),
-        "t_high": column(pl.Float64, nullable=True),
-        "p_sign_flip": column(pl.Float64, within(0, 1), nullable=True),
-        "p_wilcoxon": column(pl.Float64, within(0, 1), nullable=True),
-        "interval_note": column(pl.String, nullable=True),
+        **_TESTS,
     },
     strict=True,
     ordered=True,
@@ -205,11 +209,7 @@ SELECTIVITY = pa.DataFrameSchema(
         "selectivity": column(pl.Float64, nullable=True),
         "selectivity_low": column(pl.Float64, nullable=True),
         "selectivity_high": column(pl.Float64, nullable=True),
-        "t_low": column(pl.Float64, nullable=True),
-        "t_high": column(pl.Float64, nullable=True),
-        "p_sign_flip": column(pl.Float64, within(0, 1), nullable=True),
-        "p_wilcoxon": column(pl.Float64, within(0, 1), nullable=True),
-        "interval_note": column(pl.String, nullable=True),
+        **_TESTS,
     },
     strict=True,
     ordered=True,
