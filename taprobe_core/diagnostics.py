@@ -1,9 +1,9 @@
 """Evaluations of every cell to what a reader should know before believing a value.
 
 One row per recipe at the layer that validation prefers: the band that relabelling leaves, the
-metric by fifth of the trace, the calibration, and what seeds add. What does not belong here:
-computing any of it (`nulls`, `position_bins`, `calibration`, `best_seeds`), and ranking
-(`leaderboard`).
+metric by fifth of the trace, the calibration, what seeds add, and how far it stands above a control
+task. What does not belong here: computing any of it (`nulls`, `position_bins`, `calibration`,
+`best_seeds`, `selectivity`), and ranking (`leaderboard`).
 
 Invariant: no test value influences which layer is shown.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from taprobe_core.position_bins import N_BINS
+from taprobe_core.control_task import N_BINS
 from taprobe_core.selection import Cell
 from taprobe_core.study.config import ProbeRecipe
 
@@ -34,8 +34,10 @@ def diagnose(cells: Sequence[Cell], *, recipes: Sequence[ProbeRecipe]) -> pl.Dat
         val_value; null_mean, null_low, null_high and p_position (labels permuted within fifths of
         the trace), p_shift (turned along it); fifths and n_defined (lists of 5; null without
         sentences); slope, intercept, expected_calibration_error, brier, log_loss (null where scores
-        are no probabilities); k, n_seeds, best_of_k, best_seed. Ordered by setting, protocol,
-        model, recipe.
+        are no probabilities); k, n_seeds, best_of_k, best_seed; task_value, task_chance,
+        control_value, control_chance, selectivity, selectivity_low, selectivity_high,
+        selectivity_note, p_selectivity, n_selective, n_control (null without a control task).
+        Ordered by setting, protocol, model, recipe.
     """
     layer_free = [recipe.name for recipe in recipes if not recipe.reads_activations]
     is_free = pl.col("recipe").is_in(layer_free)
@@ -74,12 +76,31 @@ def _rows(cell: Cell) -> pl.DataFrame:
         _fifths(tables.position_bins),
         tables.calibration.select(*_KEY, *calibration),
         tables.best_seeds.select(*_KEY, "k", "n_seeds", "best_of_k", "best_seed"),
+        _selectivity(tables.selectivity),
     ):
         rows = rows.join(table, on=_KEY, how="left", maintain_order="left")
     return rows.with_columns(
         pl.lit(setting).alias("setting"),
         pl.lit(site.model).alias("model"),
         pl.lit(site.layer, pl.Int64).alias("layer"),
+    )
+
+
+def _selectivity(table: pl.DataFrame) -> pl.DataFrame:
+    levels = ["task_value", "task_chance", "control_value", "control_chance"]
+    renamed = {
+        "selectivity_note": "interval_note",
+        "p_selectivity": "p_sign_flip",
+        "n_selective": "n_better",
+        "n_control": "n_problems",
+    }
+    return table.select(
+        *_KEY,
+        *levels,
+        "selectivity",
+        "selectivity_low",
+        "selectivity_high",
+        **{name: pl.col(column) for name, column in renamed.items()},
     )
 
 

@@ -10,7 +10,8 @@ how each table is made (the modules this one calls) and choosing a layer (`selec
                                  ├─ null_distributions nulls
                                  ├─ position_metrics   position_bins
                                  ├─ calibrate          calibration, reliability_bins
-                                 └─ best_seeds         best_seeds
+                                 ├─ best_seeds         best_seeds
+                 └─ selectivity        selectivity
 
 Invariant: each recipe is judged by its own target, which its scores carry.
 """
@@ -32,6 +33,7 @@ from taprobe_core.metrics import metric_names, primary_metric
 from taprobe_core.nulls import null_distributions
 from taprobe_core.position_bins import position_metrics
 from taprobe_core.score_blocks import make_blocks
+from taprobe_core.selectivity import control_values, selectivity
 from taprobe_core.study.config import Evaluation, Target
 from taprobe_core.study.probes import Residualize
 from taprobe_core.tables import (
@@ -41,6 +43,7 @@ from taprobe_core.tables import (
     NULLS,
     POSITION_BINS,
     RELIABILITY_BINS,
+    SELECTIVITY,
     schema_of,
 )
 from taprobe_core.unit_metrics import measure_units
@@ -71,6 +74,7 @@ class EvaluationTables:
         calibration: `tables.CALIBRATION`.
         reliability_bins: `tables.RELIABILITY_BINS`.
         best_seeds: `tables.BEST_SEEDS`.
+        selectivity: `tables.SELECTIVITY`.
     """
 
     metrics: pl.DataFrame
@@ -84,6 +88,7 @@ class EvaluationTables:
         default_factory=lambda: schema_of(RELIABILITY_BINS).to_frame()
     )
     best_seeds: pl.DataFrame = field(default_factory=lambda: schema_of(BEST_SEEDS).to_frame())
+    selectivity: pl.DataFrame = field(default_factory=lambda: schema_of(SELECTIVITY).to_frame())
 
 
 def evaluate(
@@ -92,6 +97,7 @@ def evaluate(
     evaluation: Evaluation,
     targets: Mapping[str, Target],
     residualize: Mapping[str, Residualize] | None = None,
+    controls_by_seed: Mapping[int, pl.DataFrame] | None = None,
 ) -> EvaluationTables:
     """Evaluate every recipe of one site and setting over all seeds.
 
@@ -101,6 +107,8 @@ def evaluate(
         evaluation: baselines, recall depths, bootstrap, nulls.
         targets: recipe -> what it was fitted to, of every scored recipe at least.
         residualize: recipe -> what was taken from its target; `none` for those left out.
+        controls_by_seed: seed -> `tables.SCORES` of control tasks, under the names of the recipes
+            that they control; none leaves `selectivity` empty.
 
     Returns:
         The tables; undefined values are null, never NaN.
@@ -130,6 +138,7 @@ def evaluate(
     }
     names = ["primary", *metric_names(evaluation.recall_at, scored.has_truth)]
     contrasts = contrast_values(scored, per_problem, evaluation.baselines, own)
+    controls = control_values(controls_by_seed or {}, labels)
     calibration, bins = calibrate(scored, own, evaluation.calibration_bins)
     return EvaluationTables(
         metrics=summarise(per_problem, scored, names, about),
@@ -141,4 +150,5 @@ def evaluate(
         calibration=calibration,
         reliability_bins=bins,
         best_seeds=best_seeds(per_problem, evaluation.best_of_k, metric_of),
+        selectivity=selectivity(per_problem, controls, evaluation),
     )

@@ -29,8 +29,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from taprobe_core.batched_metrics import centred_rank_rows, pr_auc_at, tie_end_rows
+from taprobe_core.control_task import position_bin
 from taprobe_core.metrics import primary_metric
-from taprobe_core.position_bins import position_bin
 from taprobe_core.score_blocks import Block, ScoreBlocks, distinct_rows
 from taprobe_core.study.config import Target
 from taprobe_core.tables import NULL_KINDS, NULLS, schema_of

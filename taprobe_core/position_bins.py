@@ -16,25 +16,11 @@ from numpy.typing import NDArray
 
 from taprobe_core.aggregation import chance_levels
 from taprobe_core.batched_metrics import centred_rank_rows, pr_auc_rows, rank_rows, spearman_rows
+from taprobe_core.control_task import position_bin
 from taprobe_core.metrics import primary_metric
 from taprobe_core.score_blocks import Block, ScoreBlocks
 from taprobe_core.study.config import Target
 from taprobe_core.tables import POSITION_BINS, schema_of
-
-N_BINS = 5
-
-
-def position_bin(relative: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the fifth of the trace of each sentence.
-
-    Args:
-        relative: [sentence] in [0, 1].
-
-    Returns:
-        [sentence] int64 in 0 .. 4; bins are closed on the left, the last on both sides.
-    """
-    # Rounding keeps 0.6 * 5 = 3.0000000000000004's kind from moving a boundary.
-    return np.minimum(np.floor(np.round(relative * N_BINS, 9)), N_BINS - 1).astype(np.int64)
 
 
 def position_metrics(scored: ScoreBlocks, targets: Mapping[str, Target]) -> pl.DataFrame:

@@ -1,12 +1,11 @@
 """How much of a probe's value is what it was told, and how much what it could memorise.
 
-A control task has labels that no text can explain: each kind of sentence (tag, place, length) is an
-anchor or not by a hash. A probe of the same capacity learns it by memorising kinds. Selectivity is
-the metric on the task less the metric on the control. Beside it, the online code: how many bits the
-labels take if each block of problems is coded by a probe that learnt the blocks before. What does
-not belong here: fitting.
+Selectivity is the metric on the task less the metric on a control task (`control_task`), which a
+probe of the same capacity can learn by memorising alone. Beside it, the online code: how many bits
+the labels take if each block of problems is coded by a probe that learnt the blocks before. What
+does not belong here: labels of a control, and fitting.
 
-Invariant: control labels follow from the stratum and the seed alone.
+Invariant: task and control are compared on the same problems, by the same metric.
 
 Source: Hewitt and Liang (2019), Designing and interpreting probes with control tasks; Voita and
 Titov (2020), Information-theoretic probing with minimum description length, section 3.2.
@@ -14,91 +13,103 @@ Titov (2020), Information-theoretic probing with minimum description length, sec
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from taprobe_core.comparison import compare_values
+from taprobe_core.aggregation import chance_levels
+from taprobe_core.comparison import Comparison, compare_values
 from taprobe_core.errors import DataError
-from taprobe_core.position_bins import position_bin
-from taprobe_core.study.config import Evaluation
+from taprobe_core.metrics import primary_metric
+from taprobe_core.score_blocks import make_blocks
+from taprobe_core.study.config import Evaluation, Target
+from taprobe_core.tables import SELECTIVITY, schema_of
+from taprobe_core.unit_metrics import measure_units
+
+CONTROL_TARGET: Target = "anchor_binary"
+"""What a control stands in the place of."""
 
 _EDGE = 1e-7
+_KEY = ["recipe", "protocol"]
+_OF_PROBLEM = [*_KEY, "problem_id"]
 
 
-def control_strata(
-    tags: Sequence[str], relative_position: ArrayLike, n_tokens: ArrayLike
-) -> list[str]:
-    """Name the kind of each sentence: tag, fifth of the trace, third of the lengths.
-
-    Args:
-        tags: [sentence].
-        relative_position: [sentence] in [0, 1].
-        n_tokens: [sentence] lengths; thirds are of all sentences given, so give those of all
-            problems at once.
-
-    Returns:
-        [sentence], such as `plan_generation/0/2`.
-    """
-    length = np.asarray(n_tokens, dtype=np.float64)
-    third = np.searchsorted(np.quantile(length, [1 / 3, 2 / 3]), length) if length.size else length
-    fifth = position_bin(np.asarray(relative_position, dtype=np.float64))
-    return [f"{tag}/{f}/{int(t)}" for tag, f, t in zip(tags, fifth, third, strict=True)]
-
-
-def control_labels(strata: Sequence[str], rate: float, seed: int) -> NDArray[np.bool_]:
-    """Label whole strata positive by a seeded hash, until about `rate` of the sentences are.
-
-    Strata are taken in the order of SHA-256 of seed and name, each if it brings the share of
-    positives nearer to `rate`; so the control has the task's base rate as nearly as strata allow.
+def control_values(
+    controls_by_seed: Mapping[int, pl.DataFrame], labels: pl.DataFrame
+) -> pl.DataFrame:
+    """Measure recipes on their control tasks, as `unit_metrics.measure_units` does on their tasks.
 
     Args:
-        strata: [sentence], from `control_strata`, of all problems at once.
-        rate: share of positives to come near to, in (0, 1).
-        seed: of the hash.
+        controls_by_seed: seed -> `tables.SCORES` of the control tasks, under the names of the
+            recipes that they control.
+        labels: `tables.LABELS`.
 
     Returns:
-        [sentence] bool.
+        One row per unit; without rows or columns where no control was scored.
     """
-    names, kind, counts = np.unique(np.asarray(strata), return_inverse=True, return_counts=True)
-    digests = [hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in names]
-    wanted, taken = rate * len(strata), 0
-    is_positive = np.zeros(len(names), dtype=bool)
-    for place in sorted(range(len(names)), key=digests.__getitem__):
-        if abs(taken + counts[place] - wanted) < abs(taken - wanted):
-            is_positive[place] = True
-            taken += int(counts[place])
-    return np.asarray(is_positive[kind.ravel()], dtype=np.bool_)
+    if not any(scores.height for scores in controls_by_seed.values()):
+        return pl.DataFrame()
+    scored = make_blocks(controls_by_seed, labels)
+    targets = dict.fromkeys(scored.units["recipe"].unique(), CONTROL_TARGET)
+    return measure_units(scored, (), targets, {})
 
 
 def selectivity(task: pl.DataFrame, control: pl.DataFrame, evaluation: Evaluation) -> pl.DataFrame:
     """Compare each recipe on its task with the same recipe on the control task.
 
+    Both are PR-AUC on the same test problems. A problem without a positive of the control, which
+    labels whole kinds, defines no value of it: it is left out of both means and counted.
+
     Args:
-        task: `aggregation.problem_values` of recipes on their task: recipe, protocol, problem_id,
-            value.
-        control: the same of the control task, under the same recipe names.
+        task: units of recipes on their task (`unit_metrics.measure_units`).
+        control: units of the same recipes on the control task (`control_values`).
         evaluation: bootstrap settings.
 
     Returns:
-        One row per recipe × protocol of both: recipe, protocol, task_value, control_value (means
-        over problems), then the paired comparison (`comparison.Comparison`), whose `delta` is the
-        selectivity.
+        `tables.SELECTIVITY`, one row per recipe × protocol of both.
     """
-    key = ["recipe", "protocol"]
     rows: list[dict[str, Any]] = []
-    for (recipe, protocol), own in task.sort(*key, "problem_id").group_by(key, maintain_order=True):
-        other = control.filter(recipe=recipe, protocol=protocol)
-        if other.height:
-            means = {"task_value": own["value"].mean(), "control_value": other["value"].mean()}
-            pair = ["problem_id", "value"]
-            found = compare_values(own.select(pair), other.select(pair), evaluation)
-            rows.append({"recipe": recipe, "protocol": protocol, **means, **found._asdict()})
-    return pl.DataFrame(rows, infer_schema_length=None)
+    if control.width:
+        both = _in_problem(task).join(
+            _in_problem(control), on=_OF_PROBLEM, suffix="_control", maintain_order="left"
+        )
+        for (recipe, protocol), block in both.group_by(_KEY, maintain_order=True):
+            paired = block.drop_nulls(["value", "value_control"])
+            other = paired.select("problem_id", value=pl.col("value_control"))
+            found = compare_values(paired.select("problem_id", "value"), other, evaluation)
+            rows.append(
+                {
+                    "recipe": recipe,
+                    "protocol": protocol,
+                    "metric": primary_metric(CONTROL_TARGET),
+                    "task_value": paired["value"].mean(),
+                    "task_chance": paired["chance"].mean(),
+                    "control_value": paired["value_control"].mean(),
+                    "control_chance": paired["chance_control"].mean(),
+                    **_named(found),
+                    "n_undefined": block.height - paired.height,
+                }
+            )
+    table = pl.DataFrame(rows, infer_schema_length=None) if rows else None
+    schema = schema_of(SELECTIVITY)
+    return schema.to_frame() if table is None else table.select(schema.names()).cast(schema)
+
+
+def _in_problem(units: pl.DataFrame) -> pl.DataFrame:
+    """Average seeds inside each test problem, and say what a random ranking reaches there."""
+    test = units.filter(pl.col("split") == "test")
+    sizes = test.select(pl.col("n_sentences", "n_anchors").fill_null(0)).to_numpy().T
+    chance = pl.Series("chance", chance_levels(*sizes)).fill_nan(None)
+    means = pl.col("primary").mean().alias("value"), pl.col("chance").mean()
+    return test.with_columns(chance).group_by(_OF_PROBLEM).agg(*means).sort(_OF_PROBLEM)
+
+
+def _named(found: Comparison) -> dict[str, Any]:
+    """The comparison, its difference called what it is here."""
+    return {name.replace("delta", "selectivity"): value for name, value in found._asdict().items()}
 
 
 class OnlineCode(NamedTuple):

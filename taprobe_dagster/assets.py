@@ -15,6 +15,7 @@ from taprobe_core.errors import TaprobeError
 from taprobe_core.pipeline import (
     CHECKS,
     CODE_VERSIONS,
+    WARNINGS,
     Cell,
     Plan,
     describe,
@@ -103,7 +104,9 @@ def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
         name=op,
         specs=[_spec(study, stage) for stage in stages],
         check_specs=[
-            dg.AssetCheckSpec(name, asset=stage, blocking=True, description=check.__doc__)
+            dg.AssetCheckSpec(
+                name, asset=stage, blocking=name not in WARNINGS, description=check.__doc__
+            )
             for stage in stages
             for name, check in CHECKS.get(stage, {}).items()
         ],
@@ -162,7 +165,14 @@ def _run(
             asset_key=stage,
             check_name=name,
             passed=not faults,
-            metadata={"n_cells": len(cells), "faults": "\n".join(faults[:20]) or "none"},
+            severity=(
+                dg.AssetCheckSeverity.WARN if name in WARNINGS else dg.AssetCheckSeverity.ERROR
+            ),
+            metadata={
+                "n_cells": len(cells),
+                "n_faults": len(faults),
+                "faults": "\n".join(faults[:20]) or "none",
+            },
         )
 
 

@@ -16,7 +16,7 @@ from taprobe_core.pipeline.cells import (
     parents_of,
     stages_of,
 )
-from taprobe_core.pipeline.checks import CHECKS
+from taprobe_core.pipeline.checks import CHECKS, WARNINGS
 from taprobe_core.pipeline.describe import describe
 from taprobe_core.pipeline.description import Description
 from taprobe_core.pipeline.fit import read_scores
@@ -32,6 +32,7 @@ __all__ = [
     "DIMENSIONS",
     "PARENTS",
     "STAGES",
+    "WARNINGS",
     "Cell",
     "CellFilter",
     "Description",

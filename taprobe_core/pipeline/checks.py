@@ -22,7 +22,9 @@ from taprobe_core.pipeline.fit import read_scores
 from taprobe_core.pipeline.inputs import read_shards
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.tripwire_checks import (
+    no_trace_on_two_sides,
     one_problem_is_memorised,
+    passages_differ_across_problems,
     shuffled_labels_at_chance,
 )
 from taprobe_core.spans import cover_faults
@@ -203,7 +205,11 @@ def split_coverage(plan: Plan, cell: Cell) -> list[str]:
 
 
 CHECKS: Mapping[str, Mapping[str, Check]] = {
-    "rollouts": {"rollouts_schema": rollouts_schema},
+    "rollouts": {
+        "rollouts_schema": rollouts_schema,
+        "no_trace_on_two_sides": no_trace_on_two_sides,
+        "passages_differ_across_problems": passages_differ_across_problems,
+    },
     "labels": {"labels_schema": labels_schema},
     "spans": {"spans_cover": spans_cover},
     "activations": {"activations_finite": activations_finite},
@@ -216,6 +222,9 @@ CHECKS: Mapping[str, Mapping[str, Check]] = {
     },
 }
 """Stage -> check name -> check."""
+
+WARNINGS = frozenset({"passages_differ_across_problems"})
+"""Checks whose faults may be how the data is: they warn, and stop nothing."""
 
 
 def _contract(frame: pl.DataFrame, schema: object, name: str) -> list[str]:

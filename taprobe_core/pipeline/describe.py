@@ -56,10 +56,17 @@ def _rollouts(plan: Plan, cell: Cell) -> Description:
         {
             "n_problems": artifact.read_table("problems.parquet").height,
             "n_sentences": sentences.height,
+            "n_repeated_sentences": _repeated(sentences),
             "n_skipped": artifact.read_table("skipped.parquet").height,
         },
         sentences.height,
     )
+
+
+def _repeated(sentences: pl.DataFrame) -> int:
+    """How many sentences are said, word for word, in another problem too."""
+    n_problems = pl.col("problem_id").n_unique().over("sentence")
+    return int(sentences.select((n_problems > 1).sum()).item())
 
 
 def _labels(plan: Plan, cell: Cell) -> Description:
@@ -147,6 +154,9 @@ def _evaluation(plan: Plan, cell: Cell) -> Description:
     test = tables.metrics.filter(split="test", protocol=protocol)
     metric = str(test["primary_metric"][0])
     metrics = {row["recipe"]: row[metric] for row in test.iter_rows(named=True)}
+    for row in tables.selectivity.filter(protocol=protocol).iter_rows(named=True):
+        for name in ("control_value", "selectivity"):
+            metrics[f"{name}/{row['recipe']}"] = row[name]
     rows = tables.deltas.filter(protocol=protocol).with_columns(
         label=pl.format("{} minus {}", "recipe", "baseline")
     )

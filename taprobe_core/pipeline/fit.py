@@ -34,6 +34,7 @@ from taprobe_core.probes.threads import side_by_side
 from taprobe_core.splits import make_folds
 from taprobe_core.store import ArtifactKey, write_table
 from taprobe_core.study import ProbeRecipe
+from taprobe_core.tables import SCORES, schema_of
 
 
 class Wanted(NamedTuple):
@@ -60,6 +61,23 @@ def read_scores(plan: Plan, site: Site, trial: Trial) -> pl.DataFrame:
     return pl.concat([plan.store.open(key).read_table("scores.parquet") for key in fits])
 
 
+def read_control_scores(plan: Plan, site: Site, trial: Trial) -> pl.DataFrame:
+    """Read the scores of the control tasks, under the names of the recipes that they control.
+
+    Returns:
+        `tables.SCORES`; without rows where the study asks for none.
+
+    Raises:
+        MissingArtifactError: a control is not fitted yet.
+    """
+    parts = [schema_of(SCORES).to_frame()]
+    for name, control in plan.study.controls.items():
+        artifact = plan.store.open(plan.fit(site, trial.setting, control, trial.seed))
+        scores = artifact.read_table("scores.parquet")
+        parts.append(scores.with_columns(pl.lit(name).alias("recipe")))
+    return pl.concat(parts)
+
+
 def ensure_probe_fits(plan: Plan, cells: Sequence[tuple[Site, Trial]]) -> Iterator[Outcome]:
     """Fit what the cells lack and yield one outcome per cell.
 
@@ -80,7 +98,7 @@ def ensure_probe_fits(plan: Plan, cells: Sequence[tuple[Site, Trial]]) -> Iterat
 
     def fit(group: tuple[Site, str]) -> dict[ArtifactKey, bool]:
         trials = groups[group]
-        wanted = [Wanted(recipe, trial.seed) for trial in trials for recipe in plan.study.recipes]
+        wanted = [Wanted(recipe, trial.seed) for trial in trials for recipe in plan.study.fitted]
         return ensure_fits(plan, *group, wanted)
 
     start = time.monotonic()
@@ -135,7 +153,7 @@ def ensure_fits(
 
 
 def _commit_index(plan: Plan, site: Site, trial: Trial) -> tuple[Outcome, list[ArtifactKey]]:
-    recipes = plan.study.recipes
+    recipes = plan.study.fitted
     keys = [plan.fit(site, trial.setting, recipe, trial.seed) for recipe in recipes]
 
     def write(folder: Path) -> None:

@@ -11,7 +11,7 @@ from taprobe_core.deferral import plan_deferrals
 from taprobe_core.evaluation import EvaluationTables, evaluate
 from taprobe_core.keys import Site, Trial
 from taprobe_core.leaderboard import build_leaderboard
-from taprobe_core.pipeline.fit import read_scores
+from taprobe_core.pipeline.fit import read_control_scores, read_scores
 from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.store import write_table
@@ -78,6 +78,7 @@ def ensure_evaluation(plan: Plan, site: Site, setting: str) -> Outcome:
             plan.study.evaluation,
             {recipe.name: recipe.target or plan.study.probes.target for recipe in recipes},
             {recipe.name: recipe.residualize for recipe in recipes},
+            {trial.seed: read_control_scores(plan, site, trial) for trial in trials},
         )
         plans = pl.concat(
             plan.store.open(plan.deferral_plans(site, trial))

@@ -85,7 +85,7 @@ class Plan(DataPlan):
     @cache
     def probe_fits(self, site: Site, trial: Trial) -> ArtifactKey:
         """Key of the index of one site and trial's fits."""
-        fits = [self.fit(site, trial.setting, recipe, trial.seed) for recipe in self.study.recipes]
+        fits = [self.fit(site, trial.setting, recipe, trial.seed) for recipe in self.study.fitted]
         return self._key("probe_fits", (str(site), str(trial)), {}, *fits)
 
     @cache

@@ -1,8 +1,9 @@
 """Tripwires as checks of stored data: is the pipeline of probes sound?
 
-They look at the rows and folds that the probes of one site and setting are fitted on. The pipeline
-is the same for all layers, so each model and setting is looked at once, at its middle layer: a
-false alarm is rare (`tripwires`), and with every layer of a deep model it would not stay so.
+Those of fits look at the rows and folds that the probes of one site and setting are fitted on. The
+pipeline is the same for all layers, so each model and setting is looked at once, at its middle
+layer: a false alarm is rare (`tripwires`), and with every layer of a deep model it would not stay
+so. Those of texts look at the rollouts, before anything is computed from them.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
-from taprobe_core.errors import NotEnoughDataError
+from taprobe_core.errors import NotEnoughDataError, PlanError
 from taprobe_core.features import ProbeData
 from taprobe_core.keys import Site, parse_site
 from taprobe_core.pipeline.cells import Cell
 from taprobe_core.pipeline.inputs import read_probe_data
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.probes.threads import threads_for
-from taprobe_core.splits import make_folds
+from taprobe_core.splits import SIDES, Fold, make_folds
 from taprobe_core.study import ProbeRecipe
 from taprobe_core.tripwires import (
+    duplicates_across_problems,
     memorises_one_problem,
     network,
     ridge_probe,
@@ -74,6 +77,77 @@ def one_problem_is_memorised(plan: Plan, cell: Cell) -> list[str]:
     return [] if verdict.passes else [verdict.text]
 
 
+def no_trace_on_two_sides(plan: Plan, cell: Cell) -> list[str]:
+    """No two problems on different sides of a fold have the same trace, white space apart."""
+    traces = (
+        _sentences(plan, cell)
+        .group_by("problem_id", maintain_order=True)
+        .agg(pl.col("said").str.join(" ").alias("trace"))
+    )
+    copies = traces.group_by("trace", maintain_order=True).agg("problem_id")
+    folds = _folds(plan, cell, traces["problem_id"].to_list())
+    return [
+        f"problems {', '.join(map(str, same))} have the same trace and stand on different sides of "
+        f"{len(apart)} of {len(folds)} folds, first {apart[0]}: keep one of them with "
+        "rollouts.problem_ids"
+        for same in copies["problem_id"].to_list()
+        if len(same) > 1 and (apart := [fold for fold in folds if _parts(fold, same)])
+    ]
+
+
+def passages_differ_across_problems(plan: Plan, cell: Cell) -> list[str]:
+    """At most half of a held-out problem's passages stand word for word in a training problem."""
+    # Passages of three sentences: of single ones, formulas, the bundled reasoners share half.
+    sentences = _sentences(plan, cell)
+    folds = _folds(plan, cell, sentences["problem_id"].unique().to_list())
+    if not folds:
+        return []
+    before = [pl.col("said").shift(n).over("problem_id").fill_null("") for n in (2, 1)]
+    passages = sentences.select("problem_id", passage=pl.concat_str(*before, "said", separator=" "))
+    verdict = duplicates_across_problems(
+        passages["passage"].rank("dense").cast(pl.Int64).to_numpy(),
+        passages["problem_id"].to_numpy(),
+        folds,
+    )
+    if verdict.passes:
+        return []
+    worst = verdict.worst
+    shared = passages.filter(problem_id=worst.source)["passage"]
+    copied = passages.filter(pl.col("passage").is_in(shared.implode()), problem_id=worst.problem_id)
+    examples = ", ".join(repr(each.strip()[:_SHOWN]) for each in copied["passage"][:_EXAMPLES])
+    return [
+        f"{verdict.n_found} of {verdict.n_rows} held-out passages of three sentences stand in a "
+        f"training problem. Most are in problem {worst.problem_id}, {worst.protocol} fold "
+        f"{worst.fold}: {worst.n_found} of {worst.n_rows}, and problem {worst.source} has the most "
+        f"of them, such as {examples}. Look whether one of the two is a copy of the other in part"
+    ]
+
+
+_SHOWN, _EXAMPLES = 80, 2
+"""Characters of an example, and how many there are."""
+
+
+def _sentences(plan: Plan, cell: Cell) -> pl.DataFrame:
+    """problem_id, sentence_idx and `said`: the sentence with single spaces, in reading order."""
+    table = plan.store.open(plan.rollouts(*cell)).read_table("sentences.parquet")
+    said = pl.col("sentence").str.strip_chars().str.replace_all(r"\s+", " ").alias("said")
+    return table.sort("problem_id", "sentence_idx").select("problem_id", "sentence_idx", said)
+
+
+def _folds(plan: Plan, cell: Cell, present: list[int]) -> list[Fold]:
+    """The study's folds; none, with a warning, where its problems are too few for its splits."""
+    try:
+        return make_folds(plan.problem_ids(), plan.study.splits, present=present)
+    except PlanError as error:
+        _not_run("repeated texts", cell, error)
+        return []
+
+
+def _parts(fold: Fold, problems: list[int]) -> bool:
+    """Whether a fold has some of the problems on one side, and others on another."""
+    return sum(not set(problems).isdisjoint(getattr(fold, side)) for side in SIDES) > 1
+
+
 def _rows(plan: Plan, cell: Cell) -> tuple[ProbeData, NDArray[np.float32]] | None:
     """The rows of a cell that is looked at, and the states that the first recipe of them reads."""
     site, setting = parse_site(cell[0]), cell[1]
@@ -90,6 +164,6 @@ def _middle(plan: Plan, model: str) -> Site:
     return sites[len(sites) // 2]
 
 
-def _not_run(name: str, cell: Cell, error: NotEnoughDataError) -> list[str]:
+def _not_run(name: str, cell: Cell, error: NotEnoughDataError | PlanError) -> list[str]:
     _log.warning("tripwire %s not run for %s: %s", name, "/".join(cell), error)
     return []

@@ -15,14 +15,16 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
+from taprobe_core.control_task import kinds_of
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.inputs import DENSE_BLOCKS, dense_matrix
 from taprobe_core.residuals import BASELINE_FEATURES
 from taprobe_core.store.canonical import canonical_json
-from taprobe_core.study import Precision, ProbeRecipe
+from taprobe_core.study import ControlRecipe, Precision, ProbeRecipe
 
 LABEL_COLUMNS = (
     "problem_id",
@@ -58,7 +60,7 @@ class Contents:
             DataError: the data lacks what the recipe reads.
         """
         recipe, design = fit.recipe, self._design
-        seen = {
+        seen: dict[str, Any] = {
             "recipe": recipe.content(),
             "seed": fit.seed if recipe.is_stochastic else None,
             "precision": self._precision if recipe.is_stochastic else None,
@@ -66,6 +68,8 @@ class Contents:
             "folds": self._once("folds", _folds),
             "blocks": sorted(self._blocks(recipe)),
         }
+        if isinstance(recipe, ControlRecipe):
+            seen["kinds"] = self._once("kinds", _kinds)
         return hashlib.sha256(canonical_json(seen).encode()).hexdigest()
 
     def _blocks(self, recipe: ProbeRecipe) -> set[str]:
@@ -104,6 +108,10 @@ def _folds(design: Design) -> bytes:
     return json.dumps([asdict(fold) for fold in design.folds]).encode()
 
 
+def _kinds(design: Design) -> bytes:
+    return json.dumps(kinds_of(design.data)).encode()
+
+
 def _texts(design: Design) -> bytes:
     return json.dumps(design.data.texts).encode()
 
@@ -121,6 +129,8 @@ def _tokens(design: Design) -> bytes:
 
 def _dense(recipe: ProbeRecipe, design: Design) -> bytes:
     matrix = dense_matrix(recipe, design.data)
-    return (
-        b"" if matrix is None else str(matrix.shape).encode() + hashlib.sha256(matrix.data).digest()
-    )
+    if matrix is None:
+        return b""
+    # A block made of table columns stands column by column in memory; what it holds is the same.
+    rows = np.ascontiguousarray(matrix)
+    return str(rows.shape).encode() + hashlib.sha256(rows.data).digest()

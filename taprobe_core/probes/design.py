@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from taprobe_core.control_task import control_target
 from taprobe_core.errors import DataError, NotEnoughDataError
 from taprobe_core.features import ProbeData
 from taprobe_core.probes.inputs import dense_matrix
@@ -26,7 +27,7 @@ from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.fold_matrix import FoldMatrix
 from taprobe_core.solvers.text_block import TextBlock
 from taprobe_core.splits import Fold, check_no_leakage, inner_folds
-from taprobe_core.study import Labels, ProbeRecipe, Splits
+from taprobe_core.study import ControlRecipe, Labels, ProbeRecipe, Splits
 from taprobe_core.tables import PROTOCOLS, SPLITS
 from taprobe_core.targets import target_values
 from taprobe_core.words import FoldWords, fold_words
@@ -157,13 +158,16 @@ class Design:
         Raises:
             LabelError: the labels lack what the target is made of.
         """
-        key = tuple(getattr(recipe, name) for name in TARGET_SETTINGS)
+        control = recipe.control_seed if isinstance(recipe, ControlRecipe) else None
+        key = (control, *(getattr(recipe, name) for name in TARGET_SETTINGS))
         if key not in self._targets:
             self._targets[key] = self._target(recipe)
         return self._targets[key]
 
     def _target(self, recipe: ProbeRecipe) -> FoldTarget:
         own = target_values(self.data.labels, recipe, self.labels)
+        if isinstance(recipe, ControlRecipe):
+            own = control_target(own, self.data, recipe.control_seed)
         weight = np.where(own.is_defined, own.weight, 0.0)
         if recipe.residualize == "none":
             positive = None if own.is_positive is None else own.is_positive[None]
@@ -264,5 +268,10 @@ class Design:
                     f"training needs two classes, found {'anchors' if found else 'no anchor'} "
                     f"among {n} sentences of problems {list(fold.train)}",
                     f"recipe {recipe.name!r}, {fold}",
-                    "use more problems, or lower labels.percentile",
+                    "use more problems, or "
+                    + (
+                        "set evaluation.selectivity.recipes to []"
+                        if isinstance(recipe, ControlRecipe)
+                        else "lower labels.percentile"
+                    ),
                 )

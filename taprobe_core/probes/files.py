@@ -24,7 +24,7 @@ from taprobe_core.errors import CorruptArtifactError, MissingArtifactError, Stal
 from taprobe_core.probes.fitted import FittedProbe, Training
 from taprobe_core.probes.inputs import Arrays
 from taprobe_core.splits import Fold
-from taprobe_core.study import ProbeRecipe
+from taprobe_core.study import ControlRecipe, ProbeRecipe
 
 FORMAT = 2
 _ARRAYS, _REST = "probes.safetensors", "probes.json"
@@ -80,7 +80,8 @@ def load_probes(folder: Path) -> list[FittedProbe]:
                 _FIT_AGAIN,
             )
         tensors = load_file(folder / _ARRAYS)
-        recipe = ProbeRecipe.model_validate_json(json.dumps(document["recipe"]))
+        kind = ControlRecipe if "control_seed" in document["recipe"] else ProbeRecipe
+        recipe = kind.model_validate_json(json.dumps(document["recipe"]))
         return [_probe(document, recipe, record, tensors) for record in document["probes"]]
     except (ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
         raise CorruptArtifactError(

@@ -124,6 +124,7 @@ def _shared(fit: Fit, data: ProbeData) -> str:
     recipe = fit.recipe
     per_column = {
         "target", "percentile", "threshold", "window", "weights", "residualize", "regularization",
+        "control_seed",
     }  # fmt: skip
     common = {name: value for name, value in recipe.content().items() if name not in per_column}
     if recipe.estimator == "linear":

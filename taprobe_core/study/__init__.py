@@ -33,10 +33,18 @@ from taprobe_core.study.config import (
     Target,
     resolve_folder,
 )
+from taprobe_core.study.controls import (
+    ANY_ANCHOR_PROBE,
+    ANY_LINEAR_PROBE,
+    ControlRecipe,
+    Selectivity,
+)
 from taprobe_core.study.probes import TOKEN_ESTIMATORS, UNSIGNED_TARGETS, Precision, TokenProbe
 from taprobe_core.study.source import load_study, parse_study, shipped_studies
 
 __all__ = [
+    "ANY_ANCHOR_PROBE",
+    "ANY_LINEAR_PROBE",
     "DEFAULT_RECIPES",
     "SPEED_ONLY",
     "TOKEN_ESTIMATORS",
@@ -44,6 +52,7 @@ __all__ = [
     "Activations",
     "Attention",
     "Checkpoint",
+    "ControlRecipe",
     "Deferral",
     "DemoCheckpoint",
     "DemoSource",
@@ -60,6 +69,7 @@ __all__ = [
     "ProbeRecipe",
     "Probes",
     "Rollouts",
+    "Selectivity",
     "Source",
     "Spans",
     "Splits",

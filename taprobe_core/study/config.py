@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from taprobe_core.keys import Site, Trial
 from taprobe_core.study.activations import Activations, Attention, Pooling
+from taprobe_core.study.controls import ControlRecipe, control_fault, controls_of
 from taprobe_core.study.evaluation import Evaluation
 from taprobe_core.study.fields import (
     CommitSha,
@@ -199,6 +200,13 @@ class Study(StudyPart):
         return self
 
     @model_validator(mode="after")
+    def _controls_exist(self) -> Self:
+        fault = control_fault(self.evaluation.selectivity, self.recipes)
+        if fault is not None:
+            raise fault
+        return self
+
+    @model_validator(mode="after")
     def _what_is_read_is_kept(self) -> Self:
         readers: dict[Pooling, list[str]] = {}
         for recipe in self.probes.recipes:
@@ -254,6 +262,16 @@ class Study(StudyPart):
             recipe.resolved(self.probes.target, self.labels.percentile)
             for recipe in self.probes.recipes
         )
+
+    @property
+    def controls(self) -> dict[str, ControlRecipe]:
+        """The control of every recipe that `evaluation.selectivity` asks for, by its name."""
+        return controls_of(self.evaluation.selectivity, self.recipes)
+
+    @property
+    def fitted(self) -> tuple[ProbeRecipe, ...]:
+        """All that is fitted at a site: the recipes, then their controls."""
+        return (*self.recipes, *self.controls.values())
 
     @property
     def sites(self) -> tuple[Site, ...]:

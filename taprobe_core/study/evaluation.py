@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from taprobe_core.study.controls import Selectivity
 from taprobe_core.study.fields import Count, Seed, StudyPart, distinct
 
 Interval = Literal["bca", "percentile"]
@@ -27,6 +28,7 @@ class Evaluation(StudyPart):
     `planned` names the recipes whose comparisons with the baselines were fixed beforehand; their
     tests are corrected together by `correction`, all others by Benjamini-Hochberg.
     `best_of_k` seeds are chosen on validation; `calibration_bins` hold equally many scores.
+    `selectivity` says which recipes are fitted to a control task too.
     """
 
     baselines: Annotated[tuple[str, ...], AfterValidator(distinct)] = (
@@ -43,3 +45,4 @@ class Evaluation(StudyPart):
     correction: Correction = "holm"
     best_of_k: Count = 3
     calibration_bins: Count = 10
+    selectivity: Selectivity = Selectivity()

@@ -43,6 +43,7 @@ from taprobe_core.tables.results import (
     PROTOCOLS,
     RELIABILITY_BINS,
     SCORES,
+    SELECTIVITY,
     SPLITS,
     schema_of,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "RECEIVER_SCORES",
     "RELIABILITY_BINS",
     "SCORES",
+    "SELECTIVITY",
     "SENTENCES",
     "SKIPPED",
     "SPANS",

@@ -40,6 +40,14 @@ the anchors it is to find, both as residuals where the recipe is residualised. T
 where it is not defined, such as a windowed change at the end of a trace; anchors are null for
 signed targets, whose scores do not rank them."""
 
+_TESTS = {
+    "t_low": column(pl.Float64, nullable=True),
+    "t_high": column(pl.Float64, nullable=True),
+    "p_sign_flip": column(pl.Float64, within(0, 1), nullable=True),
+    "p_wilcoxon": column(pl.Float64, within(0, 1), nullable=True),
+    "interval_note": column(pl.String, nullable=True),
+}
+
 DELTAS = pa.DataFrameSchema(
     {
         "recipe": column(pl.String),
@@ -51,11 +59,7 @@ DELTAS = pa.DataFrameSchema(
         "delta": column(pl.Float64, nullable=True),
         "delta_low": column(pl.Float64, nullable=True),
         "delta_high": column(pl.Float64, nullable=True),
-        "t_low": column(pl.Float64, nullable=True),
-        "t_high": column(pl.Float64, nullable=True),
-        "p_sign_flip": column(pl.Float64, within(0, 1), nullable=True),
-        "p_wilcoxon": column(pl.Float64, within(0, 1), nullable=True),
-        "interval_note": column(pl.String, nullable=True),
+        **_TESTS,
     },
     strict=True,
     ordered=True,
@@ -190,6 +194,31 @@ BEST_SEEDS = pa.DataFrameSchema(
 """One row per recipe × protocol: test means of all seeds (`value`), of the k seeds that are best on
 the fold's validation problems, and of the best one; `seeds` lists every fold's best, in fold order.
 The deviation is over the k seeds, folds averaged."""
+
+SELECTIVITY = pa.DataFrameSchema(
+    {
+        **_RECIPE,
+        "metric": column(pl.String),
+        "n_problems": column(pl.Int64, at_least(0)),
+        "n_undefined": column(pl.Int64, at_least(0)),
+        "n_better": column(pl.Int64, at_least(0)),
+        "task_value": column(pl.Float64, nullable=True),
+        "task_chance": column(pl.Float64, nullable=True),
+        "control_value": column(pl.Float64, nullable=True),
+        "control_chance": column(pl.Float64, nullable=True),
+        "selectivity": column(pl.Float64, nullable=True),
+        "selectivity_low": column(pl.Float64, nullable=True),
+        "selectivity_high": column(pl.Float64, nullable=True),
+        **_TESTS,
+    },
+    strict=True,
+    ordered=True,
+    unique=["recipe", "protocol"],
+    name="selectivity",
+)
+"""One row per recipe with a control task × protocol, on test: the metric on the task, on the
+control, and their difference, over the `n_problems` where both are defined; `n_undefined` problems
+hold no positive of the control. `*_chance` is what a random ranking reaches on these problems."""
 
 _PLAN_KEY = {
     "recipe": column(pl.String),

@@ -229,7 +229,13 @@ def test_anchors_that_are_predicted_and_not_named_are_refused(labels):
 def test_every_table_keeps_its_contract_and_holds_no_nan(labels):
     share = (1 / (1 + (-pl.col("score")).exp())).alias("score")
     by_seed = {seed: _both(labels, seed).with_columns(share) for seed in (0, 1)}
-    tables = evaluate(by_seed, labels, ONE_BASELINE, ANCHORS)
+    controls = {
+        seed: scores.filter(recipe="linear_probe").with_columns(
+            is_positive=pl.col("sentence_idx") % 4 == 0
+        )
+        for seed, scores in by_seed.items()
+    }
+    tables = evaluate(by_seed, labels, ONE_BASELINE, ANCHORS, controls_by_seed=controls)
     for name in fields(EvaluationTables):
         frame = getattr(tables, name.name)
         contract = getattr(results, name.name.upper(), None)
@@ -237,6 +243,26 @@ def test_every_table_keeps_its_contract_and_holds_no_nan(labels):
             check_table(frame, contract, name.name)
         assert frame.height, name.name
         assert not any(frame.select(pl.col(pl.Float64).is_nan().any()).row(0)), name.name
+
+
+def test_selectivity_stands_on_the_value_that_is_ranked(labels):
+    by_seed = {seed: _both(labels, seed) for seed in (0, 1)}
+    controls = {
+        seed: scores.filter(recipe="linear_probe").with_columns(
+            is_positive=pl.col("sentence_idx") % 4 == 0
+        )
+        for seed, scores in by_seed.items()
+    }
+    tables = evaluate(by_seed, labels, ONE_BASELINE, ANCHORS, controls_by_seed=controls)
+    on = ["recipe", "protocol"]
+    test = tables.metrics.filter(split="test").select(*on, "pr_auc", "chance_pr_auc")
+    both = tables.selectivity.join(test, on=on)
+    assert set(both["recipe"]) == {"linear_probe"}
+    assert both["task_value"].to_list() == pytest.approx(both["pr_auc"].to_list())
+    assert both["task_chance"].to_list() == pytest.approx(both["chance_pr_auc"].to_list())
+    # Scores that follow importance know nothing of every fourth sentence.
+    assert (both["selectivity"] > 0.2).all()
+    assert evaluate(by_seed, labels, ONE_BASELINE, ANCHORS).selectivity.is_empty()
 
 
 def test_mixed_targets_are_each_judged_by_their_own(labels):

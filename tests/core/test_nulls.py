@@ -6,9 +6,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from taprobe_core.control_task import position_bin
 from taprobe_core.metrics import pr_auc, spearman
 from taprobe_core.nulls import null_distributions, null_p
-from taprobe_core.position_bins import position_bin
 from taprobe_core.score_blocks import make_blocks
 from taprobe_core.tables import NULL_KINDS, NULLS, check_table
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,16 @@ import torch
 
 from taprobe_core.errors import CorruptArtifactError
 from taprobe_core.keys import Site
-from taprobe_core.pipeline import CHECKS, Plan, cells_of, key_of, open_plan
+from taprobe_core.pipeline import (
+    CHECKS,
+    WARNINGS,
+    Plan,
+    cells_of,
+    key_of,
+    open_plan,
+    tripwire_checks,
+)
+from taprobe_core.splits import SIDES, make_folds
 from taprobe_core.store import ArtifactKey, write_table, write_tensors
 
 CORRECT = "correct_base_solution"
@@ -37,6 +47,28 @@ def falsify(plan: Plan, key: ArtifactKey, changes: dict[str, Change]) -> None:
             write_table(folder / name, changes.get(name, lambda each: each)(frame))
 
     plan.store.commit(key, write, provenance=provenance, upstream=upstream)
+
+
+def first_two(plan: Plan) -> tuple[int, int]:
+    sentences = plan.store.open(plan.rollouts(*TEXT)).read_table("sentences.parquet")
+    one, two = sentences["problem_id"].unique().sort()[:2]
+    return int(one), int(two)
+
+
+def copy_trace(plan: Plan, share: float = 1.0) -> None:
+    """Let the second problem say what the first does, from the start, spaced otherwise."""
+    one, two = first_two(plan)
+
+    def copied(table: pl.DataFrame) -> pl.DataFrame:
+        source, own = table.filter(problem_id=one), table.filter(problem_id=two)
+        if share == 1:
+            own = source.with_columns(problem_id=pl.lit(two, pl.Int64))
+        n = int(share * min(source.height, own.height))
+        said = [f" {text}\n " for text in source["sentence"][:n]] + own["sentence"][n:].to_list()
+        rest = table.filter(pl.col("problem_id") != two)
+        return pl.concat([rest, own.with_columns(sentence=pl.Series(said))])
+
+    falsify(plan, plan.rollouts(*TEXT), {"sentences.parquet": copied})
 
 
 def shard_of(plan: Plan, problem: int, layer: int = 0) -> ArtifactKey:
@@ -145,12 +177,72 @@ def test_a_planted_fault_is_found_and_named(
     said: list[str],
 ) -> None:
     plant(own)
-    (check,) = CHECKS[stage].values()
+    check = next(iter(CHECKS[stage].values()))
     faults = "\n".join(check(own, cell))
     for part in said:
         assert part in faults
     other = next(each for each in cells_of(own.study, stage) if "incorrect" in each[1])
     assert check(own, other) == []
+
+
+def test_a_trace_under_two_ids_stops_the_study_before_anything_is_computed(own: Plan) -> None:
+    one, two = first_two(own)
+    copy_trace(own)
+    (fault,) = CHECKS["rollouts"]["no_trace_on_two_sides"](own, TEXT)
+    assert f"problems {one}, {two} have the same trace" in fault
+    # In each fold that tests one of the two, and where one of them validates.
+    n = sum(
+        len({side for side in SIDES for each in (one, two) if each in getattr(fold, side)}) > 1
+        for fold in make_folds(own.problem_ids(), own.study.splits)
+    )
+    assert f"{n} of 6 folds, first lopo fold 0" in fault
+    assert "no_trace_on_two_sides" not in WARNINGS
+
+
+def test_copies_on_one_side_leak_nothing(own: Plan) -> None:
+    one, two = first_two(own)
+    copy_trace(own)
+    splits = own.study.splits.model_copy(update={"protocols": ("holdout",)})
+    check = CHECKS["rollouts"]["no_trace_on_two_sides"]
+    sides = set()
+    for seed in range(20):
+        study = own.study.model_copy(update={"splits": splits.model_copy(update={"seed": seed})})
+        plan = open_plan(study, own.data_root)
+        (fold,) = make_folds(plan.problem_ids(), study.splits)
+        together = any({one, two} <= set(getattr(fold, side)) for side in SIDES)
+        assert bool(check(plan, TEXT)) is not together
+        sides.add(together)
+    assert sides == {True, False}
+
+
+@pytest.mark.parametrize(("share", "n_faults"), [(0.8, 1), (0.2, 0)])
+def test_a_trace_copied_in_part_is_a_warning(own: Plan, share: float, n_faults: int) -> None:
+    one, two = first_two(own)
+    copy_trace(own, share)
+    faults = CHECKS["rollouts"]["passages_differ_across_problems"](own, TEXT)
+    assert len(faults) == n_faults
+    for fault in faults:
+        assert "held-out passages of three sentences stand in a training problem" in fault
+        assert {str(one), str(two)} <= set(re.findall(r"problem (\d+)", fault))
+        table = own.store.open(own.rollouts(*TEXT)).read_table("sentences.parquet")
+        first = table.filter(problem_id=one)["sentence"][0]
+        assert " ".join(first.split())[:40] in fault
+    assert CHECKS["rollouts"]["no_trace_on_two_sides"](own, TEXT) == []
+    assert "passages_differ_across_problems" in WARNINGS
+
+
+def test_texts_are_not_looked_at_where_problems_are_too_few_to_be_divided(
+    own: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy_trace(own)
+    splits = own.study.splits.model_copy(update={"val_fraction": 0.29, "train_fraction": 0.7})
+    one, two = first_two(own)
+    rollouts = own.study.rollouts.model_copy(update={"problem_ids": (one, two)})
+    study = own.study.model_copy(update={"splits": splits, "rollouts": rollouts})
+    few = open_plan(study, own.data_root)
+    with caplog.at_level("WARNING"):
+        assert tripwire_checks._folds(few, TEXT, [one, two]) == []
+    assert "repeated texts not run for tiny" in caplog.text
 
 
 def test_a_tripwire_trips_where_rows_cannot_be_told_apart(own: Plan) -> None:
@@ -177,7 +269,7 @@ def test_one_flipped_byte_stops_the_check(own: Plan, stage: str) -> None:
         raw = bytearray((artifact.path / name).read_bytes())
         raw[len(raw) // 2] ^= 1
         (artifact.path / name).write_bytes(bytes(raw))
-    (check,) = CHECKS[stage].values()
+    check = next(iter(CHECKS[stage].values()))
     with pytest.raises(CorruptArtifactError, match="sha256") as caught:
         check(own, cell)
     assert str(artifact.path) in str(caught.value)

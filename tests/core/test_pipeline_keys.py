@@ -46,6 +46,8 @@ CHANGES: dict[str, tuple[tuple[str | int, ...], Any, set[str]]] = {
     "target": (("probes", "target"), "importance_abs", FROM_FITS),
     "split": (("splits", "val_fraction"), 0.2, FROM_FITS),
     "budgets": (("deferral", "budgets"), [0.1], FROM_PLANS),
+    "seed of controls": (("evaluation", "selectivity"), {"seed": 1}, FROM_FITS),
+    "no control": (("evaluation", "selectivity"), {"recipes": []}, FROM_FITS),
     "bootstrap": (("evaluation", "n_bootstrap"), 51, FROM_EVALUATION),
     "description": (("description",), "another", {"report"}),
     "bad problems": (
@@ -156,8 +158,8 @@ def test_a_fit_is_shared_by_all_that_it_does_not_depend_on(plan: Plan) -> None:
     assert plan.fit(first, setting, linear, 0) == plan.fit(first, setting, linear, 1)
     assert plan.fit(first, setting, linear, 0) != plan.fit(second, setting, linear, 0)
     assert plan.fit(first, setting, network, 0) != plan.fit(first, setting, network, 1)
-    # Two settings, each with two baselines and one linear probe at two sites.
-    assert len(list(plan.store.keys("fits"))) == 2 * (2 + 2)
+    # Two settings, each with two baselines, and one linear probe and its control at two sites.
+    assert len(list(plan.store.keys("fits"))) == 2 * (2 + 2 * 2)
 
 
 def test_an_unknown_model_is_named_with_the_known_ones(plan: Plan) -> None:

@@ -33,6 +33,7 @@ from taprobe_core.pipeline import (
     stages_of,
     world,
 )
+from taprobe_core.pipeline.fit import read_control_scores
 from taprobe_core.pipeline.publish import ensure_study_report
 from taprobe_core.store import Store
 from taprobe_core.study import parse_study
@@ -330,6 +331,9 @@ def test_the_numbers_shown_are_those_of_the_tables(plan: Plan) -> None:
     assert describe(plan, "rollouts", cell).metrics == {
         "n_problems": 6,
         "n_sentences": sentences.height,
+        "n_repeated_sentences": sentences.filter(
+            pl.col("problem_id").n_unique().over("sentence") > 1
+        ).height,
         "n_skipped": 0,
     }
     assert describe(plan, "labels", cell).metrics["n_anchors"] == labels.filter("is_anchor").height
@@ -349,6 +353,48 @@ def test_the_numbers_shown_are_those_of_the_tables(plan: Plan) -> None:
     assert shown.metrics["best_value"] == block["value"].max()
     # Two baselines once for the model, the probe at two layers.
     assert shown.metrics["n_configurations"] == block.height
+
+
+def test_controls_are_fitted_beside_the_recipes_and_stand_in_no_ranking(plan: Plan) -> None:
+    cell = (str(SITE), f"{CORRECT}@s00")
+    index = table(plan, "probe_fits", cell, "fits.parquet")
+    assert index["recipe"].to_list()[3:] == ["linear_probe_control"]
+    assert set(read_scores(plan, SITE, Trial(CORRECT, 0))["recipe"]) == {
+        "position_baseline",
+        "text_only_baseline",
+        "linear_probe",
+    }
+    controls = read_control_scores(plan, SITE, Trial(CORRECT, 0))
+    assert set(controls["recipe"]) == {"linear_probe"}
+    assert "linear_probe_control" not in (
+        set(table(plan, "leaderboard", (), "leaderboard.parquet")["recipe"])
+    )
+    # The control's anchors are the same in every fold, and of whole kinds of sentences.
+    per_sentence = controls.group_by("problem_id", "sentence_idx").agg(
+        pl.col("is_positive").n_unique()
+    )
+    assert per_sentence["is_positive"].to_list() == [1] * per_sentence.height
+    (row,) = table(plan, "evaluation", (str(SITE), CORRECT), "selectivity.parquet").to_dicts()
+    assert row["n_problems"] + row["n_undefined"] == 6
+    assert row["task_value"] - row["control_value"] == pytest.approx(row["selectivity"])
+    shown = describe(plan, "evaluation", (str(SITE), CORRECT)).metrics
+    assert shown["selectivity/linear_probe"] == row["selectivity"]
+    assert shown["control_value/linear_probe"] == row["control_value"]
+    page = (plan.store.open(plan.study_report()).path / "report.html").read_text()
+    assert "Could the probe have memorised it?" in page
+
+
+def test_without_controls_nothing_is_said_of_them(own: Plan) -> None:
+    values = own.study.model_dump(mode="json")
+    values["evaluation"]["selectivity"] = {"recipes": []}
+    plan = open_plan(parse_study(yaml.safe_dump(values), "s.yaml"), own.data_root)
+    for stage in STAGES:
+        for cell, outcome in run_stage(plan, stage, cells_of(plan.study, stage)):
+            if stage == "evaluation":
+                tables = outcome.artifact.read_table("selectivity.parquet")
+                assert tables.is_empty(), cell
+    page = (plan.store.open(plan.study_report()).path / "report.html").read_text()
+    assert "memorised" not in page
 
 
 def test_the_report_says_what_the_leaderboard_says_and_loads_nothing(plan: Plan) -> None:

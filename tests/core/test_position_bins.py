@@ -5,8 +5,9 @@ import polars as pl
 import pytest
 
 from taprobe_core.aggregation import chance_pr_auc
+from taprobe_core.control_task import position_bin
 from taprobe_core.metrics import pr_auc, spearman
-from taprobe_core.position_bins import position_bin, position_metrics
+from taprobe_core.position_bins import position_metrics
 from taprobe_core.score_blocks import make_blocks
 from taprobe_core.tables import POSITION_BINS, check_table
 

@@ -17,6 +17,7 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
+from taprobe_core.control_task import control_labels, kinds_of
 from taprobe_core.errors import (
     CorruptArtifactError,
     DataError,
@@ -28,6 +29,7 @@ from taprobe_core.errors import (
 )
 from taprobe_core.features import ProbeData, TokenSets
 from taprobe_core.probes import (
+    Contents,
     Design,
     Fit,
     FittedProbe,
@@ -44,7 +46,16 @@ from taprobe_core.probes.inputs import DENSE_BLOCKS
 from taprobe_core.probes.linear import fit_linear
 from taprobe_core.residuals import ResidualTargets
 from taprobe_core.splits import Fold, inner_folds, make_folds
-from taprobe_core.study import DEFAULT_RECIPES, Labels, ProbeRecipe, Splits, Target, TokenProbe
+from taprobe_core.study import (
+    DEFAULT_RECIPES,
+    ControlRecipe,
+    Labels,
+    ProbeRecipe,
+    Splits,
+    Target,
+    TokenProbe,
+)
+from taprobe_core.study.controls import control_of
 from taprobe_core.tables import LABEL_STATUS, LABELS, SCORES, check_table
 from taprobe_core.words import text_pipeline
 
@@ -343,6 +354,94 @@ def test_what_a_target_reads_is_not_shared(
     )
     for found, expected in zip(second, fresh, strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def control_of_mean(seed: int = 0) -> ControlRecipe:
+    return control_of(DEFAULT_RECIPES[2].resolved("anchor_binary", 70), seed)
+
+
+def test_a_control_is_one_more_target_of_the_same_solve(
+    data: ProbeData, folds: list[Fold], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solves = []
+    solve = module._SOLVE["linear"]
+
+    def counted(design: Design, fits: Sequence[Fit], *rest: object) -> object:
+        solves.append([fit.recipe.name for fit in fits])
+        return solve(design, fits, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(module._SOLVE, "linear", counted)
+    task = Fit(DEFAULT_RECIPES[2].resolved("anchor_binary", 70), 0)
+    control = Fit(control_of_mean(), 0)
+    design = design_of(data, folds)
+    together = dict(fit_batches(design, [task, control]))
+    assert solves == [["linear_probe", "linear_probe_control"]]
+    alone = dict(fit_batches(design, [control]))[control]
+    np.testing.assert_allclose(
+        together[control].scores["score"].to_numpy(), alone.scores["score"].to_numpy(), atol=1e-4
+    )
+    # What it is judged by are its own labels; rows and folds are those of the task.
+    places = ["problem_id", "sentence_idx", "protocol", "fold", "split"]
+    assert together[control].scores.select(places).equals(together[task].scores.select(places))
+    anchors = design.target(task.recipe).is_positive
+    assert anchors is not None
+    labels = control_labels(kinds_of(data), float(anchors.mean()), 0)
+    own = data.keys.with_columns(expected=labels)
+    joined = together[control].scores.join(own, on=["problem_id", "sentence_idx"])
+    assert joined["is_positive"].equals(joined["expected"], check_names=False)
+    assert joined["target_value"].equals(joined["expected"].cast(pl.Float64), check_names=False)
+
+
+def test_a_saved_control_comes_back_as_one(
+    data: ProbeData, folds: list[Fold], tmp_path: Path
+) -> None:
+    ((_, found),) = fit_batches(design_of(data, folds), [Fit(control_of_mean(5), 0)])
+    save_probes(tmp_path, found.probes)
+    assert [probe.recipe for probe in load_probes(tmp_path)] == [control_of_mean(5)] * len(folds)
+
+
+def test_a_control_sees_the_kinds_of_sentences_and_its_recipe_does_not(
+    data: ProbeData, folds: list[Fold]
+) -> None:
+    tagged = data.labels.with_columns(
+        function_tag=pl.when(pl.col("sentence_idx") == 0)
+        .then(pl.lit("plan"))
+        .otherwise("function_tag")
+    )
+    plain, other = (
+        Contents(design_of(each, folds)) for each in (data, replace(data, labels=tagged))
+    )
+    task = Fit(DEFAULT_RECIPES[2].resolved("anchor_binary", 70), 0)
+    assert plain.of(task) == other.of(task)
+    names = [plain.of(Fit(control_of_mean(seed), 0)) for seed in (0, 1)]
+    assert len({*names, plain.of(task), other.of(Fit(control_of_mean(), 0))}) == 4
+
+
+def test_what_a_fit_sees_does_not_depend_on_how_it_lies_in_memory(
+    data: ProbeData, folds: list[Fold]
+) -> None:
+    recipe = ProbeRecipe(name="looks", features=("vertical_attention",))
+    fit = Fit(recipe.resolved("anchor_binary", 70), 0)
+    block = np.random.default_rng(1).normal(size=(len(data.texts), 3)).astype(np.float32)
+    by_row, by_column, other = (
+        Contents(design_of(replace(data, vertical_attention=each), folds)).of(fit)
+        for each in (block, np.asfortranarray(block), block[::-1])
+    )
+    assert by_row == by_column != other
+
+
+def test_a_control_without_positives_in_training_says_how_to_do_without(data: ProbeData) -> None:
+    # The nine sentences of the tested problem are nearer to the base rate than all the others.
+    tags = np.where(data.problem_id == 0, "held_out", "training")
+    apart = replace(
+        data,
+        labels=data.labels.with_columns(function_tag=pl.Series(tags)),
+        position=np.ones_like(data.position),
+    )
+    fold = Fold("holdout", 0, (10, 20, 30), (40,), (0, 50, 60))
+    with pytest.raises(NotEnoughDataError, match="found no anchor among 27 sentences") as error:
+        list(fit_batches(design_of(apart, [fold]), [Fit(control_of_mean(), 0)]))
+    assert "set evaluation.selectivity.recipes to []" in str(error.value)
 
 
 def test_inner_folds_score_every_problem_that_is_not_tested(data: ProbeData) -> None:

@@ -50,6 +50,9 @@ class _Page(HTMLParser):
         self.text += data
 
 
+CONTROL = (pl.col("sentence_idx") % 5 == 0).alias("is_positive")
+
+
 def _scores(labels: pl.DataFrame, recipe: str, noise: float) -> pl.DataFrame:
     rng = np.random.default_rng(len(recipe))
     truth = {key: group for (key,), group in labels.group_by("problem_id")}
@@ -119,7 +122,13 @@ def data() -> ReportData:
             (
                 Site("tiny", layer),
                 "correct",
-                evaluate({0: scores, 1: scores}, labels, EVALUATION, TARGETS),
+                evaluate(
+                    {0: scores, 1: scores},
+                    labels,
+                    EVALUATION,
+                    TARGETS,
+                    controls_by_seed={0: scores.filter(_is_probe()).with_columns(CONTROL)},
+                ),
             )
         )
         place = {"setting": "correct", "model": "tiny"}
@@ -154,6 +163,10 @@ def data() -> ReportData:
     )
 
 
+def _is_probe() -> pl.Expr:
+    return pl.col("recipe") == "linear_probe"
+
+
 def _literals(values: dict[str, str]) -> dict[str, pl.Expr]:
     return {name: pl.lit(value) for name, value in values.items()}
 
@@ -172,6 +185,7 @@ def test_page_holds_every_section_and_is_the_same_again(data, html):
         "PR-AUC by layer",
         "Layer chosen on validation",
         "What the figures rest on",
+        "Could the probe have memorised it?",
         "Deferral plans",
         "One trace",
         "Problems left out",
@@ -321,6 +335,21 @@ def test_words_and_tables_carry_the_corrected_test(data, html):
     fifths = data.diagnostics.filter(protocol="lopo")["n_defined"].list.sum().sum()
     assert len(re.findall(r'<span class="sub">of \d</span></td>', html)) >= 15
     assert fifths > 0
+
+
+def test_selectivity_stands_between_task_and_control_with_its_interval(data, html):
+    (row,) = data.diagnostics.drop_nulls("n_control").filter(protocol="lopo").to_dicts()
+    section = _Page(html.split("Could the probe have memorised it?")[1].split("<h2>")[0]).text
+    for value in (row["task_value"], row["control_value"], row["control_chance"]):
+        assert f"{value:.3f}" in section
+    assert f"{row['selectivity']:+.3f}" in section
+    assert f"{row['selectivity_low']:+.3f} to {row['selectivity_high']:+.3f}" in section
+    assert f"better on {row['n_selective']}" in section
+    assert section.count("linear_probe") == 1
+    assert "position_baseline" not in section
+    without = data.diagnostics.with_columns(n_control=pl.lit(None, pl.Int64))
+    page = render_report(dataclasses.replace(data, diagnostics=without))
+    assert "memorised" not in page
 
 
 def test_an_empty_study_still_renders(data):

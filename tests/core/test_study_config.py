@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from taprobe_core.study import (
+    ANY_ANCHOR_PROBE,
     DEFAULT_RECIPES,
     Activations,
+    ControlRecipe,
     Model,
     PretrainedCheckpoint,
+    ProbeRecipe,
+    Study,
     load_study,
     parse_study,
     resolve_folder,
@@ -71,6 +75,49 @@ def test_the_default_recipes_say_what_they_depend_on() -> None:
         "mlp_probe": (True, True),
         "activations_plus_position": (True, False),
     }
+
+
+def demo_with_controls(*recipes: str, seed: int = 0) -> Study:
+    values = load_study("demo", environ={}).model_dump(mode="json")
+    values["evaluation"]["selectivity"] = {"recipes": recipes, "seed": seed}
+    return parse_study(json.dumps(values), "s.yaml")
+
+
+def test_linear_probes_of_anchors_have_a_control_unless_others_are_named() -> None:
+    study = load_study("demo", environ={})
+    assert list(study.controls) == [
+        "linear_probe",
+        "activations_plus_position",
+        "vertical_attention_baseline",
+        "vertical_attention_plus_position",
+    ]
+    assert study.fitted == (*study.recipes, *study.controls.values())
+    assert demo_with_controls().controls == {}
+    assert list(demo_with_controls("mlp_probe", "text_only_baseline").controls) == [
+        "text_only_baseline",
+        "mlp_probe",
+    ]
+    every = demo_with_controls(ANY_ANCHOR_PROBE)
+    assert {recipe.name for recipe in every.recipes} - set(every.controls) == {
+        "residual_linear_probe"
+    }
+
+
+def test_a_control_is_its_recipe_with_other_labels() -> None:
+    study = demo_with_controls("linear_probe", seed=3)
+    recipe = next(each for each in study.recipes if each.name == "linear_probe")
+    control = study.controls["linear_probe"]
+    assert control.content() == {**recipe.content(), "control_seed": 3}
+    same = set(ProbeRecipe.model_fields) - {"name"}
+    assert control.model_dump(include=same) == recipe.model_dump(include=same)
+    assert isinstance(control, ControlRecipe)
+    assert "control_seed" not in ProbeRecipe.model_fields
+
+
+def test_a_control_of_the_longest_name_can_be_named() -> None:
+    values = load_study("demo", environ={}).model_dump(mode="json")
+    values["probes"]["recipes"][2]["name"] = name = "a" * 64
+    assert len(parse_study(json.dumps(values), "s.yaml").controls[name].name) == 64
 
 
 def test_the_order_of_poolings_is_not_the_authors() -> None:

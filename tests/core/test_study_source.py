@@ -313,6 +313,19 @@ def test_a_fault_names_line_key_found_and_fix(
         ("splits: {train_fraction: 0.9}", "splits", "0.9 and val_fraction 0.15", "less than 1"),
         ("splits: {protocols: [lopo, lopo]}", "protocols", "['lopo']", "each value once"),
         ("evaluation: {baselines: [x]}", "evaluation.baselines", "['x']", "position_baseline"),
+        (
+            "evaluation: {selectivity: {recipes: [mlp]}}",
+            "evaluation.selectivity.recipes",
+            "['mlp']",
+            "any_linear_probe",
+        ),
+        (
+            "evaluation: {selectivity: {recipes: [linear_probe]}}\n"
+            "probes: {target: importance_abs}",
+            "evaluation.selectivity.recipes",
+            "['linear_probe'], which predict no anchors",
+            "use []",
+        ),
         ("deferral: {budgets: [-0.1]}", "deferral.budgets[0]", "-0.1", "at least 0"),
         ("probes: {recipes: [{features: [text]}]}", "recipes[0].name", "missing", "add `name"),
         ("probes: {recipes: [{name: A, features: [text]}]}", "[0].name", "'A'", "matches"),

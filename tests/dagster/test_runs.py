@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import dagster as dg
 import pytest
@@ -16,11 +17,13 @@ from dagster._core.definitions.data_version import (
     StaleStatus,
 )
 from dagster._core.definitions.events import AssetKeyPartitionKey
+from dagster._core.errors import DagsterAssetCheckFailedError
 from dagster._core.loader import LoadingContextForTest
 
 from taprobe_core.errors import MissingArtifactError
 from taprobe_core.pipeline import CHECKS, STAGES, CellFilter, Plan, cells_of, key_of, open_plan
 from taprobe_core.study import Study, parse_study
+from taprobe_dagster import assets
 from taprobe_dagster.assets import OPS, ops_of
 from taprobe_dagster.definitions import build_defs
 from taprobe_dagster.launch import (
@@ -132,6 +135,47 @@ def test_every_check_passes_on_sound_artifacts(
     found = instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
     assert set(found) == set(keys)
     assert {record.status.value for record in found.values()} == {"SUCCEEDED"}
+
+
+@pytest.mark.parametrize("name", ["passages_differ_across_problems", "no_trace_on_two_sides"])
+def test_a_repeated_passage_warns_and_a_repeated_trace_stops(
+    plan: Plan,
+    defs: dg.Definitions,
+    fresh: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    n_computed: Mapping[str, int],
+    name: str,
+) -> None:
+    checks = {**CHECKS, "rollouts": {**CHECKS["rollouts"], name: lambda *_: ["a copy"]}}
+    monkeypatch.setattr(assets, "CHECKS", checks)
+    (launch,) = launches_of(fresh, plan, "read_rollouts", OPS["read_rollouts"])
+    is_warning = name == "passages_differ_across_problems"
+    stops = pytest.raises(DagsterAssetCheckFailedError, match=name)
+    with nullcontext() if is_warning else stops:
+        execute(defs, fresh, launch)
+    key = dg.AssetCheckKey(dg.AssetKey("rollouts"), name)
+    record = fresh.event_log_storage.get_latest_asset_check_execution_by_key([key])[key]
+    assert record.status.value == "FAILED"
+    assert record.event is not None
+    assert record.event.dagster_event is not None
+    evaluation = record.event.dagster_event.asset_check_evaluation_data
+    assert evaluation.severity.value == ("WARN" if is_warning else "ERROR")
+    assert evaluation.metadata["n_faults"].value == len(cells_of(plan.study, "rollouts"))
+    assert "a copy" in str(evaluation.metadata["faults"].value)
+    spec = defs.resolve_asset_graph().get_check_spec(key)
+    assert spec.blocking is not is_warning
+
+
+def test_selectivity_is_a_number_that_plots(
+    instance: dg.DagsterInstance, n_computed: Mapping[str, int]
+) -> None:
+    event = instance.get_latest_materialization_event(dg.AssetKey("evaluation"))
+    assert event is not None
+    assert event.asset_materialization is not None
+    metadata = event.asset_materialization.metadata
+    for name in ("selectivity/linear_probe", "control_value/linear_probe"):
+        assert isinstance(metadata[name], dg.FloatMetadataValue)
+    assert 0 < float(str(metadata["control_value/linear_probe"].value)) <= 1
 
 
 def test_nothing_is_wanted_afterwards_and_nothing_is_stale(
