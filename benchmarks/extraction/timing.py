@@ -118,17 +118,25 @@ def measure(
         variants: ways to do the job.
         units: texts given at once.
         job: the job.
-        folder: empty, for rows; emptied after each run.
+        folder: absent, for rows; each variant has one folder in it for all units of a repetition,
+            as a job does, so that what is made once a job is paid once; deleted after the last.
         device: whose work is waited for.
         repetitions: of every unit, of variants that are not slow.
     """
     timings = [Timings(variant) for variant in variants]
     rng = random.Random(0)  # noqa: S311
     for repetition in range(repetitions):
-        for unit, texts in enumerate(units):
-            for timing in rng.sample(timings, len(timings)):
-                if _is_due(timing, repetition):
-                    _measure_one(timing, (unit, repetition), texts, job, folder, device)
+        with clean(folder) as place:
+            folders = {id(timing): place / str(at) for at, timing in enumerate(timings)}
+            for own in folders.values():
+                own.mkdir()
+            for unit, texts in enumerate(units):
+                for timing in rng.sample(timings, len(timings)):
+                    if _is_due(timing, repetition):
+                        own = folders[id(timing)]
+                        _measure_one(timing, (unit, repetition), texts, job, own, device)
+                    if unit == len(units) - 1:
+                        shutil.rmtree(folders[id(timing)])
     return timings
 
 
@@ -148,8 +156,7 @@ def _measure_one(
     run = timing.variant.run
     assert run is not None
     try:
-        with clean(folder) as place:
-            _, timing.seconds[at] = timed(device, lambda: run(texts, job, place))
+        _, timing.seconds[at] = timed(device, lambda: run(texts, job, folder))
     except Exception as error:  # noqa: BLE001  the other variants are still worth their time
         timing.fault = fault_text(error)
 

@@ -84,6 +84,7 @@ class QueuedPack:
         self._options = options
         self._transfer = Transfer()
         self._kept: dict[tuple[int, Pooling], _Kept] = {}
+        self._pooled: dict[tuple[int, Pooling], torch.Tensor] = {}
         self._attention: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         self._indexes = [span_index(task.spans, len(task.token_ids)) for task in tasks]
         shifts = [0]
@@ -102,6 +103,8 @@ class QueuedPack:
             self._watch if watches else None,
             is_fused=is_fused(model, tasks[0].token_ids),
         )
+        for (layer, pooling), rows in self._pooled.items():
+            self._fetch(layer, pooling, rows)
 
     def _keep(self, layer: int, hidden: torch.Tensor) -> None:
         if layer not in self._layers:
@@ -111,9 +114,17 @@ class QueuedPack:
             self._index_on[device] = self._joined.to(device)
         pooled = pool(hidden, self._index_on[device], self._options.poolings)
         for pooling, rows in pooled.items():
-            kept = rows.to(getattr(torch, self._options.storage))
-            fetch = self._transfer.fetch
-            self._kept[layer, pooling] = _Kept(rows, fetch(kept), fetch(value_range(rows)))
+            if rows.is_cuda:
+                self._fetch(layer, pooling, rows)
+            else:
+                # Casts and ranges of all layers together afterwards: between matrix products their
+                # code and data would be out of the caches each time.
+                self._pooled[layer, pooling] = rows
+
+    def _fetch(self, layer: int, pooling: Pooling, rows: torch.Tensor) -> None:
+        kept = rows.to(getattr(torch, self._options.storage))
+        fetch = self._transfer.fetch
+        self._kept[layer, pooling] = _Kept(rows, fetch(kept), fetch(value_range(rows)))
 
     def _watch(
         self,
