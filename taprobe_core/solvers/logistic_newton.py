@@ -17,11 +17,16 @@ from taprobe_core.errors import NumericsError
 MAX_STEPS = 60
 _MAX_HALVINGS = 30
 _VALUES_PER_CHUNK = 1 << 22
-_TOL = 1e-8
 
 
 def newton(
-    shared: Tensor, sign: Tensor, weight: Tensor, penalty: Tensor, max_iter: int = MAX_STEPS
+    shared: Tensor,
+    sign: Tensor,
+    weight: Tensor,
+    penalty: Tensor,
+    *,
+    tol: float = 1e-8,
+    max_iter: int = MAX_STEPS,
 ) -> tuple[Tensor, Tensor]:
     """Minimise `sum_i weight_i log(1 + exp(-sign_i z_i)) + sum_j penalty_j v_j^2 / 2`.
 
@@ -30,6 +35,7 @@ def newton(
         sign: [column, row] +1 and -1.
         weight: [column, row].
         penalty: [column, feature + 1], 0 for the intercept.
+        tol: change of every logit in a step at which a column is done.
         max_iter: Newton steps at most.
 
     Returns:
@@ -62,7 +68,7 @@ def newton(
             length = torch.where(too_far, length / 2, length)
         v, logits = v + length * step, logits + length * moved
         n_iter[live] += 1
-        done = (length * moved).abs().amax(1) <= _TOL
+        done = (length * moved).abs().amax(1) <= tol
         if not bool(done.any()):
             continue
         solution[live[done]] = v[done]
