@@ -121,7 +121,8 @@ def solve_narrow_reference(reference: DualProblem, shared: Tensor) -> DualState:
     penalty[:, -1] = 0.0
     inputs = torch.cat([shared, shared.new_ones(len(shared), 1)], dim=1)
     sign, weight = reference.sign.double(), reference.weight.double()
-    v, n_iter = newton(inputs, sign, weight, penalty, tol=REFERENCE_TOL)
+    factor = torch.ones_like(penalty)
+    v, n_iter = newton(inputs, factor, sign, weight, penalty, tol=REFERENCE_TOL)
     z, intercept = (v[:, :-1] @ shared.T).to(reference.weight), v[:, -1:].to(reference.weight)
     first, _ = reference.slopes(z + intercept)
     alpha = reference.project(-first * reference.penalty)
