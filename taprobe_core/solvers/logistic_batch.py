@@ -102,9 +102,9 @@ class BatchSolver:
     def shared_kernel(self, _: Tensor, dual: Tensor) -> Tensor:
         """Return products with the kernel under the scaling of all rows, [column, row]."""
         text = self.matrix.text
-        if text is None or self.matrix.n_dense:
+        if text is None or self.matrix.n_dense or dual.device.type != "cpu":
             return dual @ self.gram(dual.dtype)
-        # Counts are sparse: the Gram matrix would cost more than all products with them.
+        # Counts are sparse: the Gram matrix would cost a CPU more than all products with them.
         one = np.zeros(len(dual), dtype=np.int64)
         terms = text.shared.backward(one, dual.cpu().numpy())
         return torch.as_tensor(text.shared.forward(one, terms)).to(dual)

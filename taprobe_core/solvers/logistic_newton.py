@@ -2,8 +2,8 @@
 
 With few features a column's Hessian is small, and a handful of exact Newton steps of all columns at
 once costs less than many cheap iterations. A fold's own standardisation is a factor of each feature
-and a change of intercept. What does not belong here: text and wide features (`dual_subspace`). Invariant: every step goes down;
-a finished column leaves the batch.
+and a change of intercept. What does not belong here: text and wide features (`dual_subspace`).
+Invariant: every step goes down; a finished column leaves the batch.
 """
 
 from __future__ import annotations
