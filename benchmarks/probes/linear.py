@@ -5,7 +5,8 @@
 CPU seconds by `time.process_time`, one thread. Folds hold out one problem to test and three to
 validate; six targets are anchors at six percentiles. scikit-learn fits the folds and targets named
 in the output, ours fits them all; agreement is taken where both did. Standardisation is inside both
-times: scikit-learn pays it per fit, ours once per feature matrix.
+times: scikit-learn pays it per fit, ours once per feature matrix. Ours stops at the tolerance of
+recipes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.probes.features import Kind, SyntheticProbeData, make_probe_data
+from taprobe_core.probes.linear import tolerance_of
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.fold_matrix import FoldMatrix
 from taprobe_core.solvers.logistic import balanced_weights, solve_logistic
@@ -96,7 +98,7 @@ def logistic(case: Case, n_targets: int, peer_folds: NDArray[np.intp]) -> None:
 
     def ours() -> Any:
         matrix = FoldMatrix(case.train, case.data.features)
-        return solve_logistic(matrix, columns, np.ones(len(fold)))
+        return solve_logistic(matrix, columns, np.ones(len(fold)), tol=tolerance_of(matrix))
 
     solution, seconds = timed(ours)
     own = seconds / len(fold)

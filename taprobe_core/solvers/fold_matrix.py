@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taprobe_core.errors import DataError, NonFiniteError
+from taprobe_core.solvers.fold_moments import tensor_moments
 from taprobe_core.solvers.text_block import TextBlock
 
 Scaling = Literal["fold", "shared", "none"]
 
 _CACHED_FLOAT64_VALUES = 1 << 22
 _CHUNK_VALUES = 1 << 21
-_SUSPECT_VARIANCE = 1e-6
 
 
 class FoldMatrix:
@@ -140,51 +140,21 @@ class FoldMatrix:
         n, d, n_folds = self.n_rows, self.n_dense, self.n_folds
         self._mean = torch.zeros(d, dtype=torch.float64, device=self.device)
         self._scale = torch.ones_like(self._mean)
-        if self.scaling == "none" or d == 0:
-            mean, scale = self._mean.expand(n_folds, d), self._scale.expand(n_folds, d)
-        else:
-            # Twice: the second pass removes the rounding that a large mean leaves in the first.
-            for _ in range(2):
-                self._mean = self._mean + sum(chunk.sum(0) for _, chunk in self._chunks64()) / n
-            variance = torch.zeros_like(self._mean)
-            for _, chunk in self._chunks64():
-                variance += chunk.square().sum(0) / n
-            self._scale = _scale_of(variance, self._mean, n)
-            mean, scale = self._mean.expand(n_folds, d), self._scale.expand(n_folds, d)
-            if self.scaling == "fold":
-                mean, scale = self._fold_statistics()
+        mean, scale = self._mean.expand(n_folds, d), self._scale.expand(n_folds, d)
+        if self.scaling != "none" and d:
+            # The last of these folds has all rows.
+            masks = torch.as_tensor(np.vstack([self.train, np.ones((1, n), dtype=bool)]))
+            means, scales = tensor_moments(self._raw, masks.to(self.device))
+            self._mean, self._scale = means[-1], scales[-1]
+            is_own = self.scaling == "fold"
+            mean = means[:-1] if is_own else self._mean.expand(n_folds, d)
+            scale = scales[:-1] if is_own else self._scale.expand(n_folds, d)
         self._shift = (mean - self._mean) / self._scale
         self._ratio = self._scale / scale
         if self._visible is not None:
             self._ratio = self._ratio * torch.as_tensor(self._visible, device=self.device)
         self.mean: NDArray[np.float64] = mean.cpu().numpy().copy()
         self.scale: NDArray[np.float64] = scale.cpu().numpy().copy()
-
-    def _fold_statistics(self) -> tuple[Tensor, Tensor]:
-        """Return each fold's mean and scale, from moments about the mean of all rows."""
-        mask = torch.as_tensor(self.train, device=self.device).double()
-        share = mask / mask.sum(1, keepdim=True)
-        first = torch.zeros(self.n_folds, self.n_dense, dtype=torch.float64, device=self.device)
-        second = torch.zeros_like(first)
-        for rows, chunk in self._chunks64():
-            first += share[:, rows] @ chunk
-            second += share[:, rows] @ chunk.square()
-        variance = second - first.square()
-        mean = self._mean + self._scale * first
-        n_train = mask.sum(1, keepdim=True)
-        scale = _scale_of(variance * self._scale.square(), mean, n_train)
-        # The difference of two moments says nothing about a variance near 0: take two passes there.
-        suspect = torch.nonzero((variance < _SUSPECT_VARIANCE).any(0))[:, 0]
-        if len(suspect):
-            values = self._raw[:, suspect].double()
-            for fold, weight in enumerate(share):
-                own = mean[fold, suspect]
-                own = own + weight @ (values - own)
-                centred = values - own
-                exact = weight @ centred.square() - (weight @ centred).square()
-                mean[fold, suspect] = own
-                scale[fold, suspect] = _scale_of(exact, own, n_train[fold])
-        return mean, scale
 
     # ---- the shared matrix ----------------------------------------------------------------------
 
@@ -304,11 +274,3 @@ class FoldMatrix:
         if self.text is None:
             return dense
         return torch.cat([torch.as_tensor(self.text.rows(fold)).to(dense), dense], dim=1)
-
-
-def _scale_of(variance: Tensor, mean: Tensor, n: Tensor | int) -> Tensor:
-    """Return deviations, 1 for a constant feature: scikit-learn's rule and its rounding bound."""
-    eps = torch.finfo(torch.float64).eps
-    bound = n * eps * variance + (n * mean * eps) ** 2
-    scale = variance.clamp(min=0).sqrt()
-    return torch.where(variance <= bound, torch.ones_like(scale), scale)

@@ -128,16 +128,18 @@ def _solve_small(
     shared, shift, ratio = matrix.shared_values()
     at = torch.as_tensor(columns.fold, device=matrix.device)
     ones = shared.new_ones(len(shared), 1)
-    # v = w * ratio are the coefficients of the shared matrix, and w is what is penalised.
-    own = 1 / (torch.as_tensor(penalty, device=matrix.device)[:, None] * ratio[at].square())
-    v, n_iter = newton(
+    factor = torch.cat([ratio[at], ratio.new_ones(len(at), 1)], dim=1)
+    own = (1 / torch.as_tensor(penalty, device=matrix.device))[:, None].expand(factor.shape)
+    own = torch.cat([own[:, :-1], torch.zeros_like(own[:, :1])], dim=1)
+    coef, n_iter = newton(
         torch.cat([shared, ones], dim=1),
+        factor,
         torch.where(as_rows(columns.y, matrix.device) > 0.5, 1.0, -1.0).double(),
         as_rows(columns.weight, matrix.device),
-        torch.cat([own, torch.zeros_like(own[:, :1])], dim=1),
+        own,
     )
-    intercept = v[:, -1] + (v[:, :-1] * shift[at]).sum(1)
-    return finish(matrix, columns, v[:, :-1] / ratio[at], intercept, n_iter.cpu().numpy())
+    intercept = coef[:, -1] + (coef[:, :-1] * ratio[at] * shift[at]).sum(1)
+    return finish(matrix, columns, coef[:, :-1], intercept, n_iter.cpu().numpy())
 
 
 def _check_labels(columns: Columns, support: NDArray[np.bool_]) -> None:

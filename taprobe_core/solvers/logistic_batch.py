@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taprobe_core.errors import NumericsError
+from taprobe_core.solvers.bordered import BorderedInverse
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.dual_subspace import (
     DualProblem,
@@ -38,17 +39,22 @@ from taprobe_core.solvers.fold_matrix import FoldMatrix
 from taprobe_core.solvers.linear_solution import as_rows, row_patterns
 from taprobe_core.solvers.logistic_phases import (
     Batch,
+    Patterns,
     diagonal,
     factored,
     factorise,
     group_mean,
     newton_start,
     plain,
+    reference_problem,
+    solve_narrow_reference,
     solve_reference,
 )
+from taprobe_core.solvers.narrow_inverse import NarrowInverse
 
 MAX_FACTOR_BYTES = 1 << 30
 MIN_COLUMNS_FOR_REFERENCE = 3
+MAX_NARROW_FEATURES = 512
 
 _EASY_ITERATIONS = 45
 _DIAGONAL_ITERATIONS = 60
@@ -56,6 +62,7 @@ _FACTOR_ITERATIONS = 30
 _MAX_PHASES = 8
 _CERTIFIED = 3e-4
 _ALWAYS_FACTORISED_ROWS = 1024
+_ROWS_PER_FEATURE = 3
 
 _T = TypeVar("_T", DualProblem, DualState)
 
@@ -85,6 +92,30 @@ class BatchSolver:
         if dtype not in self._grams:
             self._grams[dtype] = self.matrix.shared_gram(dtype)
         return self._grams[dtype]
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether systems of the features are cheaper to factorise than those of the rows."""
+        wide = self.matrix.text is not None or self.matrix.n_dense > MAX_NARROW_FEATURES
+        return not wide and self.matrix.n_dense * _ROWS_PER_FEATURE <= self.matrix.n_rows
+
+    def shared_kernel(self, _: Tensor, dual: Tensor) -> Tensor:
+        """Return products with the kernel under the scaling of all rows, [column, row]."""
+        text = self.matrix.text
+        if text is None or self.matrix.n_dense or dual.device.type != "cpu":
+            return dual @ self.gram(dual.dtype)
+        # Counts are sparse: the Gram matrix would cost a CPU more than all products with them.
+        one = np.zeros(len(dual), dtype=np.int64)
+        terms = text.shared.backward(one, dual.cpu().numpy())
+        return torch.as_tensor(text.shared.forward(one, terms)).to(dual)
+
+    def inverse(
+        self, ridge: Tensor, patterns: Patterns, chosen: Patterns
+    ) -> BorderedInverse | NarrowInverse:
+        """Invert the kernel under the scaling of all rows, with a ridge, on the chosen subsets."""
+        if self.is_narrow:
+            return NarrowInverse(self.matrix.shared_values()[0], ridge, patterns, chosen)
+        return BorderedInverse(self.gram(ridge.dtype), ridge, patterns, chosen)
 
     def solve(
         self,
@@ -139,14 +170,19 @@ class BatchSolver:
         if len(batch.fold) < MIN_COLUMNS_FOR_REFERENCE * batch.n_groups:
             state, way = start(problem, zero, zero), self._diagonal(problem)
             return self._iterate(problem, batch, state, way, _DIAGONAL_ITERATIONS)
-        gram = self.gram(self.dtype)
-        reference, found = solve_reference(problem, batch, gram)
-        if float(found.n_iter.double().median()) <= _EASY_ITERATIONS:
-            alpha = problem.project(found.alpha[torch.as_tensor(batch.group, device=gram.device)])
+        reference = reference_problem(problem, batch)
+        if self.is_narrow:
+            found = solve_narrow_reference(reference, self.matrix.shared_values()[0])
+        else:
+            found = solve_reference(reference, self.shared_kernel)
+        is_easy = float(found.n_iter.double().median()) <= _EASY_ITERATIONS
+        if is_easy and not self.is_narrow:
+            group = torch.as_tensor(batch.group, device=zero.device)
+            alpha = problem.project(found.alpha[group])
             way, n_steps = self._diagonal(problem), _DIAGONAL_ITERATIONS
         else:
             _, curvature = reference.slopes(found.z + found.intercept)
-            factors = factorise(curvature, problem.penalty, batch, gram)
+            factors = factorise(curvature, problem.penalty, batch, self.inverse)
             alpha = newton_start(reference, found, factors, problem, batch)
             way, n_steps = factored(factors, batch), _FACTOR_ITERATIONS
         state = start(problem, alpha, self.matrix.kernel(batch.fold, alpha))
@@ -170,7 +206,7 @@ class BatchSolver:
             curvature = group_mean(logs, problem.inside, part.group).exp()
             trained = group_mean(problem.inside, problem.inside, part.group)
             curvature = torch.where(trained > 0, curvature, 0.0)
-            factors = factorise(curvature, problem.penalty, part, self.gram(dtype))
+            factors = factorise(curvature, problem.penalty, part, self.inverse)
             way, n_steps = factored(factors, part), _FACTOR_ITERATIONS
         state.put(at, self._iterate(problem, part, current, way, n_steps))
 

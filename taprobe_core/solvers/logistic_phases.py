@@ -8,6 +8,7 @@ taken (`logistic`). Invariant: nothing here changes where a column ends, only ho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +20,15 @@ from taprobe_core.solvers.bordered import BorderedInverse
 from taprobe_core.solvers.dual_subspace import (
     DualProblem,
     DualState,
+    Kernel,
     Precondition,
     minimise,
     start,
 )
+from taprobe_core.solvers.logistic_newton import newton
+from taprobe_core.solvers.narrow_inverse import NarrowInverse
+
+Patterns = NDArray[np.bool_]
 
 REFERENCE_TOL = 1e-2
 _REFERENCE_ITERATIONS = 300
@@ -59,7 +65,7 @@ class Batch:
 class Factor:
     """The Newton system of one group, factorised at one curvature of the losses, [row]."""
 
-    inverse: BorderedInverse
+    inverse: BorderedInverse | NarrowInverse
     curvature: Tensor
 
 
@@ -72,30 +78,55 @@ def group_mean(values: Tensor, inside: Tensor, group: NDArray[np.int64]) -> Tens
     return total / count.clamp(min=1)
 
 
-def solve_reference(
-    problem: DualProblem, batch: Batch, gram: Tensor
-) -> tuple[DualProblem, DualState]:
-    """Fit one column per group on all its rows, roughly, by plain conjugate directions."""
+def reference_problem(problem: DualProblem, batch: Batch) -> DualProblem:
+    """Return one column per group, on the rows of all its columns."""
     weight = group_mean(problem.weight, problem.inside, batch.group)
     _, first = np.unique(batch.group, return_index=True)
     # The sign of a row is that of any column that trains on it: they agree.
     sign = group_mean(problem.sign, problem.inside, batch.group)
-    reference = DualProblem(
+    return DualProblem(
         torch.where(sign > 0, 1.0, -1.0).to(sign),
         weight,
         (weight > 0).to(weight),
-        problem.penalty[torch.as_tensor(first, device=gram.device)],
+        problem.penalty[torch.as_tensor(first, device=weight.device)],
     )
-    zero = torch.zeros_like(weight)
-    state = minimise(
+
+
+def solve_reference(reference: DualProblem, kernel: Kernel) -> DualState:
+    """Fit the references, roughly, by plain conjugate directions.
+
+    Args:
+        reference: one column per group.
+        kernel: products with the kernel under the scaling of all rows.
+    """
+    zero = torch.zeros_like(reference.weight)
+    return minimise(
         reference,
         start(reference, zero, zero),
-        lambda _, dual: dual @ gram,
+        kernel,
         plain(reference),
         tol=REFERENCE_TOL,
         max_iter=_REFERENCE_ITERATIONS,
     )
-    return reference, state
+
+
+def solve_narrow_reference(reference: DualProblem, shared: Tensor) -> DualState:
+    """Fit the references, roughly, by Newton's method on few features.
+
+    Args:
+        reference: one column per group.
+        shared: [row, feature] float64 under the scaling of all rows.
+    """
+    penalty = (1 / reference.penalty.double()).repeat(1, shared.shape[1] + 1)
+    penalty[:, -1] = 0.0
+    inputs = torch.cat([shared, shared.new_ones(len(shared), 1)], dim=1)
+    sign, weight = reference.sign.double(), reference.weight.double()
+    factor = torch.ones_like(penalty)
+    v, n_iter = newton(inputs, factor, sign, weight, penalty, tol=REFERENCE_TOL)
+    z, intercept = (v[:, :-1] @ shared.T).to(reference.weight), v[:, -1:].to(reference.weight)
+    first, _ = reference.slopes(z + intercept)
+    alpha = reference.project(-first * reference.penalty)
+    return DualState(alpha, z, intercept, torch.full_like(z[:, 0], REFERENCE_TOL), n_iter)
 
 
 def plain(problem: DualProblem) -> Precondition:
@@ -139,14 +170,20 @@ def factored(factors: dict[int, Factor], batch: Batch) -> Precondition:
     return apply
 
 
-def factorise(curvature: Tensor, penalty: Tensor, batch: Batch, gram: Tensor) -> dict[int, Factor]:
+def factorise(
+    curvature: Tensor,
+    penalty: Tensor,
+    batch: Batch,
+    inverse_of: Callable[[Tensor, Patterns, Patterns], BorderedInverse | NarrowInverse],
+) -> dict[int, Factor]:
     """Factorise the Newton system of every group that has columns in `batch`.
 
     Args:
         curvature: [group, row] second derivatives of the losses.
         penalty: [column, 1] C.
         batch: the columns.
-        gram: [row, row] the kernel under the scaling of all rows.
+        inverse_of: (ridge [row], patterns, [pattern] which of them) -> the inverse of the kernel
+            under the scaling of all rows, with that ridge.
     """
     factors: dict[int, Factor] = {}
     for group in np.unique(batch.group):
@@ -155,7 +192,7 @@ def factorise(curvature: Tensor, penalty: Tensor, batch: Batch, gram: Tensor) ->
         ridge = 1 / (own * float(penalty[members[0], 0]))
         used = np.zeros(len(batch.patterns), dtype=bool)
         used[batch.pattern[members]] = True
-        factors[int(group)] = Factor(BorderedInverse(gram, ridge, batch.patterns, used), own)
+        factors[int(group)] = Factor(inverse_of(ridge, batch.patterns, used), own)
     return factors
 
 

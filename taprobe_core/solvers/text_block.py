@@ -102,6 +102,11 @@ class TextBlock:
         dense = self.counts.toarray() * self.idf[fold]
         return np.asarray(dense * self.inverse_norm[fold][:, None])
 
+    @cached_property
+    def shared(self) -> TextBlock:
+        """One fold, which weighs every term by the mean of the folds' weights."""
+        return TextBlock(self.counts, self.idf.mean(axis=0, keepdims=True))
+
 
 def _reciprocal(norm: NDArray[np.float64]) -> NDArray[np.float64]:
     inverse: NDArray[np.float64] = np.zeros_like(norm)

@@ -11,6 +11,7 @@ from sklearn.preprocessing import StandardScaler
 
 from taprobe_core.errors import DataError, NonFiniteError
 from taprobe_core.solvers.fold_matrix import FoldMatrix
+from taprobe_core.solvers.fold_moments import fold_moments
 from taprobe_core.solvers.text_block import TextBlock
 
 TEXTS = [
@@ -63,6 +64,18 @@ def test_means_and_scales_are_the_standard_scalers(seed, centre, spread, dtype):
         scaler = StandardScaler().fit(dense[rows].astype(np.float64))
         np.testing.assert_allclose(matrix.mean[fold], scaler.mean_, rtol=1e-12, atol=1e-15)
         np.testing.assert_allclose(matrix.scale[fold], scaler.scale_, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_are_not_changed_by_their_moments(dtype, monkeypatch):
+    monkeypatch.setattr("taprobe_core.solvers.fold_moments.FEATURES_AT_ONCE", 2)
+    rng = np.random.default_rng(0)
+    dense = (5 + rng.standard_normal((30, 5))).astype(dtype)
+    train, before = masks(rng, 3, 30), dense.copy()
+    mean, scale = fold_moments(dense, train)
+    np.testing.assert_array_equal(dense, before)
+    np.testing.assert_allclose(mean, [before[rows].astype(float).mean(0) for rows in train])
+    np.testing.assert_allclose(scale, [before[rows].astype(float).std(0) for rows in train])
 
 
 def test_a_feature_that_varies_outside_training_only_has_scale_one():

@@ -11,10 +11,13 @@ from sklearn.utils.class_weight import compute_sample_weight
 
 from taprobe_core.errors import DataError, NotEnoughDataError, NumericsError
 from taprobe_core.solvers import logistic, logistic_batch
+from taprobe_core.solvers.bordered import BorderedInverse
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.dual_subspace import DualProblem, best_intercept
 from taprobe_core.solvers.fold_matrix import FoldMatrix
 from taprobe_core.solvers.logistic import balanced_weights, solve_logistic
+from taprobe_core.solvers.logistic_newton import newton
+from taprobe_core.solvers.narrow_inverse import NarrowInverse
 from taprobe_core.solvers.text_block import TextBlock
 
 N_FOLDS = 5
@@ -92,6 +95,7 @@ def test_every_way_through_the_dual_ends_at_the_same_optimum(
         monkeypatch.setattr(logistic, "_FLOAT64_VALUES", 0)
     easy = {"diagonal": 10**6, "factorised": -1}.get(way)
     if easy is not None:
+        monkeypatch.setattr(logistic_batch, "MAX_NARROW_FEATURES", 0)
         monkeypatch.setattr(logistic_batch, "_EASY_ITERATIONS", easy)
     if way == "no reference":
         monkeypatch.setattr(logistic_batch, "MIN_COLUMNS_FOR_REFERENCE", 10**6)
@@ -100,6 +104,68 @@ def test_every_way_through_the_dual_ends_at_the_same_optimum(
     solution = solve_logistic(FoldMatrix(train, dense), columns, C)
     agree(dense, train, columns, solution, C, 2e-3, chosen=(1, 14))
     assert solution.n_iter.min() > 0
+
+
+@pytest.mark.usefixtures("without_newton")
+@pytest.mark.parametrize("is_tall", [True, False])
+def test_tall_matrices_factorise_their_features_and_others_their_rows(is_tall, monkeypatch):
+    refused = "BorderedInverse" if is_tall else "NarrowInverse"
+    monkeypatch.setattr(logistic_batch, refused, None)
+    monkeypatch.setattr(logistic_batch, "_EASY_ITERATIONS", -1)
+    dense, train, columns = problem(120, 40 if is_tall else 41, "ill")
+    C = np.ones(len(columns))
+    solution = solve_logistic(FoldMatrix(train, dense), columns, C, tol=1e-7)
+    agree(dense, train, columns, solution, C, 2e-5, chosen=(1, 14))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_systems_of_the_features_and_of_the_rows_have_one_solution(dtype):
+    rng = np.random.default_rng(5)
+    shared = torch.as_tensor(rng.standard_normal((60, 7)))
+    ridge = torch.as_tensor(rng.uniform(0.5, 20, 60)).to(dtype)
+    patterns = rng.random((3, 60)) < 0.8
+    pattern = np.array([2, 0, 2])
+    right = torch.as_tensor(rng.standard_normal((3, 60)) * patterns[pattern]).to(dtype)
+    asked = np.array([True, False, True])
+    narrow = NarrowInverse(shared, ridge, patterns, asked).solve(right, pattern)
+    gram = (shared @ shared.T).to(dtype)
+    wide = BorderedInverse(gram, ridge, patterns, asked).solve(right, pattern)
+    assert narrow.dtype == dtype
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(narrow, wide, rtol=0, atol=tolerance)
+    assert not narrow.numpy()[~patterns[pattern]].any()
+    np.testing.assert_allclose(narrow.sum(1), 0, atol=tolerance)
+    for column, each in enumerate(pattern):
+        inside = patterns[each]
+        system = gram.numpy()[np.ix_(inside, inside)] + np.diag(ridge.numpy()[inside])
+        left = system @ narrow[column].numpy()[inside] - right[column].numpy()[inside]
+        np.testing.assert_allclose(left, left.mean(), atol=100 * tolerance)
+
+
+def test_normal_equations_without_a_row_are_an_error():
+    shared, ridge = torch.zeros(6, 2).double(), torch.ones(6).double()
+    patterns = np.array([[True] * 6, [False] * 6])
+    NarrowInverse(shared, ridge, patterns, np.array([True, False]))
+    with pytest.raises(NumericsError, match="not positive definite in subset 1 of rows"):
+        NarrowInverse(shared, ridge, patterns, np.array([True, True]))
+
+
+def test_newton_leaves_out_a_feature_of_factor_0():
+    dense, _, columns = problem(120, 6, "iid")
+    inputs = torch.as_tensor(np.column_stack([dense, np.ones(120)]).astype(float))
+    sign = torch.as_tensor(columns.y[:, :2].T * 2 - 1)
+    weight = torch.as_tensor(columns.weight[:, :2].T.copy())
+    penalty = torch.ones(2, 7).double()
+    penalty[:, -1] = 0
+    factor = torch.ones(2, 7).double()
+    factor[1, 2], factor[1, 4] = 0, 3
+    found, _ = newton(inputs, factor, sign, weight, penalty)
+    kept = [0, 1, 3, 4, 5, 6]
+    scaled = inputs[:, kept] * factor[1, kept]
+    alone, _ = newton(scaled, torch.ones(1, 6).double(), sign[1:], weight[1:], penalty[1:, kept])
+    assert found[1, 2] == 0
+    torch.testing.assert_close(found[1:, kept], alone)
+    assert found[0, 2] != 0
 
 
 @pytest.mark.usefixtures("without_newton")
@@ -156,6 +222,26 @@ def test_text_alone_and_with_dense_features_is_solved_exactly():
             expected = model.decision_function(values)
             np.testing.assert_allclose(solution.decision[:, column], expected, atol=2e-3)
             assert not solution.coef[column, :80][~seen[fold]].any()
+
+
+def test_text_alone_needs_no_gram_matrix_where_its_reference_is_easy(monkeypatch):
+    rng = np.random.default_rng(4)
+    counts = sp.csr_matrix(rng.poisson(0.2, (60, 80)))
+    _, train, columns = problem(60, 3, "iid")
+    block = TextBlock(counts, rng.uniform(1, 4, (N_FOLDS, 80)))
+    matrix, C = FoldMatrix(train, None, block), np.ones(len(columns))
+    expected = solve_logistic(matrix, columns, C, tol=1e-7).decision
+    dual = rng.standard_normal((2, 60))
+    terms = block.shared.backward(np.zeros(2, np.int64), dual)
+    product = block.shared.forward(np.zeros(2, np.int64), terms)
+    np.testing.assert_allclose(product, dual @ block.shared_gram(), atol=1e-12)
+
+    def refuse(_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(TextBlock, "shared_gram", refuse)
+    found = solve_logistic(matrix, columns, C, tol=1e-7).decision
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_weights_are_scikit_learns_balanced_ones():
