@@ -302,3 +302,23 @@ def test_the_best_intercept_is_found_from_afar():
     for shift in (0.0, 900.0, -35.0):
         found = best_intercept(data, torch.full_like(sign, shift), torch.zeros(1, 1).double())
         assert float(found) == pytest.approx(np.log(1 / 3) - shift, abs=1e-9)
+
+
+@pytest.mark.parametrize("n_rows", [200, 400])  # by Newton's method, and in a batch
+def test_a_fold_that_is_blind_to_features_is_fitted_without_them(n_rows):
+    dense, train, labels = problem(n_rows, 300, "iid", seed=4, n_targets=1)
+    y = np.tile(labels.y, 2)
+    seen = np.ones((2 * N_FOLDS, 300), dtype=bool)
+    seen[:N_FOLDS, -4:] = False
+    masks = np.tile(train, (2, 1))
+    fold = np.arange(2 * N_FOLDS)
+    columns = Columns(fold, y, balanced_weights(y, masks, fold))
+    ones = np.ones(len(fold))
+    found = solve_logistic(FoldMatrix(masks, dense, visible=seen), columns, ones, tol=1e-6)
+    assert not found.coef[:N_FOLDS, -4:].any()
+    assert found.coef[N_FOLDS:, -4:].all()
+    for part, own in ((slice(0, N_FOLDS), slice(0, -4)), (slice(N_FOLDS, None), slice(None))):
+        alone = Columns(fold[:N_FOLDS], y[:, part], columns.weight[:, part])
+        matrix = FoldMatrix(train, np.ascontiguousarray(dense[:, own]))
+        expected = solve_logistic(matrix, alone, ones[:N_FOLDS], tol=1e-6)
+        np.testing.assert_allclose(found.decision[:, part], expected.decision, atol=1e-4)
