@@ -19,8 +19,9 @@ from torch import nn
 from torch.nn import functional
 
 from taprobe_core.activations.host_steps import HostSteps
-from taprobe_core.activations.packed_attention import Watcher, has_triton, packed_attention
+from taprobe_core.activations.packed_attention import Watcher, packed_attention
 from taprobe_core.activations.packing import Layout
+from taprobe_core.kernels import has_triton
 
 Sink = Callable[[int, torch.Tensor], None]
 """Gets a layer and its hidden states [token, d_model], which the next block overwrites."""

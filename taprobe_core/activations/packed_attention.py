@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from taprobe_core.activations.packing import Layout
 from taprobe_core.errors import ModelError
+from taprobe_core.kernels import has_triton
 
 NAME = "taprobe_packed"
 """Under which transformers knows `packed_attention`."""
@@ -113,12 +112,6 @@ def takes_kernel(states: torch.Tensor) -> bool:
     is_half = states.dtype in (torch.float16, torch.bfloat16)
     d_head = states.shape[-1]
     return states.is_cuda and is_half and has_triton() and d_head % 8 == 0 and d_head <= 256
-
-
-@cache
-def has_triton() -> bool:
-    """Whether the compiler of the kernels is there; PyTorch for Windows comes without it."""
-    return find_spec("triton") is not None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ Source:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,9 +28,6 @@ from numpy.typing import ArrayLike, NDArray
 from taprobe_core.errors import DataError
 
 Index = NDArray[np.int64]
-
-ALIGNMENT = 32
-"""Batches hold a multiple of this many token rows: matrix products of other sizes run at 70 %."""
 
 STORED = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -123,7 +121,7 @@ class Slots(NamedTuple):
     """Which items each group holds, and where each item went; int64 tensors.
 
     Attributes:
-        member: [group, slot] item in each slot; `n_items` in a slot that is empty.
+        member: [group, slot] item in each slot; in a slot that is empty the last row of the items.
         home: [item, copy] flat slots that hold the item; `group * slot` where there is no further
             copy. One column if groups do not overlap.
     """
@@ -136,17 +134,72 @@ class TokenBatch(NamedTuple):
     """Index tables of one batch of sentences.
 
     Attributes:
-        row: [sentence] int64, which sentences.
-        token: [token] int64, rows of the values; the rows past `n_tokens` fill up the alignment,
-            at least one, and are what an empty slot points to.
-        n_tokens: tokens that are in a sentence.
+        flat: every table, end to end.
+        row: [sentence] int64, which sentences; the number of all sentences for one that fills up.
+        token: [token] int64, rows of the values; the rows past the sentences' tokens fill up, and
+            the last, which always does, is what an empty slot points to.
         stages: one table, tokens of sentences; or two, tokens of windows and windows of sentences.
     """
 
+    flat: torch.Tensor
     row: torch.Tensor
     token: torch.Tensor
-    n_tokens: int
     stages: tuple[Slots, ...]
+
+    @classmethod
+    def over(cls, flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> TokenBatch:
+        """Lay the tables out on a flat tensor: rows, tokens, then members and homes by stage."""
+        parts = flat.split_with_sizes([math.prod(shape) for shape in shapes])
+        row, token, *tables = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+        stages = zip(tables[::2], tables[1::2], strict=True)
+        return cls(flat, row, token, tuple(Slots(*stage) for stage in stages))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of all tables, as `over` takes them."""
+        tables = [self.row, self.token, *(table for stage in self.stages for table in stage)]
+        return tuple(tuple(table.shape) for table in tables)
+
+    def copy(self) -> TokenBatch:
+        """Return the same tables in memory of their own."""
+        return self.over(self.flat.clone(), self.shapes)
+
+
+class Rounding(NamedTuple):
+    """What the sizes of a batch are rounded up to.
+
+    Attributes:
+        tokens: token rows, a multiple of this.
+        sentences: sentences, a multiple of this, at least one of them without tokens; None: as
+            many as there are.
+        slots: slots of a sentence, this or twice, four times ... this; None: as many as needed.
+    """
+
+    tokens: int
+    sentences: int | None = None
+    slots: int | None = None
+
+    def n_token_rows(self, n_tokens: int) -> int:
+        """Return the token rows of a batch, at least one more than its tokens."""
+        return (n_tokens // self.tokens + 1) * self.tokens
+
+    def n_rows(self, n_sentences: int) -> int:
+        """Return the sentences of a batch, with those that fill up."""
+        if self.sentences is None:
+            return n_sentences
+        return (n_sentences // self.sentences + 1) * self.sentences
+
+    def n_slots(self, n_items: int) -> int:
+        """Return the slots of a sentence."""
+        if self.slots is None:
+            return n_items
+        return self.slots << max(-(-n_items // self.slots) - 1, 0).bit_length()
+
+
+ALIGNED = Rounding(32)
+"""Matrix products of other sizes run at 70 % on a CPU."""
+FEW_SHAPES = Rounding(128, 8, 128)
+"""For batches whose work is recorded by shape."""
 
 
 def plan_batches(
@@ -154,6 +207,7 @@ def plan_batches(
     batches: Sequence[Index],
     window: int | None,
     device: torch.device | str,
+    rounding: Rounding = ALIGNED,
 ) -> list[TokenBatch]:
     """Make the tables of several batches and bring them to the device in one copy.
 
@@ -162,33 +216,36 @@ def plan_batches(
         batches: sentences of each, [sentence] int64, not empty.
         window: tokens of a window, or None for poolings over whole sentences.
         device: where the tables are wanted.
+        rounding: of the sizes.
     """
-    arrays: list[Index] = []
-    for sentences in batches:
-        lengths = tokens.lengths[sentences]
-        rows = tokens.token_rows(sentences)
-        n_rows = (len(rows) // ALIGNMENT + 1) * ALIGNMENT
-        filled = np.zeros(n_rows, dtype=np.int64)
-        filled[: len(rows)] = rows
-        arrays += [sentences, filled]
-        arrays += _disjoint(lengths) if window is None else _windows(lengths, window)
-    placed = iter(_upload(arrays, device))
-    n_stages = 1 if window is None else 2
-    return [
-        TokenBatch(
-            next(placed),
-            next(placed),
-            int(tokens.lengths[sentences].sum()),
-            tuple(Slots(next(placed), next(placed)) for _ in range(n_stages)),
-        )
-        for sentences in batches
-    ]
+    made = [_tables(tokens, sentences, window, rounding) for sentences in batches]
+    flat = torch.from_numpy(np.concatenate([table.ravel() for each in made for table in each]))
+    shapes = [[table.shape for table in each] for each in made]
+    parts = flat.to(device).split_with_sizes([sum(map(math.prod, each)) for each in shapes])
+    return [TokenBatch.over(part, each) for part, each in zip(parts, shapes, strict=True)]
 
 
-def _upload(arrays: Sequence[Index], device: torch.device | str) -> list[torch.Tensor]:
-    flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(device)
-    parts = flat.split_with_sizes([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+def _tables(
+    tokens: RaggedTokens, sentences: Index, window: int | None, rounding: Rounding
+) -> list[Index]:
+    """Rows, tokens, and members and homes by stage, of one batch."""
+    lengths = tokens.lengths[sentences]
+    rows = tokens.token_rows(sentences)
+    token = np.zeros(rounding.n_token_rows(len(rows)), dtype=np.int64)
+    token[: len(rows)] = rows
+    row = np.full(rounding.n_rows(len(sentences)), len(tokens))
+    row[: len(sentences)] = sentences
+    own = np.pad(lengths, (0, len(row) - len(lengths)))
+    n_items = len(rows) if rounding.sentences is None else len(token)
+    empty = len(token) - 1
+    if window is None:
+        return [row, token, *_disjoint(own, rounding, empty, n_items)]
+    n_slots = int(min(window, lengths.max())) if rounding.slots is None else window
+    count = np.where(own > 0, np.maximum(own - window + 1, 1), 0)
+    n_windows = int(count.sum()) if rounding.sentences is None else len(token)
+    inner = _windows(own, count, n_slots, empty, n_items, n_windows)
+    # An empty slot of a sentence points behind the last window.
+    return [row, token, *inner, *_disjoint(count, rounding, n_windows, n_windows)]
 
 
 def _count_up(lengths: Index) -> Index:
@@ -197,28 +254,49 @@ def _count_up(lengths: Index) -> Index:
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
 
 
-def _disjoint(lengths: Index) -> list[Index]:
-    """Tables of groups of these many items each, one after another."""
-    n_items, n_slots = int(lengths.sum()), int(lengths.max())
+def _disjoint(lengths: Index, rounding: Rounding, empty: int, n_items: int) -> list[Index]:
+    """Tables of groups of these many items each, one after another.
+
+    Args:
+        lengths: [group] int64; if there are more items than they sum to, the last is 0.
+        rounding: of the slots.
+        empty: item of an empty slot.
+        n_items: rows of `home`; what is in no group is at home in the last group's last slot.
+    """
+    n_slots = rounding.n_slots(int(lengths.max()))
     slot = np.arange(n_slots)
     start = np.cumsum(lengths) - lengths
-    member = np.where(slot < lengths[:, None], start[:, None] + slot, n_items)
-    home = np.repeat(np.arange(len(lengths)) * n_slots, lengths) + _count_up(lengths)
+    member = np.where(slot < lengths[:, None], start[:, None] + slot, empty)
+    home = np.full(n_items, member.size - 1)
+    n_real = int(lengths.sum())
+    home[:n_real] = np.repeat(np.arange(len(lengths)) * n_slots, lengths) + _count_up(lengths)
     return [member, home[:, None]]
 
 
-def _windows(lengths: Index, window: int) -> list[Index]:
-    """Tables of the windows inside sentences, and of the windows that each sentence has."""
-    n_tokens, n_slots = int(lengths.sum()), int(min(window, lengths.max()))
-    n_windows = np.maximum(lengths - window + 1, 1)
+def _windows(
+    lengths: Index, count: Index, n_slots: int, empty: int, n_items: int, n_windows: int
+) -> list[Index]:
+    """Tables of the windows inside sentences.
+
+    Args:
+        lengths: [sentence] int64, tokens.
+        count: [sentence] int64, windows.
+        n_slots: tokens of a window.
+        empty: item of an empty slot.
+        n_items: rows of `home`; what is in no window is at home in the last row's last slot.
+        n_windows: rows of `member`; if there are more items than tokens, more than windows.
+    """
+    n_real = int(count.sum())
     start = np.cumsum(lengths) - lengths
-    first = np.repeat(start, n_windows) + _count_up(n_windows)
-    size = np.repeat(np.minimum(lengths, window), n_windows)
+    first = np.repeat(start, count) + _count_up(count)
+    size = np.repeat(np.minimum(lengths, n_slots), count)
     slot = np.arange(n_slots)
-    member = np.where(slot < size[:, None], first[:, None] + slot, n_tokens)
+    member = np.full((n_windows, n_slots), empty)
+    member[:n_real] = np.where(slot < size[:, None], first[:, None] + slot, empty)
     # The token at place p stands in slot j of the sentence's window p - j, where there is one.
     nth = _count_up(lengths)[:, None] - slot
-    is_window = (nth >= 0) & (nth < np.repeat(n_windows, lengths)[:, None])
-    before = np.repeat(np.cumsum(n_windows) - n_windows, lengths)[:, None]
-    home = np.where(is_window, (before + nth) * n_slots + slot, len(first) * n_slots)
-    return [member, home, *_disjoint(n_windows)]
+    is_window = (nth >= 0) & (nth < np.repeat(count, lengths)[:, None])
+    before = np.repeat(np.cumsum(count) - count, lengths)[:, None]
+    home = np.full((n_items, n_slots), n_windows * n_slots - 1)
+    home[: len(nth)] = np.where(is_window, (before + nth) * n_slots + slot, n_windows * n_slots)
+    return [member, home]

@@ -50,7 +50,6 @@ class _Upstream(NamedTuple):
 
 def backward(
     stack: Stack,
-    scaling: FoldScaling,
     batch: TokenBatch,
     trace: Trace,
     gradient: torch.Tensor,
@@ -58,11 +57,12 @@ def backward(
     space: Workspace,
     parts: Sequence[Part] | None = None,
 ) -> None:
-    """Write the gradient of every parameter.
+    """Write the gradient of every parameter, that of the first layer for its weights as scaled.
+
+    `through_scaling` makes it that for the weights of the stack.
 
     Args:
         stack: as given to `forward`.
-        scaling: as given to `forward`.
         batch: as given to `forward`.
         trace: from `forward`.
         gradient: [sentence, m], of the loss for the logits; 0 where a model does not learn.
@@ -76,14 +76,28 @@ def backward(
     torch.sum(gradient, 0, out=views["bias"].view(-1))
     to_pooled = (by_head * stack.views["mixer"]).flatten(1)
     at = maxima(trace.saved) if shape.pooling == "multimax" else None
-    if at is not None and shape.n_heads * len(at) < GATHER_BELOW * batch.n_tokens:
+    if at is not None and shape.n_heads * len(at) < GATHER_BELOW * len(batch.token):
         upstream = _at_maxima(stack, trace, to_pooled, at)
     else:
         upstream = _at_all_tokens(stack, batch, trace, to_pooled, space)
     if "query" in views:
         views["query"].copy_(upstream.to_heads[:, : shape.n_heads])
     views["value"].copy_(upstream.to_heads[:, -shape.n_heads :])
-    _through_layers(stack, scaling, upstream, out, parts)
+    _through_layers(stack, upstream, out, parts)
+
+
+def through_scaling(out: Stack, scaling: FoldScaling) -> None:
+    """Turn the gradient for the first layer as scaled into that for the weights themselves.
+
+    d/dW of W ((x - mean) * inverse): the mean's share is one outer product per model.
+
+    Args:
+        out: as `backward` wrote it; overwritten.
+        scaling: of each model's fold.
+    """
+    weight = out.views["token_weight_0"]
+    weight.addcmul_(out.views["token_bias_0"][..., None], scaling.mean[:, None], value=-1)
+    weight.mul_(scaling.inverse)
 
 
 def _at_all_tokens(
@@ -114,11 +128,7 @@ def _at_maxima(stack: Stack, trace: Trace, to_pooled: torch.Tensor, at: torch.Te
 
 
 def _through_layers(
-    stack: Stack,
-    scaling: FoldScaling,
-    upstream: _Upstream,
-    out: Stack,
-    parts: Sequence[Part] | None,
+    stack: Stack, upstream: _Upstream, out: Stack, parts: Sequence[Part] | None
 ) -> None:
     shape, views, hidden = stack.shape, out.views, upstream.hidden
     to_hidden = upstream.to_hidden
@@ -135,9 +145,6 @@ def _through_layers(
         _first_layer(to_hidden, upstream.states, weight, parts)
     else:
         torch.bmm(to_hidden, upstream.states, out=weight)
-    # d/dW of W ((x - mean) * inverse): the mean's share is one outer product per model.
-    weight.addcmul_(views["token_bias_0"][..., None], scaling.mean[:, None], value=-1)
-    weight.mul_(scaling.inverse)
 
 
 def _first_layer(

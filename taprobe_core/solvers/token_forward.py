@@ -155,11 +155,46 @@ class FoldScaling(NamedTuple):
         return FoldScaling(self.mean.index_select(0, models), self.inverse.index_select(0, models))
 
 
+class FirstLayer(NamedTuple):
+    """The first layer as it reads states that all folds share.
+
+    Attributes:
+        weight: [model, width, d], with each fold's scale folded in.
+        shift: [model, width], what the fold's mean takes off the bias.
+    """
+
+    weight: torch.Tensor
+    shift: torch.Tensor
+
+    @classmethod
+    def of(cls, stack: Stack, scaling: FoldScaling, space: Workspace) -> FirstLayer:
+        """Fold the scaling into a stack's first layer; arrays of the workspace."""
+        own = stack.views["token_weight_0"]
+        weight = space.take("weight", *own.shape)
+        first = cls(weight, space.take("shift", *own.shape[:2]))
+        first.refresh(stack, scaling)
+        return first
+
+    def refresh(self, stack: Stack, scaling: FoldScaling) -> None:
+        """Follow weights that have changed."""
+        torch.mul(stack.views["token_weight_0"], scaling.inverse, out=self.weight)
+        torch.bmm(scaling.mean[:, None], self.weight.mT, out=self.shift[:, None])
+
+    def take(self, models: torch.Tensor) -> FirstLayer:
+        """Return that of some models, [model] int64."""
+        return FirstLayer(self.weight.index_select(0, models), self.shift.index_select(0, models))
+
+
 class Workspace:
-    """Large arrays that every step needs again, so that memory is not asked for anew."""
+    """Large arrays that every step needs again, so that memory is not asked for anew.
+
+    Attributes:
+        n_grown: how often an array was replaced by a larger one; what was recorded before is void.
+    """
 
     def __init__(self, like: torch.Tensor) -> None:
         self._like = like
+        self.n_grown = 0
         self._flat: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, *size: int) -> torch.Tensor:
@@ -168,6 +203,7 @@ class Workspace:
         if name not in self._flat or len(self._flat[name]) < n:
             # Finite from the start: what no model reads is multiplied by 0, never skipped.
             self._flat[name] = self._like.new_zeros(n)
+            self.n_grown += 1
         return self._flat[name][:n].view(size)
 
 
@@ -191,7 +227,7 @@ class Trace(NamedTuple):
 
 def forward(
     stack: Stack,
-    scaling: FoldScaling,
+    first: FirstLayer,
     states: torch.Tensor,
     batch: TokenBatch,
     is_soft: bool,
@@ -202,7 +238,7 @@ def forward(
 
     Args:
         stack: m models.
-        scaling: of each model's fold.
+        first: their first layer.
         states: [token, d] by the batch's token rows, scaled as all folds share.
         batch: index tables.
         is_soft: the softmax-weighted mean in place of maxima, for training.
@@ -214,14 +250,12 @@ def forward(
         Logits [sentence, m], and what `token_backward.backward` needs.
     """
     shape, views, m, n_tokens = stack.shape, stack.views, stack.n_models, len(states)
-    own = views["token_weight_0"]
-    weight = torch.mul(own, scaling.inverse, out=space.take("weight", *own.shape))
-    bias = views["token_bias_0"] - torch.bmm(scaling.mean[:, None], weight.mT)[:, 0]
-    first = space.take("hidden_0", m * shape.width, n_tokens)
-    flat, column = weight.view(-1, shape.n_features), bias.view(-1, 1)
+    units = space.take("hidden_0", m * shape.width, n_tokens)
+    weight = first.weight.view(-1, shape.n_features)
+    bias = (views["token_bias_0"] - first.shift).view(-1, 1)
     for rows, at in products(parts, m, shape.width, n_tokens):
-        torch.addmm(column[rows], flat[rows], states[at].t(), out=first[rows, at])
-    hidden = [first.relu_().view(m, shape.width, n_tokens)]
+        torch.addmm(bias[rows], weight[rows], states[at].t(), out=units[rows, at])
+    hidden = [units.relu_().view(m, shape.width, n_tokens)]
     for layer in range(1, shape.depth):
         bias = views[f"token_bias_{layer}"][..., None]
         out = space.take(f"hidden_{layer}", m, shape.width, n_tokens)
@@ -229,7 +263,7 @@ def forward(
         hidden.append(out.relu_())
     by_model = torch.bmm(heads(stack), hidden[-1]).view(m, -1, shape.n_heads, n_tokens)
     scores = by_model.permute(1, 3, 0, 2).reshape(by_model.shape[1], n_tokens, -1)
-    scores[:, batch.n_tokens :] = LOWEST
+    scores[:, -1] = LOWEST
     pooled, saved = pool(scores, batch, shape.pooling, is_soft)
     logits = (pooled.view(-1, m, shape.n_heads) * views["mixer"]).sum(2)
     return logits.add_(views["bias"].view(-1)), Trace(states, hidden, scores, saved, pooled)

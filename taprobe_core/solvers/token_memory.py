@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.device_memory import free_bytes
-from taprobe_core.solvers.ragged import ALIGNMENT
+from taprobe_core.solvers.ragged import ALIGNED, FEW_SHAPES
 from taprobe_core.solvers.token_forward import NetworkShape
 from taprobe_core.solvers.token_options import TokenProbeOptions
 from taprobe_core.solvers.token_reading import n_batches
@@ -49,6 +49,8 @@ def bytes_needed(
     lengths: NDArray[np.int64],
     n_units_scored: int,
     n_tokens_scored: int,
+    *,
+    is_recorded: bool = False,
 ) -> Need:
     """Return what training a stack takes.
 
@@ -59,13 +61,15 @@ def bytes_needed(
         lengths: [sentence] int64, tokens of every sentence.
         n_units_scored: hidden units times tokens that one scoring pass holds.
         n_tokens_scored: tokens that it reads at most.
+        is_recorded: whether steps are recorded by shape (`replay`), in memory of their own.
     """
     n_parameters = sum(int(np.prod(size)) for size in shape.parameters().values())
     first = shape.width * shape.n_features
     # The batch of the longest sentences, which a random order may draw.
     longest = np.sort(lengths)[-n_sentences:]
-    n_tokens = int(longest.sum()) + ALIGNMENT
-    slots = n_sentences * int(longest.max())
+    rounding = FEW_SHAPES if is_recorded else ALIGNED
+    n_tokens = rounding.n_token_rows(int(longest.sum()))
+    slots = rounding.n_rows(n_sentences) * rounding.n_slots(int(longest.max()))
     if shape.pooling == "rolling_multimax":
         slots += n_tokens * min(options.window, int(longest.max()))
     activations = (shape.depth + 2) * shape.width * n_tokens
@@ -73,6 +77,7 @@ def bytes_needed(
     if shape.pooling == "multimax":
         places = n_sentences * shape.n_heads
         activations += places * (shape.n_features + (shape.depth + 1) * shape.width)
+    activations *= 1 + is_recorded
     targets = 4 * len(lengths)
     values = _TRAINING_ARRAYS * n_parameters + first + activations + targets
     fixed = (shape.depth + 1) * n_units_scored + 2 * n_tokens_scored * shape.n_features
@@ -102,6 +107,7 @@ def models_at_once(
         states.tokens.lengths,
         units_at_once(states.device),
         min(MAX_TOKENS_SCORED, len(states.tokens.values)),
+        is_recorded=states.device.type == "cuda",
     )
     n_bytes = free_bytes(states.device, CPU_BYTES) if max_bytes is None else max_bytes
     return need.models_within(n_bytes)

@@ -56,8 +56,8 @@ def pool(
     """Pool every column over the tokens of each sentence.
 
     Args:
-        scores: [query and value | value, token, column]; rows past the batch's tokens are
-            `LOWEST`.
+        scores: [query and value | value, token, column]; the last row is `LOWEST`, what stands
+            in others that fill up does not matter.
         batch: tables; with windows if the pooling is rolling.
         pooling: attention: mean of the values weighted by softmax(query); multimax: the largest
             value; rolling_multimax: attention inside each window, then the largest.
@@ -94,16 +94,15 @@ def pool_gradient(
         As `scores`; 0 in the rows past the batch's tokens.
     """
     out = torch.zeros_like(scores)
-    kept = out[:, : batch.n_tokens]
     if pooling == "rolling_multimax":
         n_windows = saved[0][-1].shape[0]
-        inner = gradient.new_zeros(n_windows, gradient.shape[1])
+        inner = gradient.new_zeros(n_windows + 1, gradient.shape[1])
         _peak_gradient(gradient, saved[1], batch.stages[1], inner)
-        _mean_gradient(inner, saved[0], batch.stages[0], kept[0], kept[1])
+        _mean_gradient(inner[:-1], saved[0], batch.stages[0], out[0], out[1])
     elif pooling == "attention":
-        _mean_gradient(gradient, saved[0], batch.stages[0], kept[0], kept[1])
+        _mean_gradient(gradient, saved[0], batch.stages[0], out[0], out[1])
     else:
-        _peak_gradient(gradient, saved[0], batch.stages[0], kept[0])
+        _peak_gradient(gradient, saved[0], batch.stages[0], out[0])
     return out
 
 
@@ -118,9 +117,12 @@ def _slotted(items: torch.Tensor, slots: Slots) -> torch.Tensor:
 
 
 def _collected(slotted: torch.Tensor, slots: Slots, out: torch.Tensor) -> None:
-    """Sum each item's copies: [group, slot, column] -> [item, column]; the adjoint of _slotted."""
+    """Sum each item's copies: [group, slot, column] -> [item, column]; the adjoint of _slotted.
+
+    Rows of `out` behind the items that have a home are left as they are.
+    """
     n_items, n_copies = slots.home.shape
-    flat = slotted.flatten(0, 1)
+    flat, out = slotted.flatten(0, 1), out[:n_items]
     if n_copies == 1:
         torch.index_select(flat, 0, slots.home.view(-1), out=out)
         return
@@ -165,7 +167,8 @@ def _peak_gradient(
     gradient: torch.Tensor, saved: _Mean | _Maximum, slots: Slots, out: torch.Tensor
 ) -> None:
     if isinstance(saved, _Maximum):
-        # Groups share no item here, so no two gradients meet in one place.
+        # Groups share no item here, so no two gradients meet in one place but those of groups that
+        # fill up, which are 0.
         out.scatter_(0, saved.item, gradient)
         return
     weighted = saved.weight * gradient[:, None]

@@ -29,6 +29,7 @@ from taprobe_core.errors import DataError, NonFiniteError
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.platt import calibrate, probabilities
 from taprobe_core.solvers.ragged import RaggedTokens
+from taprobe_core.solvers.replay import recordable
 from taprobe_core.solvers.token_forward import Stack
 from taprobe_core.solvers.token_memory import models_at_once, stacks, steps_of
 from taprobe_core.solvers.token_options import TokenProbeOptions
@@ -158,7 +159,8 @@ def fit_token_probes(
     steps = steps_of(columns, options)
     at_once = models_at_once(states, shape, options, int(steps.min()), max_bytes)
     for chosen, seed in stacks(columns, steps, at_once):
-        found = _fit_group(states, columns, watched, options, chosen, seed)
+        with recordable(states.device):
+            found = _fit_group(states, columns, watched, options, chosen, seed)
         for name, kept in arrays.items():
             kept[chosen] = found.trained.stack.views[name].cpu().numpy()
         n_iter[chosen] = found.trained.n_epochs

@@ -23,7 +23,6 @@ Index = NDArray[np.int64]
 
 PART_VALUES = {"cpu": 3 * 2**19}
 """First-layer weights of a part, at least: smaller products run well below the processor's rate."""
-PART_VALUES_ELSEWHERE = 2**24
 
 MIN_SHARE_SAVED = 0.12
 """Of the products; below, one large product is faster than parts."""
@@ -88,7 +87,8 @@ class Readers:
         """
         self.is_used: Mask = np.any(is_read, axis=1)
         m = is_read.shape[1]
-        each = -(-PART_VALUES.get(kind, PART_VALUES_ELSEWHERE) // values)
+        # A recorded step cannot have other ranges than before: elsewhere models are not parted.
+        each = -(-PART_VALUES[kind] // values) if kind in PART_VALUES else m
         n_parts = max(m // each, 1)
         bounds = np.linspace(0, m, n_parts + 1).astype(int)
         self._models = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from taprobe_core.errors import NonFiniteError
+from taprobe_core.kernels import has_triton
 from taprobe_core.solvers.ragged import RaggedTokens, TokenBatch, plan_batches
 from taprobe_core.solvers.token_forward import FoldScaling
 
@@ -57,8 +58,12 @@ class TokenStates:
 
     def read(self, batch: TokenBatch) -> torch.Tensor:
         """Return the states of a batch, [token, d] float32, as all folds share them."""
-        states = self.tokens.values.index_select(0, batch.token).float()
-        return states.sub_(self.centre).mul_(self.inverse)
+        values = self.tokens.values
+        if values.is_cuda and has_triton():
+            from taprobe_core.solvers.token_kernels import read_states
+
+            return read_states(values, batch.token, self.centre, self.inverse)
+        return values.index_select(0, batch.token).float().sub_(self.centre).mul_(self.inverse)
 
     def scaling(self, fold: NDArray[np.int64]) -> FoldScaling:
         """Return what is left to do of each model's scaling.

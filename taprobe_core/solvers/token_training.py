@@ -19,17 +19,19 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional
-from torch.optim.adamw import adamw
 
-from taprobe_core.solvers.ragged import TokenBatch, plan_batches
+from taprobe_core.solvers.ragged import ALIGNED, FEW_SHAPES, TokenBatch, plan_batches
+from taprobe_core.solvers.replay import Replays
 from taprobe_core.solvers.token_backward import backward
 from taprobe_core.solvers.token_forward import (
+    FirstLayer,
     FoldScaling,
     NetworkShape,
     Stack,
@@ -37,8 +39,9 @@ from taprobe_core.solvers.token_forward import (
     draw,
     forward,
 )
+from taprobe_core.solvers.token_optimiser import Adam
 from taprobe_core.solvers.token_options import Loss, TokenProbeOptions
-from taprobe_core.solvers.token_reading import Readers, n_batches, watchers
+from taprobe_core.solvers.token_reading import Part, Readers, n_batches, watchers
 from taprobe_core.solvers.token_states import TokenStates
 
 Floats = NDArray[np.float64]
@@ -114,11 +117,17 @@ def train_stack(
     n_steps = n_batches(int((targets.weight > 0).sum(axis=0).max()), options.batch_size)
     learner = _Learner(states, scaling, targets, options, stack)
     rng = np.random.default_rng([seed, 1])
+    orders = (
+        np.array_split(rng.permutation(len(targets.y)), n_steps) for _ in range(options.max_epochs)
+    )
     active = np.arange(m)
     best_loss = np.full(m, np.nan if targets.watched is None else np.inf)
     best_epoch, n_epochs = np.zeros((2, m), dtype=np.int64)
+    order = next(orders)
     for epoch in range(1, options.max_epochs + 1):
-        learner.learn(np.array_split(rng.permutation(len(targets.y)), n_steps), active)
+        learner.learn(order, active)
+        order = next(orders, [])
+        learner.prepare(order, active)
         n_epochs[active] = epoch
         if targets.watched is None:
             continue
@@ -152,49 +161,18 @@ def score_stack(
     plan = states.batches(everything, stack.n_models * options.width, options.window_or_none)
     logits = torch.empty(len(everything), stack.n_models, device=states.device)
     space = Workspace(stack.flat)
+    first = FirstLayer.of(stack, scaling, space)
     for batch in plan:
-        found, _ = forward(stack, scaling, states.read(batch), batch, False, space)
+        found, _ = forward(stack, first, states.read(batch), batch, False, space)
         logits.index_copy_(0, batch.row, found)
     return logits
 
 
-class _Adam(NamedTuple):
-    """State of AdamW for a stack: gradient, its running mean and square, steps taken."""
+class _Step(NamedTuple):
+    """A batch of sentences, and which models read what of it."""
 
-    gradient: Stack
-    mean: Stack
-    square: Stack
-    n_steps: torch.Tensor
-
-    @classmethod
-    def start(cls, stack: Stack) -> _Adam:
-        gradient, mean, square = (stack.like(torch.zeros_like(stack.flat)) for _ in range(3))
-        return cls(gradient, mean, square, torch.zeros((), device=stack.flat.device))
-
-    def keep(self, models: torch.Tensor) -> _Adam:
-        gradient, mean, square = (
-            each.keep(models) for each in (self.gradient, self.mean, self.square)
-        )
-        return _Adam(gradient, mean, square, self.n_steps)
-
-    def step(self, stack: Stack, options: TokenProbeOptions) -> None:
-        """Move the stack along its gradient: one kernel, on the CPU one pass over the memory."""
-        adamw(
-            [stack.flat],
-            [self.gradient.flat],
-            [self.mean.flat],
-            [self.square.flat],
-            [],
-            [self.n_steps],
-            fused=True,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            lr=options.learning_rate,
-            weight_decay=options.weight_decay,
-            maximize=False,
-        )
+    batch: TokenBatch
+    parts: list[Part] | None
 
 
 class _Watch(NamedTuple):
@@ -222,59 +200,103 @@ class _Learner:
         self.targets = targets
         watched = None if targets.watched is None else self._placed(targets.watched)
         self.tensors = _Tensors(self._placed(targets.y), self._placed(targets.weight), watched)
-        self.adam = _Adam.start(stack)
-        self.readers: Readers | None = None
-        self.plan: list[_Watch] | None = None
+        self.adam = Adam(stack, options)
         self.space = Workspace(stack.flat)
+        self._start()
 
     def _placed(self, values: Floats) -> torch.Tensor:
-        return torch.from_numpy(values.astype(np.float32)).to(self.states.device)
+        """Bring values to the device, and zeros for the sentence that fills up a batch."""
+        filled = np.pad(values.astype(np.float32), ((0, 1), (0, 0)))
+        return torch.from_numpy(filled).to(self.states.device)
 
-    def learn(self, batches: Sequence[NDArray[np.int64]], active: NDArray[np.int64]) -> None:
-        """Take one step per batch of sentences."""
-        tokens, options = self.states.tokens, self.options
+    def _start(self) -> None:
+        """Lay out what depends on which models are left."""
+        self.first = FirstLayer.of(self.stack, self.scaling, self.space)
+        self.readers: Readers | None = None
+        self.steps: list[_Step] | None = None
+        self.watches: list[_Watch] | None = None
+        self.places: dict[tuple[tuple[int, ...], ...], TokenBatch] = {}
+        self.replays = Replays() if self.states.device.type == "cuda" else None
+
+    def prepare(self, order: Sequence[NDArray[np.int64]], active: NDArray[np.int64]) -> None:
+        """Make the tables of the next epoch, while the device is busy with this one."""
+        self.steps = self._steps(order, active) if len(order) else None
+
+    def _steps(self, order: Sequence[NDArray[np.int64]], active: NDArray[np.int64]) -> list[_Step]:
+        tokens, device = self.states.tokens, self.states.device
         if self.readers is None:
-            learnt, size = self.targets.weight[:, active] > 0, tokens.n_features * options.width
-            self.readers = Readers(learnt, tokens.lengths, size, self.states.device.type)
-        read = [self.readers.order(batch) for batch in batches]
-        planned = plan_batches(tokens, read, options.window_or_none, self.states.device)
-        for sentences, batch in zip(read, planned, strict=True):
-            states, parts = self.states.read(batch), self.readers.parts(sentences, tokens.lengths)
-            logits, trace = forward(
-                self.stack, self.scaling, states, batch, options.is_soft, self.space, parts
-            )
-            y = self.tensors.y.index_select(0, batch.row)
-            weight = self.tensors.weight.index_select(0, batch.row)
-            n_learnt = (weight > 0).sum(0).clamp_(min=1)
-            gradient = _loss_gradient(logits, y, options.loss) * (weight / n_learnt)
-            out, space = self.adam.gradient, self.space
-            backward(self.stack, self.scaling, batch, trace, gradient, out, space, parts)
-            self.adam.step(self.stack, options)
+            learnt, size = self.targets.weight[:, active] > 0, self._size
+            self.readers = Readers(learnt, tokens.lengths, size, device.type)
+        read = [self.readers.order(batch) for batch in order]
+        rounding = ALIGNED if self.replays is None else FEW_SHAPES
+        window = self.options.window_or_none
+        planned = plan_batches(tokens, read, window, device, rounding)
+        parts = (self.readers.parts(sentences, tokens.lengths) for sentences in read)
+        return [_Step(*each) for each in zip(planned, parts, strict=True)]
+
+    @property
+    def _size(self) -> int:
+        """First-layer weights of one model."""
+        return self.states.tokens.n_features * self.options.width
+
+    def learn(self, order: Sequence[NDArray[np.int64]], active: NDArray[np.int64]) -> None:
+        """Take one step per batch of sentences."""
+        if self.steps is None:
+            self.steps = self._steps(order, active)
+        for step in self.steps:
+            if self.replays is None:
+                self._learn(step)
+                continue
+            shapes = step.batch.shapes
+            if shapes not in self.places:
+                self.places[shapes] = step.batch.copy()
+            here = self.places[shapes]
+            here.flat.copy_(step.batch.flat)
+            work = partial(self._learn, step._replace(batch=here))
+            self.replays.run((self.space.n_grown, shapes), work)
+
+    def _learn(self, step: _Step) -> None:
+        batch, parts = step
+        states, out, space = self.states.read(batch), self.adam.gradient, self.space
+        is_soft = self.options.is_soft
+        logits, trace = forward(self.stack, self.first, states, batch, is_soft, space, parts)
+        y = self.tensors.y.index_select(0, batch.row)
+        weight = self.tensors.weight.index_select(0, batch.row)
+        n_learnt = (weight > 0).sum(0).clamp_(min=1)
+        gradient = _loss_gradient(logits, y, self.options.loss) * (weight / n_learnt)
+        backward(self.stack, batch, trace, gradient, out, space, parts)
+        self.adam.step(self.stack, self.scaling, self.first)
 
     def watched_loss(self, active: NDArray[np.int64]) -> Floats:
         """Weighted mean loss of each model over its watched sentences."""
+        if self.watches is None:
+            assert self.targets.watched is not None  # noqa: S101
+            self.watches = self._watch(self.targets.watched[:, active])
+        if self.replays is None:
+            loss = self._watched_loss()
+        else:
+            loss = self.replays.run(self.space.n_grown, self._watched_loss)
+        return np.asarray(loss.cpu().numpy(), dtype=np.float64)
+
+    def _watched_loss(self) -> torch.Tensor:
         watched, y = self.tensors.watched, self.tensors.y
-        assert watched is not None and self.targets.watched is not None  # noqa: S101, PT018
-        if self.plan is None:
-            self.plan = self._watch(self.targets.watched[:, active])
+        assert watched is not None and self.watches is not None  # noqa: S101, PT018
         total = torch.zeros(self.stack.n_models, device=y.device)
-        for models, batches in self.plan:
-            stack, scaling = self.stack, self.scaling
+        for models, batches in self.watches:
+            stack, first = self.stack, self.first
             if len(models) < stack.n_models:
-                stack, scaling = stack.take(models), scaling.take(models)
+                stack, first = stack.take(models), first.take(models)
             for batch in batches:
                 states = self.states.read(batch)
-                logits, _ = forward(stack, scaling, states, batch, False, self.space)
+                logits, _ = forward(stack, first, states, batch, False, self.space)
                 target, weight = (each[batch.row[:, None], models] for each in (y, watched))
                 losses = _losses(logits, target, self.options.loss)
                 total.index_add_(0, models, (losses * weight).sum(0))
-        return np.asarray((total / watched.sum(0)).cpu().numpy(), dtype=np.float64)
+        return total / watched.sum(0)
 
     def _watch(self, watched: Floats) -> list[_Watch]:
         plan = []
-        tokens = self.states.tokens
-        values = tokens.n_features * self.options.width
-        for models, sentences in watchers(watched, tokens.lengths, values):
+        for models, sentences in watchers(watched, self.states.tokens.lengths, self._size):
             n_units = len(models) * self.options.width
             batches = self.states.batches(sentences, n_units, self.options.window_or_none)
             plan.append(_Watch(torch.from_numpy(models).to(self.states.device), batches))
@@ -290,10 +312,11 @@ class _Learner:
     def keep(self, is_left: NDArray[np.bool_]) -> None:
         """Drop the models that have stopped."""
         models = torch.from_numpy(np.flatnonzero(is_left)).to(self.states.device)
-        self.stack, self.adam = self.stack.keep(models), self.adam.keep(models)
+        self.stack = self.stack.keep(models)
+        self.adam.keep(models)
         self.scaling = self.scaling.take(models)
         self.tensors = self.tensors.take(models)
-        self.readers, self.plan = None, None
+        self._start()
 
 
 def _loss_gradient(logits: torch.Tensor, y: torch.Tensor, loss: Loss) -> torch.Tensor:

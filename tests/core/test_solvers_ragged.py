@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taprobe_core.errors import DataError
-from taprobe_core.solvers.ragged import ALIGNMENT, RaggedTokens, TokenBatch, plan_batches
+from taprobe_core.solvers.ragged import (
+    ALIGNED,
+    FEW_SHAPES,
+    RaggedTokens,
+    Rounding,
+    TokenBatch,
+    plan_batches,
+)
 from taprobe_core.solvers.token_pooling import LOWEST, POOLINGS, n_scores, pool, pool_gradient
 
 
@@ -34,37 +41,46 @@ def pooled_alone(scores, pooling, window, is_soft):
     return largest(torch.stack([(torch.softmax(each[0], 0) * each[1]).sum() for each in windows]))
 
 
-def scored(batch: TokenBatch, n_rows, pooling, seed=0):
+def scored(batch: TokenBatch, pooling, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(n_scores(pooling), n_rows, 6, generator=generator, dtype=torch.float64)
-    scores[:, batch.n_tokens :] = LOWEST
+    size = n_scores(pooling), len(batch.token), 6
+    scores = torch.randn(size, generator=generator, dtype=torch.float64)
+    scores[:, -1] = LOWEST
     return scores
 
 
+FEW = Rounding(16, 4, 4)
+ROUNDINGS = [ALIGNED, FEW]
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("is_soft", [False, True])
 @pytest.mark.parametrize("window", [1, 4, 10])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_pooling_and_its_gradient_equal_one_sentence_at_a_time(pooling, window, is_soft):
+def test_pooling_and_its_gradient_equal_one_sentence_at_a_time(pooling, window, is_soft, rounding):
     lengths = np.array([1, 60, 2, 9, 10, 11, 33, 4, 1])
     tokens = sets(lengths)
     windowed = window if pooling == "rolling_multimax" else None
-    (batch,) = plan_batches(tokens, [np.arange(len(lengths))], windowed, "cpu")
-    scores = scored(batch, len(batch.token), pooling)
+    n, n_tokens = len(lengths), lengths.sum()
+    (batch,) = plan_batches(tokens, [np.arange(n)], windowed, "cpu", rounding)
+    scores = scored(batch, pooling)
     pooled, saved = pool(scores, batch, pooling, is_soft)
+    assert torch.isfinite(pooled).all()
     weight = torch.randn(pooled.shape, dtype=torch.float64, generator=torch.Generator())
+    weight[n:] = 0
     found = pool_gradient(weight, saved, scores, batch, pooling)
 
-    leaf = scores[:, : batch.n_tokens].clone().requires_grad_()
+    leaf = scores[:, :n_tokens].clone().requires_grad_()
     expected = torch.stack([
         torch.stack([
             pooled_alone(leaf[:, low:high, head], pooling, window, is_soft) for head in range(6)
         ])
         for low, high in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
     ])  # fmt: skip
-    (expected * weight).sum().backward()
-    torch.testing.assert_close(pooled, expected.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found[:, : batch.n_tokens], leaf.grad, rtol=1e-11, atol=1e-12)
-    assert (found[:, batch.n_tokens :] == 0).all()
+    (expected * weight[:n]).sum().backward()
+    torch.testing.assert_close(pooled[:n], expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[:, :n_tokens], leaf.grad, rtol=1e-11, atol=1e-12)
+    assert (found[:, n_tokens:] == 0).all()
 
 
 @pytest.mark.parametrize("pooling", ["multimax", "rolling_multimax"])
@@ -74,7 +90,7 @@ def test_a_shared_maximum_gives_its_gradient_to_the_first(pooling):
     (batch,) = plan_batches(tokens, [np.array([0, 1])], window, "cpu")
     scores = torch.zeros(n_scores(pooling), len(batch.token), 1)
     scores[-1, [2, 4, 6, 7], 0] = 1.0
-    scores[:, batch.n_tokens :] = LOWEST
+    scores[:, -1] = LOWEST
     _, saved = pool(scores, batch, pooling, is_soft=False)
     found = pool_gradient(torch.tensor([[2.0], [3.0]]), saved, scores, batch, pooling)
     assert found[-1, :8, 0].tolist() == [0, 0, 2, 0, 0, 0, 3, 0]
@@ -97,7 +113,7 @@ def test_windows_longer_than_every_sentence_are_the_sentences():
     tokens = sets([3, 1, 7])
     (plain,) = plan_batches(tokens, [np.arange(3)], None, "cpu")
     (rolling,) = plan_batches(tokens, [np.arange(3)], 50, "cpu")
-    scores = scored(plain, len(plain.token), "attention")
+    scores = scored(plain, "attention")
     as_attention, _ = pool(scores, plain, "attention", is_soft=False)
     as_rolling, _ = pool(scores, rolling, "rolling_multimax", is_soft=False)
     torch.testing.assert_close(as_attention, as_rolling)
@@ -108,37 +124,56 @@ def test_windows_longer_than_every_sentence_are_the_sentences():
     st.lists(st.integers(1, 60), min_size=1, max_size=12),
     st.one_of(st.none(), st.integers(1, 70)),
     st.randoms(use_true_random=False),
+    st.sampled_from(ROUNDINGS),
 )
-def test_tables_place_every_token_and_only_those(lengths, window, random):
+def test_tables_place_every_token_and_only_those(lengths, window, random, rounding):
     tokens = sets(lengths)
     order = list(range(len(lengths)))
     random.shuffle(order)
     chosen = np.array(order[: max(len(order) // 2, 1)])
-    (batch,) = plan_batches(tokens, [chosen], window, "cpu")
-    assert batch.row.tolist() == chosen.tolist()
-    rows = batch.token[: batch.n_tokens]
-    torch.testing.assert_close(tokens.values[rows], tokens.take(chosen).values)
-    assert len(batch.token) > batch.n_tokens
-    assert len(batch.token) % ALIGNMENT == 0
-    for slots, n_items in zip(batch.stages, stage_sizes(batch), strict=True):
-        n_slots = slots.member.numel()
+    (batch,) = plan_batches(tokens, [chosen], window, "cpu", rounding)
+    n_filling = len(batch.row) - len(chosen)
+    assert batch.row.tolist() == [*chosen, *[len(tokens)] * n_filling]
+    assert n_filling > 0 if rounding is FEW else n_filling == 0
+    n_tokens = int(tokens.lengths[chosen].sum())
+    torch.testing.assert_close(tokens.values[batch.token[:n_tokens]], tokens.take(chosen).values)
+    assert len(batch.token) > n_tokens
+    assert len(batch.token) % rounding.tokens == 0
+    n_windows = [max(n - (window or 1) + 1, 1) for n in tokens.lengths[chosen].tolist()]
+    n_items = [n_tokens] if window is None else [n_tokens, sum(n_windows)]
+    empty = [len(batch.token) - 1, len(batch.stages[0].member)][: len(n_items)]
+    for slots, n, hole in zip(batch.stages, n_items, empty, strict=True):
         flat = slots.member.flatten().tolist()
+        assert set(flat) <= {*range(n), hole}
         for item, homes in enumerate(slots.home.tolist()):
-            real = [home for home in homes if home < n_slots]
-            assert real
-            assert sorted(real) == [at for at, held in enumerate(flat) if held == item]
-        assert set(flat) <= set(range(n_items + 1))
+            real = [home for home in homes if home < len(flat)]
+            if item < n:
+                assert real
+                assert sorted(real) == [at for at, held in enumerate(flat) if held == item]
+            else:  # in no group: at home where nothing is
+                assert all(flat[home] == hole and home // slots.member.shape[1] >= len(chosen)
+                           for home in real)  # fmt: skip
 
 
-def stage_sizes(batch):
-    sizes = [batch.n_tokens]
-    return sizes if len(batch.stages) == 1 else [*sizes, len(batch.stages[0].member)]
+def test_batches_of_like_size_have_tables_of_one_shape():
+    rng = np.random.default_rng(0)
+    tokens = sets(np.clip(np.exp(rng.normal(3, 0.6, 2400)), 1, 200).astype(int))
+    batches = np.array_split(rng.permutation(2400), 60)
+    for window in (None, 10):
+        planned = plan_batches(tokens, batches, window, "cpu", FEW_SHAPES)
+        assert len({batch.shapes for batch in planned}) < 12
+        assert len({len(batch.row) for batch in planned}) == 1
+        again = planned[0].copy()
+        assert again.shapes == planned[0].shapes
+        again.flat.zero_()
+        assert all(not table.any() for stage in again.stages for table in stage)
+        assert planned[0].token.any()
 
 
 def test_windows_are_runs_of_tokens_inside_a_sentence():
     (batch,) = plan_batches(sets([5, 2, 3]), [np.arange(3)], 3, "cpu")
     windows, sentences = batch.stages
-    assert windows.member.tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [5, 6, 10], [7, 8, 9]]
+    assert windows.member.tolist() == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [5, 6, 31], [7, 8, 9]]
     assert sentences.member.tolist() == [[0, 1, 2], [3, 5, 5], [4, 5, 5]]
 
 

@@ -21,8 +21,15 @@ from taprobe_core.errors import ConfigError, DataError, NonFiniteError, NotEnoug
 from taprobe_core.solvers import token_probes, token_reading
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.ragged import RaggedTokens, plan_batches
-from taprobe_core.solvers.token_backward import backward
-from taprobe_core.solvers.token_forward import FoldScaling, Stack, Workspace, draw, forward
+from taprobe_core.solvers.token_backward import backward, through_scaling
+from taprobe_core.solvers.token_forward import (
+    FirstLayer,
+    FoldScaling,
+    Stack,
+    Workspace,
+    draw,
+    forward,
+)
 from taprobe_core.solvers.token_memory import bytes_needed, models_at_once
 from taprobe_core.solvers.token_options import TokenProbeOptions
 from taprobe_core.solvers.token_pooling import POOLINGS
@@ -195,10 +202,13 @@ def test_gradients_equal_autograd_on_states_standardised_by_the_fold(pooling, hi
     states = tokens.values.double()[batch.token] / 10
     scaling = FoldScaling(mean, inverse)
     space = Workspace(stack.flat)
-    logits, trace = forward(stack, scaling, states, batch, is_soft, space)
+    logits, trace = forward(
+        stack, FirstLayer.of(stack, scaling, space), states, batch, is_soft, space
+    )
     weight = torch.randn(logits.shape, generator=generator, dtype=torch.float64)
     found = stack.like(torch.full_like(stack.flat, torch.nan))
-    backward(stack, scaling, batch, trace, weight, found, space)
+    backward(stack, batch, trace, weight, found, space)
+    through_scaling(found, scaling)
     for at in range(3):
         model = Padded(6, options, 0).double()
         arrays = {name: view[at] for name, view in stack.views.items()}
