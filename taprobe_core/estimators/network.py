@@ -107,7 +107,7 @@ class _MLPProbe(BaseEstimator):  # type: ignore[misc]
 
     def _decide(self, X: ArrayLike) -> NDArray[np.float64]:
         check_is_fitted(self)
-        rows = validate_data(self, X, dtype=np.float32, reset=False)
+        rows = validate_data(self, X, dtype=np.float32, reset=False, force_writeable=True)
         return self._solution.decide(rows)[:, 0]
 
 
@@ -156,7 +156,7 @@ class MLPProbeClassifier(BinaryFace, _MLPProbe):
             ValueError: input that scikit-learn would refuse, or other than two classes.
             TaprobeError: as `fit_networks`.
         """
-        rows, labels = validate_data(self, X, y, dtype=np.float32)
+        rows, labels = validate_data(self, X, y, dtype=np.float32, force_writeable=True)
         codes = self._codes(labels)
         return self._fit(rows, codes.astype(np.float64), sample_weight, validation, True)
 
@@ -187,7 +187,9 @@ class MLPProbeRegressor(RegressorMixin, _MLPProbe):  # type: ignore[misc]
             ValueError: input that scikit-learn would refuse.
             TaprobeError: as `fit_networks`.
         """
-        rows, target = validate_data(self, X, y, dtype=np.float32, y_numeric=True)
+        rows, target = validate_data(
+            self, X, y, dtype=np.float32, y_numeric=True, force_writeable=True
+        )
         return self._fit(rows, target.astype(np.float64), sample_weight, validation, False)
 
     def predict(self, X: ArrayLike) -> NDArray[np.float64]:

@@ -43,7 +43,7 @@ def read_tokens(estimator: BaseEstimator, X: TokenSets, reset: bool) -> RaggedTo
     elif _is_ragged(X):
         tokens = RaggedTokens.from_sentences(X)  # type: ignore[arg-type]
     else:
-        rows = validate_data(estimator, X, dtype=np.float32, reset=reset)
+        rows = validate_data(estimator, X, dtype=np.float32, reset=reset, force_writeable=True)
         one_each = np.arange(len(rows) + 1, dtype=np.int64)
         return RaggedTokens(torch.from_numpy(np.ascontiguousarray(rows)), one_each)
     if reset:

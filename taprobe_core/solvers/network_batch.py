@@ -132,7 +132,8 @@ class Networks:
             y: [model, batch].
             weight: [model, batch], summing to 1 over the batch; 0 for padding.
             decay: [model].
-            shared_decay: that of all models, if it is one; saves a pass over the weights.
+            shared_decay: that of all models, if it is one; the optimiser then adds it as it goes,
+                which saves three passes over the weights.
         """
         states = self.forward(X)
         output = states[-1]
@@ -143,19 +144,16 @@ class Networks:
             parameters, gradient = self.weights[layer], self._gradients[layer]
             rows = states[layer]
             if layer == n_layers - 1:
-                torch.mul(parameters, decay[:, None, None], out=gradient)
-                gradient.add_((delta * rows).sum(1, keepdim=True))
-            elif shared_decay is not None:
-                back = delta.transpose(1, 2)
-                torch.baddbmm(parameters, back, rows, beta=shared_decay, out=gradient)
+                torch.sum(delta * rows, 1, keepdim=True, out=gradient)
             else:
-                torch.mul(parameters, decay[:, None, None], out=gradient)
-                gradient.baddbmm_(delta.transpose(1, 2), rows)
+                torch.bmm(delta.transpose(1, 2), rows, out=gradient)
+            if shared_decay is None:
+                gradient.addcmul_(parameters, decay[:, None, None])
             torch.sum(delta, 1, keepdim=True, out=self._gradients[n_layers + layer])
             if layer:
                 delta = delta * parameters if layer == n_layers - 1 else delta.bmm(parameters)
                 delta = torch.ops.aten.threshold_backward(delta, states[layer], 0)
-        self._adam()
+        self._adam(shared_decay or 0.0)
         return output[..., 0]
 
     def row_losses(self, output: Tensor, y: Tensor) -> Tensor:
@@ -175,23 +173,25 @@ class Networks:
             setattr(self, name, [each[kept] for each in getattr(self, name)])
         self._gradients = [each[: len(kept)] for each in self._gradients]
 
-    def _adam(self) -> None:
+    def _adam(self, decay: float) -> None:
         self._n_steps += 1
         # PyTorch divides the root of the second moment by this before it adds epsilon
         correction = math.sqrt(1 - BETA_2**self._n_steps)
-        adam(
-            self.parameters,
-            self._gradients,
-            self._first,
-            self._second,
-            [],
-            self._steps,
-            fused=True,
-            amsgrad=False,
-            beta1=BETA_1,
-            beta2=BETA_2,
-            lr=self.learning_rate,
-            weight_decay=0.0,
-            eps=EPSILON / correction,
-            maximize=False,
-        )
+        n_layers = len(self.weights)
+        for part, own_decay in ((slice(n_layers), decay), (slice(n_layers, None), 0.0)):
+            adam(
+                self.parameters[part],
+                self._gradients[part],
+                self._first[part],
+                self._second[part],
+                [],
+                self._steps[part],
+                fused=True,
+                amsgrad=False,
+                beta1=BETA_1,
+                beta2=BETA_2,
+                lr=self.learning_rate,
+                weight_decay=own_decay,
+                eps=EPSILON / correction,
+                maximize=False,
+            )

@@ -28,6 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 from taprobe_core.errors import DataError
 
 Index = NDArray[np.int64]
+Shapes = tuple[tuple[int, ...], ...]
 
 STORED = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -155,7 +156,7 @@ class TokenBatch(NamedTuple):
         return cls(flat, row, token, tuple(Slots(*stage) for stage in stages))
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
+    def shapes(self) -> Shapes:
         """Of all tables, as `over` takes them."""
         tables = [self.row, self.token, *(table for stage in self.stages for table in stage)]
         return tuple(tuple(table.shape) for table in tables)
@@ -198,7 +199,7 @@ class Rounding(NamedTuple):
 
 ALIGNED = Rounding(32)
 """Matrix products of other sizes run at 70 % on a CPU."""
-FEW_SHAPES = Rounding(128, 8, 128)
+FEW_SHAPES = Rounding(256, 8, 128)
 """For batches whose work is recorded by shape."""
 
 

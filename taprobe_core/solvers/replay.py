@@ -45,13 +45,19 @@ def recordable(device: torch.device) -> Iterator[None]:
 class Replays:
     """Recorded work, by name. To be used inside `recordable`."""
 
-    def __init__(self) -> None:
-        self._seen: set[Hashable] = set()
+    def __init__(self, *, is_warm: bool = False) -> None:
+        """Start without records.
+
+        Args:
+            is_warm: whether work of this kind has run before: what is done only once, like loading
+                kernels, cannot be recorded.
+        """
+        self._is_warm = is_warm
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, name: Hashable, work: Callable[[], _T]) -> _T:
-        """Do the work: as it is the first time, recorded the second, replayed from then on.
+        """Do the work: recorded the first time, replayed from then on.
 
         Args:
             name: of the work.
@@ -65,8 +71,8 @@ class Replays:
             graph, found = self._recorded[name]
             graph.replay()
             return found  # type: ignore[no-any-return]
-        if name not in self._seen:
-            self._seen.add(name)
+        if not self._is_warm:
+            self._is_warm = True
             return work()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

@@ -202,7 +202,8 @@ class Workspace:
         n = math.prod(size)
         if name not in self._flat or len(self._flat[name]) < n:
             # Finite from the start: what no model reads is multiplied by 0, never skipped.
-            self._flat[name] = self._like.new_zeros(n)
+            # Twice, twice again ... as much, so that it seldom happens.
+            self._flat[name] = self._like.new_zeros(1 << (n - 1).bit_length())
             self.n_grown += 1
         return self._flat[name][:n].view(size)
 
@@ -262,7 +263,8 @@ def forward(
         torch.baddbmm(bias, views[f"token_weight_{layer}"], hidden[-1], out=out)
         hidden.append(out.relu_())
     by_model = torch.bmm(heads(stack), hidden[-1]).view(m, -1, shape.n_heads, n_tokens)
-    scores = by_model.permute(1, 3, 0, 2).reshape(by_model.shape[1], n_tokens, -1)
+    # Of a single model this would be a view: kernels need the columns side by side.
+    scores = by_model.permute(1, 3, 0, 2).reshape(by_model.shape[1], n_tokens, -1).contiguous()
     scores[:, -1] = LOWEST
     pooled, saved = pool(scores, batch, shape.pooling, is_soft)
     logits = (pooled.view(-1, m, shape.n_heads) * views["mixer"]).sum(2)

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from taprobe_core.kernels import has_triton
 from taprobe_core.solvers.ragged import Slots, TokenBatch
 
 Pooling = Literal["attention", "multimax", "rolling_multimax"]
@@ -41,13 +42,21 @@ class _Mean(NamedTuple):
     mean: torch.Tensor
 
 
+class _Folded(NamedTuple):
+    """The same of a mean that a kernel made, [group, column]; the weights are made again."""
+
+    mean: torch.Tensor
+    top: torch.Tensor
+    total: torch.Tensor
+
+
 class _Maximum(NamedTuple):
     """What the gradient of a maximum needs: the item it was found at, [group, column] int64."""
 
     item: torch.Tensor
 
 
-Saved = list[_Mean | _Maximum]
+Saved = list[_Mean | _Folded | _Maximum]
 
 
 def pool(
@@ -67,12 +76,12 @@ def pool(
         [sentence, column], and what `pool_gradient` needs.
     """
     if pooling == "attention":
-        mean = _mean(scores[0], scores[1], batch.stages[0])
+        mean = _mean(scores, batch.stages[0])
         return mean.mean, [mean]
     if pooling == "multimax":
         pooled, last = _peak(scores[0], batch.stages[0], is_soft)
         return pooled, [last]
-    mean = _mean(scores[0], scores[1], batch.stages[0])
+    mean = _mean(scores, batch.stages[0])
     padded = torch.nn.functional.pad(mean.mean, (0, 0, 0, 1), value=LOWEST)
     pooled, last = _peak(padded, batch.stages[1], is_soft)
     return pooled, [mean, last]
@@ -86,7 +95,7 @@ def pool_gradient(
     Args:
         gradient: [sentence, column].
         saved: as `pool` returned it.
-        scores: as given to `pool`; only its shape is read.
+        scores: as given to `pool`.
         batch: as given to `pool`.
         pooling: as given to `pool`.
 
@@ -95,12 +104,12 @@ def pool_gradient(
     """
     out = torch.zeros_like(scores)
     if pooling == "rolling_multimax":
-        n_windows = saved[0][-1].shape[0]
+        n_windows = len(batch.stages[0].member)
         inner = gradient.new_zeros(n_windows + 1, gradient.shape[1])
         _peak_gradient(gradient, saved[1], batch.stages[1], inner)
-        _mean_gradient(inner[:-1], saved[0], batch.stages[0], out[0], out[1])
+        _mean_gradient(inner[:-1], saved[0], scores, batch.stages[0], out)
     elif pooling == "attention":
-        _mean_gradient(gradient, saved[0], batch.stages[0], out[0], out[1])
+        _mean_gradient(gradient, saved[0], scores, batch.stages[0], out)
     else:
         _peak_gradient(gradient, saved[0], batch.stages[0], out[0])
     return out
@@ -131,7 +140,12 @@ def _collected(slotted: torch.Tensor, slots: Slots, out: torch.Tensor) -> None:
     torch.sum(copies, 1, out=out)
 
 
-def _mean(query: torch.Tensor, value: torch.Tensor, slots: Slots) -> _Mean:
+def _mean(scores: torch.Tensor, slots: Slots) -> _Mean | _Folded:
+    if scores.is_cuda and has_triton():
+        from taprobe_core.solvers.token_kernels import mean_by_softmax
+
+        return _Folded(*mean_by_softmax(scores, slots.member))
+    query, value = scores
     weight = torch.softmax(_slotted(query, slots), 1)
     slotted = _slotted(value, slots)
     return _Mean(weight, slotted, (weight * slotted).sum(1))
@@ -139,16 +153,21 @@ def _mean(query: torch.Tensor, value: torch.Tensor, slots: Slots) -> _Mean:
 
 def _mean_gradient(
     gradient: torch.Tensor,
-    saved: _Mean | _Maximum,
+    saved: _Mean | _Folded | _Maximum,
+    scores: torch.Tensor,
     slots: Slots,
-    query_out: torch.Tensor,
-    value_out: torch.Tensor,
+    out: torch.Tensor,
 ) -> None:
+    if isinstance(saved, _Folded):
+        from taprobe_core.solvers.token_kernels import mean_by_softmax_gradient
+
+        mean_by_softmax_gradient(gradient, scores, slots.home, slots.member.shape[1], saved, out)
+        return
     assert isinstance(saved, _Mean)  # noqa: S101  the pooling decides which it is
     to_value = saved.weight * gradient[:, None]
     to_query = (saved.value - saved.mean[:, None]).mul_(to_value)
-    _collected(to_value, slots, value_out)
-    _collected(to_query, slots, query_out)
+    _collected(to_value, slots, out[1])
+    _collected(to_query, slots, out[0])
 
 
 def _peak(
@@ -164,12 +183,13 @@ def _peak(
 
 
 def _peak_gradient(
-    gradient: torch.Tensor, saved: _Mean | _Maximum, slots: Slots, out: torch.Tensor
+    gradient: torch.Tensor, saved: _Mean | _Folded | _Maximum, slots: Slots, out: torch.Tensor
 ) -> None:
     if isinstance(saved, _Maximum):
         # Groups share no item here, so no two gradients meet in one place but those of groups that
         # fill up, which are 0.
         out.scatter_(0, saved.item, gradient)
         return
+    assert isinstance(saved, _Mean)  # noqa: S101  a maximum, soft
     weighted = saved.weight * gradient[:, None]
     _collected(weighted.addcmul_(weighted, saved.value - saved.mean[:, None]), slots, out)

@@ -37,8 +37,8 @@ TOKENS_OF_A_COPY = 64
 def n_batches(n_learnt: int, batch_size: int) -> int:
     """Return into how many batches a model's epoch is cut: a function of its own sentences alone.
 
-    As many as if the model were alone, rounded up to four binary digits (above 16 by at most an
-    eighth), so that folds of nearly equal size can share their batches.
+    As many as if the model were alone, rounded up to three binary digits (above 8 by at most a
+    quarter), so that folds of nearly equal size can share their batches.
 
     Args:
         n_learnt: sentences that the model learns from.
@@ -46,10 +46,10 @@ def n_batches(n_learnt: int, batch_size: int) -> int:
 
     Example:
         >>> [n_batches(n, 32) for n in (1, 640, 641, 3100, 3200)]
-        [1, 20, 22, 104, 104]
+        [1, 20, 24, 112, 112]
     """
     exact = max(-(-n_learnt // batch_size), 1)
-    step = 1 << max(exact.bit_length() - 4, 0)
+    step = 1 << max(exact.bit_length() - 3, 0)
     return -(-exact // step) * step
 
 

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from taprobe_core.solvers.ragged import ALIGNED, FEW_SHAPES, TokenBatch, plan_batches
+from taprobe_core.solvers.ragged import ALIGNED, FEW_SHAPES, Shapes, TokenBatch, plan_batches
 from taprobe_core.solvers.replay import Replays
 from taprobe_core.solvers.token_backward import backward
 from taprobe_core.solvers.token_forward import (
@@ -45,6 +45,12 @@ from taprobe_core.solvers.token_reading import Part, Readers, n_batches, watcher
 from taprobe_core.solvers.token_states import TokenStates
 
 Floats = NDArray[np.float64]
+Index = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+MAX_STOPPED = 0.2
+"""Share of the models; recording the steps of the others costs about as much as an epoch."""
 
 
 class Targets(NamedTuple):
@@ -120,31 +126,29 @@ def train_stack(
     orders = (
         np.array_split(rng.permutation(len(targets.y)), n_steps) for _ in range(options.max_epochs)
     )
-    active = np.arange(m)
     best_loss = np.full(m, np.nan if targets.watched is None else np.inf)
     best_epoch, n_epochs = np.zeros((2, m), dtype=np.int64)
+    is_stopped = np.zeros(m, dtype=bool)
     order = next(orders)
     for epoch in range(1, options.max_epochs + 1):
-        learner.learn(order, active)
-        order = next(orders, [])
-        learner.prepare(order, active)
-        n_epochs[active] = epoch
+        learner.learn(order)
+        if epoch < options.max_epochs:
+            order = next(orders)
+            learner.prepare(order)
+        n_epochs[~is_stopped] = epoch
         if targets.watched is None:
             continue
-        loss = learner.watched_loss(active)
-        is_better = loss < best_loss[active]
-        best_loss[active] = np.where(is_better, loss, best_loss[active])
-        best_epoch[active] = np.where(is_better, epoch, best_epoch[active])
-        learner.save(best, active, is_better)
-        is_left = epoch - best_epoch[active] < options.patience
-        if not is_left.all():
-            learner.keep(is_left)
-            active = active[is_left]
-        if not len(active):
+        here, loss = learner.here, learner.watched_loss()
+        is_better = (loss < best_loss[here]) & ~is_stopped[here]
+        best_loss[here[is_better]] = loss[is_better]
+        best_epoch[here[is_better]] = epoch
+        learner.save(best, is_better)
+        is_stopped |= n_epochs - best_epoch >= options.patience
+        if is_stopped.all():
             break
+        learner.drop(is_stopped[here])
     if targets.watched is None:
         best, best_epoch = learner.stack, n_epochs.copy()
-    is_stopped = np.isin(np.arange(m), active, invert=True)
     return Trained(best, n_epochs, best_epoch, best_loss, is_stopped)
 
 
@@ -183,7 +187,13 @@ class _Watch(NamedTuple):
 
 
 class _Learner:
-    """The models that still learn, and the state of their optimiser."""
+    """The models that still learn, and the state of their optimiser.
+
+    On CUDA a few that have stopped are among them, lest every step be recorded anew.
+
+    Attributes:
+        here: [model] int64, which of the targets' models these are.
+    """
 
     def __init__(
         self,
@@ -202,58 +212,72 @@ class _Learner:
         self.tensors = _Tensors(self._placed(targets.y), self._placed(targets.weight), watched)
         self.adam = Adam(stack, options)
         self.space = Workspace(stack.flat)
-        self._start()
+        self.replays = Replays() if states.device.type == "cuda" else None
+        self._start(np.arange(stack.n_models))
+        if self.replays is not None and watched is not None:
+            # This pass takes the largest arrays; what is recorded before they grow is void.
+            self._watched_loss()
 
     def _placed(self, values: Floats) -> torch.Tensor:
         """Bring values to the device, and zeros for the sentence that fills up a batch."""
         filled = np.pad(values.astype(np.float32), ((0, 1), (0, 0)))
         return torch.from_numpy(filled).to(self.states.device)
 
-    def _start(self) -> None:
-        """Lay out what depends on which models are left."""
+    def _start(self, here: Index) -> None:
+        """Lay out what depends on which models these are."""
+        self.here = here
         self.first = FirstLayer.of(self.stack, self.scaling, self.space)
-        self.readers: Readers | None = None
+        tokens, kind = self.states.tokens, self.states.device.type
+        self.readers = Readers(self.targets.weight[:, here] > 0, tokens.lengths, self._size, kind)
+        self.watches = self._watches()
         self.steps: list[_Step] | None = None
-        self.watches: list[_Watch] | None = None
-        self.places: dict[tuple[tuple[int, ...], ...], TokenBatch] = {}
-        self.replays = Replays() if self.states.device.type == "cuda" else None
-
-    def prepare(self, order: Sequence[NDArray[np.int64]], active: NDArray[np.int64]) -> None:
-        """Make the tables of the next epoch, while the device is busy with this one."""
-        self.steps = self._steps(order, active) if len(order) else None
-
-    def _steps(self, order: Sequence[NDArray[np.int64]], active: NDArray[np.int64]) -> list[_Step]:
-        tokens, device = self.states.tokens, self.states.device
-        if self.readers is None:
-            learnt, size = self.targets.weight[:, active] > 0, self._size
-            self.readers = Readers(learnt, tokens.lengths, size, device.type)
-        read = [self.readers.order(batch) for batch in order]
-        rounding = ALIGNED if self.replays is None else FEW_SHAPES
-        window = self.options.window_or_none
-        planned = plan_batches(tokens, read, window, device, rounding)
-        parts = (self.readers.parts(sentences, tokens.lengths) for sentences in read)
-        return [_Step(*each) for each in zip(planned, parts, strict=True)]
+        self.places: dict[Shapes, TokenBatch] = {}
 
     @property
     def _size(self) -> int:
         """First-layer weights of one model."""
         return self.states.tokens.n_features * self.options.width
 
-    def learn(self, order: Sequence[NDArray[np.int64]], active: NDArray[np.int64]) -> None:
+    def _watches(self) -> list[_Watch]:
+        if self.targets.watched is None:
+            return []
+        plan = []
+        watched, lengths = self.targets.watched[:, self.here], self.states.tokens.lengths
+        for models, sentences in watchers(watched, lengths, self._size):
+            n_units = len(models) * self.options.width
+            batches = self.states.batches(sentences, n_units, self.options.window_or_none)
+            plan.append(_Watch(torch.from_numpy(models).to(self.states.device), batches))
+        return plan
+
+    def prepare(self, order: Sequence[Index]) -> None:
+        """Make the tables of an epoch; the device may be busy with the one before.
+
+        Args:
+            order: sentences of each batch; none: there is no further epoch.
+        """
+        tokens, device = self.states.tokens, self.states.device
+        read = [self.readers.order(batch) for batch in order]
+        rounding = ALIGNED if self.replays is None else FEW_SHAPES
+        planned = plan_batches(tokens, read, self.options.window_or_none, device, rounding)
+        parts = (self.readers.parts(sentences, tokens.lengths) for sentences in read)
+        self.steps = [_Step(*each) for each in zip(planned, parts, strict=True)]
+
+    def learn(self, order: Sequence[Index]) -> None:
         """Take one step per batch of sentences."""
         if self.steps is None:
-            self.steps = self._steps(order, active)
-        for step in self.steps:
+            self.prepare(order)
+        for step in self.steps or ():
             if self.replays is None:
                 self._learn(step)
                 continue
             shapes = step.batch.shapes
             if shapes not in self.places:
                 self.places[shapes] = step.batch.copy()
-            here = self.places[shapes]
-            here.flat.copy_(step.batch.flat)
-            work = partial(self._learn, step._replace(batch=here))
+            place = self.places[shapes]
+            place.flat.copy_(step.batch.flat)
+            work = partial(self._learn, step._replace(batch=place))
             self.replays.run((self.space.n_grown, shapes), work)
+        self.steps = None
 
     def _learn(self, step: _Step) -> None:
         batch, parts = step
@@ -267,11 +291,8 @@ class _Learner:
         backward(self.stack, batch, trace, gradient, out, space, parts)
         self.adam.step(self.stack, self.scaling, self.first)
 
-    def watched_loss(self, active: NDArray[np.int64]) -> Floats:
+    def watched_loss(self) -> Floats:
         """Weighted mean loss of each model over its watched sentences."""
-        if self.watches is None:
-            assert self.targets.watched is not None  # noqa: S101
-            self.watches = self._watch(self.targets.watched[:, active])
         if self.replays is None:
             loss = self._watched_loss()
         else:
@@ -280,7 +301,7 @@ class _Learner:
 
     def _watched_loss(self) -> torch.Tensor:
         watched, y = self.tensors.watched, self.tensors.y
-        assert watched is not None and self.watches is not None  # noqa: S101, PT018
+        assert watched is not None  # noqa: S101
         total = torch.zeros(self.stack.n_models, device=y.device)
         for models, batches in self.watches:
             stack, first = self.stack, self.first
@@ -294,29 +315,26 @@ class _Learner:
                 total.index_add_(0, models, (losses * weight).sum(0))
         return total / watched.sum(0)
 
-    def _watch(self, watched: Floats) -> list[_Watch]:
-        plan = []
-        for models, sentences in watchers(watched, self.states.tokens.lengths, self._size):
-            n_units = len(models) * self.options.width
-            batches = self.states.batches(sentences, n_units, self.options.window_or_none)
-            plan.append(_Watch(torch.from_numpy(models).to(self.states.device), batches))
-        return plan
-
-    def save(self, best: Stack, active: NDArray[np.int64], is_better: NDArray[np.bool_]) -> None:
+    def save(self, best: Stack, is_better: Mask) -> None:
         """Copy the models that are better than before into the stack of all."""
         if is_better.any():
             device = self.states.device
             chosen = torch.from_numpy(np.flatnonzero(is_better)).to(device)
-            best.put(torch.from_numpy(active[is_better]).to(device), self.stack, chosen)
+            best.put(torch.from_numpy(self.here[is_better]).to(device), self.stack, chosen)
 
-    def keep(self, is_left: NDArray[np.bool_]) -> None:
-        """Drop the models that have stopped."""
+    def drop(self, is_stopped: Mask) -> None:
+        """Drop models that have stopped, where that saves more than it costs."""
+        if is_stopped.mean() <= (0 if self.replays is None else MAX_STOPPED):
+            return
+        is_left = ~is_stopped
         models = torch.from_numpy(np.flatnonzero(is_left)).to(self.states.device)
         self.stack = self.stack.keep(models)
         self.adam.keep(models)
         self.scaling = self.scaling.take(models)
         self.tensors = self.tensors.take(models)
-        self._start()
+        if self.replays is not None:
+            self.replays = Replays(is_warm=True)
+        self._start(self.here[is_left])
 
 
 def _loss_gradient(logits: torch.Tensor, y: torch.Tensor, loss: Loss) -> torch.Tensor:
