@@ -1,9 +1,8 @@
 """Multilayer perceptrons of one shape side by side: forward, backward and Adam as batched products.
 
 Every tensor has a first axis of models; no operation mixes models. A model reads its own rows of
-one shared feature matrix, which stands there as each fold standardises it; where products may be
-rounded, kernels read them where they lie. What does not belong here: which rows when (`networks`),
-when a model stops (`network_stopping`).
+one shared feature matrix, standardised as they are gathered. What does not belong here: which rows
+when (`networks`), when a model stops (`network_stopping`).
 
 Invariant: float32; nothing here waits for the device.
 
@@ -22,25 +21,22 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.adam import adam
 
-from taprobe_core.kernels import has_triton
-
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rows:
     """The feature matrix as each fold standardises it, and which fold each model reads.
 
     Attributes:
         X: [fold * row, feature], the rows of one fold after those of another.
         first: [model, 1] int64, where the model's fold begins.
-        at_once: most rows of a gather.
+        buffer: [model * batch * feature], room for a batch of every model.
     """
 
     X: Tensor
     first: Tensor
-    at_once: int
-    _buffer: Tensor | None = None
+    buffer: Tensor
 
     @classmethod
     def of(cls, X: Tensor, mean: Tensor, inverse_scale: Tensor, fold: Tensor, at_once: int) -> Rows:
@@ -59,25 +55,25 @@ class Rows:
         standardised = torch.empty(len(mean), *X.shape, device=X.device)
         for own, centre, factor in zip(standardised, mean, inverse_scale, strict=True):
             torch.sub(X, centre, out=own).mul_(factor)
-        return cls(standardised.view(-1, X.shape[1]), (fold * len(X))[:, None], at_once)
+        first = (fold * len(X))[:, None]
+        buffer = torch.empty(len(fold) * at_once * X.shape[1], device=X.device)
+        return cls(standardised.view(-1, X.shape[1]), first, buffer)
 
-    def gather(self, at: Tensor) -> Tensor:
-        """Return standardised rows [model, batch, feature]; valid until the next call.
+    def gather(self, index: Tensor) -> Tensor:
+        """Return the standardised rows [model, batch, feature]; valid until the next call.
 
         Args:
-            at: [model, batch] int64, of `X`.
+            index: [model, batch] int64.
         """
+        n_models, n_rows = index.shape
         n_features = self.X.shape[1]
-        if self._buffer is None:
-            size = len(self.first) * self.at_once * n_features
-            self._buffer = torch.empty(size, device=self.X.device)
-        flat = self._buffer[: at.numel() * n_features].view(-1, n_features)
-        torch.index_select(self.X, 0, at.view(-1), out=flat)
-        return flat.view(*at.shape, n_features)
+        flat = self.buffer[: n_models * n_rows * n_features].view(-1, n_features)
+        torch.index_select(self.X, 0, (index + self.first).view(-1), out=flat)
+        return flat.view(n_models, n_rows, n_features)
 
     def take(self, kept: Tensor) -> Rows:
         """Return the rows of some models."""
-        return Rows(self.X, self.first[kept], self.at_once, self._buffer)
+        return Rows(self.X, self.first[kept], self.buffer)
 
 
 class Networks:
@@ -109,47 +105,22 @@ class Networks:
         """[model, 1, out] of every layer."""
         return self.parameters[len(self.parameters) // 2 :]
 
-    def output(self, rows: Rows, index: Tensor) -> Tensor:
-        """Return logits or values, [model, batch].
+    def forward(self, X: Tensor) -> list[Tensor]:
+        """Return the inputs of every layer, then the output [model, batch, 1] (a logit or a value).
 
         Args:
-            rows: of the feature matrix.
-            index: [model, batch] int64, rows of each model's fold.
+            X: [model, batch, feature], standardised.
         """
-        return self._forward(rows, index + rows.first)[-1][..., 0]
-
-    def _forward(self, rows: Rows, at: Tensor) -> list[Tensor]:
-        """Return the inputs of every layer, then the output [model, batch, 1].
-
-        Rows that are read in place are no input: the first is then empty.
-        """
-        if self._reads_in_place(rows):
-            from taprobe_core.solvers.network_kernels import first_layer
-
-            states = [at.new_empty(0), first_layer(rows.X, at, self.weights[0], self.biases[0])]
-        else:
-            states = [rows.gather(at)]
-        for layer in range(len(states) - 1, len(self.weights) - 1):
-            weight, bias = self.weights[layer], self.biases[layer]
+        states = [X]
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             states.append(torch.baddbmm(bias, states[-1], weight.transpose(1, 2)).relu_())
         # one output: a batched product of one column is slower than multiplying and adding
         last = (states[-1] * self.weights[-1]).sum(2, keepdim=True)
         states.append(last.add_(self.biases[-1]))
         return states
 
-    def _reads_in_place(self, rows: Rows) -> bool:
-        """Whether kernels take the first layer: the tensor cores have no float32."""
-        may_round = rows.X.is_cuda and torch.backends.cuda.matmul.allow_tf32
-        return may_round and has_triton() and len(self.weights) > 1
-
     def step(
-        self,
-        rows: Rows,
-        index: Tensor,
-        y: Tensor,
-        weight: Tensor,
-        decay: Tensor,
-        shared_decay: float | None,
+        self, X: Tensor, y: Tensor, weight: Tensor, decay: Tensor, shared_decay: float | None
     ) -> Tensor:
         """Take one step of Adam and return the output [model, batch] before it.
 
@@ -157,38 +128,32 @@ class Networks:
         sum of its squared weights (biases not among them).
 
         Args:
-            rows: of the feature matrix.
-            index: [model, batch] int64, rows of each model's fold.
+            X: [model, batch, feature], standardised.
             y: [model, batch].
             weight: [model, batch], summing to 1 over the batch; 0 for padding.
             decay: [model].
             shared_decay: that of all models, if it is one; the optimiser then adds it as it goes,
                 which saves three passes over the weights.
         """
-        at = index + rows.first
-        states = self._forward(rows, at)
+        states = self.forward(X)
         output = states[-1]
         predicted = output.sigmoid() if self.is_classifier else output
         delta = (predicted - y[..., None]).mul_(weight[..., None])
-        n_layers, n_done = len(self.weights), int(self._reads_in_place(rows))
-        self._n_steps += 1
+        n_layers = len(self.weights)
         for layer in reversed(range(n_layers)):
             parameters, gradient = self.weights[layer], self._gradients[layer]
-            torch.sum(delta, 1, keepdim=True, out=self._gradients[n_layers + layer])
-            if layer < n_done:
-                self._step_in_place(rows, at, delta, decay)
-                break
+            rows = states[layer]
             if layer == n_layers - 1:
-                torch.sum(delta * states[layer], 1, keepdim=True, out=gradient)
+                torch.sum(delta * rows, 1, keepdim=True, out=gradient)
             else:
-                torch.bmm(delta.transpose(1, 2), states[layer], out=gradient)
+                torch.bmm(delta.transpose(1, 2), rows, out=gradient)
             if shared_decay is None:
                 gradient.addcmul_(parameters, decay[:, None, None])
+            torch.sum(delta, 1, keepdim=True, out=self._gradients[n_layers + layer])
             if layer:
                 delta = delta * parameters if layer == n_layers - 1 else delta.bmm(parameters)
                 delta = torch.ops.aten.threshold_backward(delta, states[layer], 0)
-        self._adam(slice(n_done, n_layers), shared_decay or 0.0)
-        self._adam(slice(n_layers, None), 0.0)
+        self._adam(shared_decay or 0.0)
         return output[..., 0]
 
     def row_losses(self, output: Tensor, y: Tensor) -> Tensor:
@@ -208,32 +173,25 @@ class Networks:
             setattr(self, name, [each[kept] for each in getattr(self, name)])
         self._gradients = [each[: len(kept)] for each in self._gradients]
 
-    def _root(self) -> float:
-        """By which PyTorch divides the root of the second moment before it adds epsilon."""
-        return math.sqrt(1 - BETA_2**self._n_steps)
-
-    def _step_in_place(self, rows: Rows, at: Tensor, delta: Tensor, decay: Tensor) -> None:
-        from taprobe_core.solvers.network_kernels import AdamStep, step_first_layer
-
-        size, root = self.learning_rate / (1 - BETA_1**self._n_steps), self._root()
-        adam = AdamStep(size, root, EPSILON / root, (BETA_1, BETA_2))
-        moments = self._first[0], self._second[0]
-        step_first_layer(rows.X, at, delta, self.weights[0], moments, decay, adam)
-
-    def _adam(self, part: slice, decay: float) -> None:
-        adam(
-            self.parameters[part],
-            self._gradients[part],
-            self._first[part],
-            self._second[part],
-            [],
-            self._steps[part],
-            fused=True,
-            amsgrad=False,
-            beta1=BETA_1,
-            beta2=BETA_2,
-            lr=self.learning_rate,
-            weight_decay=decay,
-            eps=EPSILON / self._root(),
-            maximize=False,
-        )
+    def _adam(self, decay: float) -> None:
+        self._n_steps += 1
+        # PyTorch divides the root of the second moment by this before it adds epsilon
+        correction = math.sqrt(1 - BETA_2**self._n_steps)
+        n_layers = len(self.weights)
+        for part, own_decay in ((slice(n_layers), decay), (slice(n_layers, None), 0.0)):
+            adam(
+                self.parameters[part],
+                self._gradients[part],
+                self._first[part],
+                self._second[part],
+                [],
+                self._steps[part],
+                fused=True,
+                amsgrad=False,
+                beta1=BETA_1,
+                beta2=BETA_2,
+                lr=self.learning_rate,
+                weight_decay=own_decay,
+                eps=EPSILON / correction,
+                maximize=False,
+            )

@@ -172,7 +172,7 @@ def outputs(networks: Networks, rows: Rows, index: Tensor, at_once: int) -> Tens
         at_once: rows of a block.
     """
     blocks = torch.split(index, at_once, dim=1)
-    return torch.cat([networks.output(rows, each) for each in blocks], dim=1)
+    return torch.cat([networks.forward(rows.gather(each))[-1][..., 0] for each in blocks], dim=1)
 
 
 def pad(lists: Sequence[Indices]) -> Tensor:
@@ -225,10 +225,9 @@ def _run_epoch(job: Job, options: NetworkOptions, positions: Tensor) -> Tensor |
     for step, batch in enumerate(plan.batches):
         if is_watched:
             squares[:, step] = job.networks.squared_weights()
+        X = job.rows.gather(order[:, batch])
         share, decay = plan.share[:, batch], plan.decay[:, step]
-        outputs[:, batch] = job.networks.step(
-            job.rows, order[:, batch], y[:, batch], share, decay, plan.shared_decay[step]
-        )
+        outputs[:, batch] = job.networks.step(X, y[:, batch], share, decay, plan.shared_decay[step])
     if not is_watched:
         return None
     losses = job.networks.row_losses(outputs, y).mul_(plan.loss_share).sum(1)
