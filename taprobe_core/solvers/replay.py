@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,14 +20,47 @@ _T = TypeVar("_T")
 _own = threading.local()
 
 
+class Recorder:
+    """Memory that records share: one after another, never at once.
+
+    While work is recorded the allocator cannot free what it keeps for later, nor memory of records
+    that are gone: so all records have one pool, which an unused one keeps alive.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        work = partial(torch.zeros, 1, device=device)
+        work()
+        self._keeper: torch.cuda.CUDAGraph | None = self.record(work)[0]
+
+    def close(self) -> None:
+        """Give the memory back once the last record is gone."""
+        self._keeper = None
+
+    def record(self, work: Callable[[], _T]) -> tuple[torch.cuda.CUDAGraph, _T]:
+        """Record work, which is not done, and return what it will write to."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on allocating.
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        try:
+            found = work()
+        finally:
+            graph.capture_end()
+        return graph, found
+
+
 @contextmanager
-def recordable(device: torch.device) -> Iterator[None]:
+def recording(device: torch.device) -> Iterator[Recorder | None]:
     """Run the block where work can be recorded: on CUDA, on a stream of the thread's own.
 
-    The block may use what the caller has queued, and the caller what the block leaves.
+    The block may use what the caller has queued, and the caller what the block leaves. Memory that
+    the allocator keeps for later is freed before and after.
+
+    Yields:
+        A recorder; None on other devices.
     """
     if device.type != "cuda":
-        yield
+        yield None
         return
     before = torch.cuda.current_stream(device)
     streams: dict[torch.device, torch.cuda.Stream] = _own.__dict__.setdefault("streams", {})
@@ -34,27 +68,32 @@ def recordable(device: torch.device) -> Iterator[None]:
         streams[before.device] = torch.cuda.Stream(before.device)  # type: ignore[no-untyped-call]
     stream = streams[before.device]
     stream.wait_stream(before)
-    try:
-        with torch.cuda.stream(stream):
-            yield
-    finally:
-        # Memory of one stream may be given out again as soon as that stream is done with it.
-        stream.synchronize()
+    torch.cuda.empty_cache()
+    with torch.cuda.stream(stream):
+        recorder = Recorder(before.device)
+        try:
+            yield recorder
+        finally:
+            # Memory of a stream may be given out again as soon as that stream is done with it.
+            stream.synchronize()
+            recorder.close()
+            torch.cuda.empty_cache()
 
 
 class Replays:
-    """Recorded work, by name. To be used inside `recordable`."""
+    """Recorded work, by name."""
 
-    def __init__(self, *, is_warm: bool = False) -> None:
+    def __init__(self, recorder: Recorder, *, is_warm: bool = False) -> None:
         """Start without records.
 
         Args:
+            recorder: of the block that this is used in.
             is_warm: whether work of this kind has run before: what is done only once, like loading
                 kernels, cannot be recorded.
         """
+        self.recorder = recorder
         self._is_warm = is_warm
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, name: Hashable, work: Callable[[], _T]) -> _T:
         """Do the work: recorded the first time, replayed from then on.
@@ -67,19 +106,11 @@ class Replays:
         Returns:
             What the work returns; its tensors hold until any work is run again.
         """
-        if name in self._recorded:
-            graph, found = self._recorded[name]
-            graph.replay()
-            return found  # type: ignore[no-any-return]
         if not self._is_warm:
             self._is_warm = True
             return work()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        try:
-            found = work()
-        finally:
-            graph.capture_end()
-        self._recorded[name] = (graph, found)
+        if name not in self._recorded:
+            self._recorded[name] = self.recorder.record(work)
+        graph, found = self._recorded[name]
         graph.replay()
-        return found
+        return found  # type: ignore[no-any-return]

@@ -197,6 +197,12 @@ class Workspace:
         self.n_grown = 0
         self._flat: dict[str, torch.Tensor] = {}
 
+    def reserve(self, stack: Stack, n_tokens: int) -> None:
+        """Make room for the units of a batch, forward and backward."""
+        shape = stack.shape
+        for name in ("to_hidden", *(f"hidden_{layer}" for layer in range(shape.depth))):
+            self.take(name, stack.n_models * shape.width * n_tokens)
+
     def take(self, name: str, *size: int) -> torch.Tensor:
         """Return an array of a size; what was taken before under the name is lost."""
         n = math.prod(size)

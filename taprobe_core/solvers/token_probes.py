@@ -29,7 +29,7 @@ from taprobe_core.errors import DataError, NonFiniteError
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.platt import calibrate, probabilities
 from taprobe_core.solvers.ragged import RaggedTokens
-from taprobe_core.solvers.replay import recordable
+from taprobe_core.solvers.replay import Recorder, recording
 from taprobe_core.solvers.token_forward import Stack
 from taprobe_core.solvers.token_memory import models_at_once, stacks, steps_of
 from taprobe_core.solvers.token_options import TokenProbeOptions
@@ -158,15 +158,15 @@ def fit_token_probes(
     is_converged, decision = np.zeros(m, dtype=bool), np.empty((n, m))
     steps = steps_of(columns, options)
     at_once = models_at_once(states, shape, options, int(steps.min()), max_bytes)
-    for chosen, seed in stacks(columns, steps, at_once):
-        with recordable(states.device):
-            found = _fit_group(states, columns, watched, options, chosen, seed)
-        for name, kept in arrays.items():
-            kept[chosen] = found.trained.stack.views[name].cpu().numpy()
-        n_iter[chosen] = found.trained.n_epochs
-        best_epoch[chosen] = found.trained.best_epoch
-        is_converged[chosen] = found.trained.is_stopped
-        decision[:, chosen] = found.decision
+    with recording(states.device) as recorder:
+        for chosen, seed in stacks(columns, steps, at_once):
+            found = _fit_group(states, columns, watched, options, chosen, seed, recorder)
+            for name, kept in arrays.items():
+                kept[chosen] = found.trained.stack.views[name].cpu().numpy()
+            n_iter[chosen] = found.trained.n_epochs
+            best_epoch[chosen] = found.trained.best_epoch
+            is_converged[chosen] = found.trained.is_stopped
+            decision[:, chosen] = found.decision
     if keep_weights:
         arrays["mean"] = states.mean[columns.fold].astype(np.float32)
         arrays["scale"] = states.scale[columns.fold].astype(np.float32)
@@ -239,6 +239,7 @@ def _fit_group(
     options: TokenProbeOptions,
     chosen: NDArray[np.intp],
     seed: int,
+    recorder: Recorder | None,
 ) -> _Fitted:
     scaling = states.scaling(columns.fold[chosen])
     targets = Targets(
@@ -246,7 +247,7 @@ def _fit_group(
         columns.weight[:, chosen],
         None if watched is None else watched[:, chosen],
     )
-    trained = train_stack(states, scaling, targets, options, seed)
+    trained = train_stack(states, scaling, targets, options, seed, recorder)
     decision = score_stack(trained.stack, scaling, states, options).cpu().numpy()
     is_bad = ~np.isfinite(decision).all(axis=0)
     if watched is not None:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from taprobe_core.solvers.ragged import ALIGNED, FEW_SHAPES, Shapes, TokenBatch, plan_batches
-from taprobe_core.solvers.replay import Replays
+from taprobe_core.solvers.replay import Recorder, Replays
 from taprobe_core.solvers.token_backward import backward
 from taprobe_core.solvers.token_forward import (
     FirstLayer,
@@ -105,6 +105,7 @@ def train_stack(
     targets: Targets,
     options: TokenProbeOptions,
     seed: int,
+    recorder: Recorder | None = None,
 ) -> Trained:
     """Train one model per column of the targets.
 
@@ -114,6 +115,7 @@ def train_stack(
         targets: of each model; of models whose epochs have equally many batches.
         options: settings.
         seed: of the initial weights and of the order of sentences.
+        recorder: of the block that this is called in; None: steps are not recorded.
     """
     m = targets.y.shape[1]
     shape = network_shape(states.tokens.n_features, options)
@@ -121,7 +123,7 @@ def train_stack(
     stack.fill(draw(shape, seed))
     best = stack.like(stack.flat.clone())
     n_steps = n_batches(int((targets.weight > 0).sum(axis=0).max()), options.batch_size)
-    learner = _Learner(states, scaling, targets, options, stack)
+    learner = _Learner(states, scaling, targets, options, stack, recorder)
     rng = np.random.default_rng([seed, 1])
     orders = (
         np.array_split(rng.permutation(len(targets.y)), n_steps) for _ in range(options.max_epochs)
@@ -189,7 +191,7 @@ class _Watch(NamedTuple):
 class _Learner:
     """The models that still learn, and the state of their optimiser.
 
-    On CUDA a few that have stopped are among them, lest every step be recorded anew.
+    Where steps are recorded a few that have stopped are among them, lest all be recorded anew.
 
     Attributes:
         here: [model] int64, which of the targets' models these are.
@@ -202,6 +204,7 @@ class _Learner:
         targets: Targets,
         options: TokenProbeOptions,
         stack: Stack,
+        recorder: Recorder | None,
     ) -> None:
         self.states = states
         self.scaling = scaling
@@ -212,7 +215,7 @@ class _Learner:
         self.tensors = _Tensors(self._placed(targets.y), self._placed(targets.weight), watched)
         self.adam = Adam(stack, options)
         self.space = Workspace(stack.flat)
-        self.replays = Replays() if states.device.type == "cuda" else None
+        self.replays = None if recorder is None else Replays(recorder)
         self._start(np.arange(stack.n_models))
         if self.replays is not None and watched is not None:
             # This pass takes the largest arrays; what is recorded before they grow is void.
@@ -259,6 +262,8 @@ class _Learner:
         read = [self.readers.order(batch) for batch in order]
         rounding = ALIGNED if self.replays is None else FEW_SHAPES
         planned = plan_batches(tokens, read, self.options.window_or_none, device, rounding)
+        if planned and self.replays is not None:
+            self.space.reserve(self.stack, max(len(batch.token) for batch in planned))
         parts = (self.readers.parts(sentences, tokens.lengths) for sentences in read)
         self.steps = [_Step(*each) for each in zip(planned, parts, strict=True)]
 
@@ -333,7 +338,7 @@ class _Learner:
         self.scaling = self.scaling.take(models)
         self.tensors = self.tensors.take(models)
         if self.replays is not None:
-            self.replays = Replays(is_warm=True)
+            self.replays = Replays(self.replays.recorder, is_warm=True)
         self._start(self.here[is_left])
 
 

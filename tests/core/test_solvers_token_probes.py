@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taprobe_core.errors import ConfigError, DataError, NonFiniteError, NotEnoughDataError
-from taprobe_core.solvers import token_probes, token_reading
+from taprobe_core.solvers import token_probes, token_reading, token_training
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.ragged import RaggedTokens, plan_batches
 from taprobe_core.solvers.token_backward import backward, through_scaling
@@ -281,6 +282,47 @@ def test_a_column_does_not_depend_on_those_it_is_solved_with(pooling):
         assert alone.n_iter[0] == together.n_iter[at]
 
 
+class Unrecorded:
+    """Stands for `Replays`: does the work, and watches what would make a record wrong."""
+
+    def __init__(self, recorder, *, is_warm=False):
+        self.recorder = recorder
+        self.is_warm = is_warm
+        self.memory = {}
+
+    def run(self, name, work):
+        found = work()
+        if isinstance(work, partial):  # a step, of a batch
+            (step,) = work.args
+            memory = step.batch.flat.data_ptr(), step.batch.shapes
+            assert self.memory.setdefault(name, memory) == memory
+            self.recorder.append(len(step.batch.row))
+        return found
+
+
+@pytest.mark.parametrize("training", ["hard", "soft"])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_steps_that_could_be_recorded_are_the_same_steps(monkeypatch, pooling, training):
+    monkeypatch.setattr(token_training, "Replays", Unrecorded)
+    options = replace(SMALL, pooling=pooling, training=training, max_epochs=12, patience=2,
+                      learning_rate=0.01)  # fmt: skip
+    tokens, train, validation, y = planted(high=40)
+    noise = np.random.default_rng(8).permutation(y)
+    columns = columns_of(train, np.stack([y, y, y, noise, noise, noise], 1), [0, 1, 2] * 2, [0] * 6)
+    states = token_states(tokens, train, "cpu")
+    watched = validation[columns.fold].T.astype(float)
+    targets = Targets(columns.y, columns.weight, watched)
+    scaling, sizes = states.scaling(columns.fold), []
+    plain = train_stack(states, scaling, targets, options, 0)
+    found = train_stack(states, scaling, targets, options, 0, sizes)
+    assert max(sizes) == 32  # 24 of 72 and one that fills up, rounded
+    assert {size % 8 for size in sizes} == {0}
+    assert len(set(found.n_epochs)) > 1
+    assert found.n_epochs.tolist() == plain.n_epochs.tolist()
+    assert found.best_epoch.tolist() == plain.best_epoch.tolist()
+    torch.testing.assert_close(found.stack.flat, plain.stack.flat, atol=2e-5, rtol=2e-4)
+
+
 @pytest.mark.parametrize(("n_fit", "sizes"), [(0, [1] * 5), (1, [1] * 5), (2, [2, 2, 1]), (9, [5])])
 def test_the_bytes_given_bound_the_models_trained_at_once(monkeypatch, n_fit, sizes):
     tokens, train, validation, y = planted()
@@ -288,9 +330,9 @@ def test_the_bytes_given_bound_the_models_trained_at_once(monkeypatch, n_fit, si
     whole = fit_token_probes(tokens, train, validation, columns, SMALL)
     seen = []
 
-    def counted(states, scaling, targets, options, seed):
+    def counted(states, scaling, targets, *args):
         seen.append(targets.y.shape[1])
-        return train_stack(states, scaling, targets, options, seed)
+        return train_stack(states, scaling, targets, *args)
 
     monkeypatch.setattr(token_probes, "train_stack", counted)
     states = token_states(tokens, train, "cpu")
