@@ -23,7 +23,7 @@ CODE_VERSIONS: Mapping[str, str] = {
     "attention_shards": "2",
     "vertical_attention": "1",
     "receiver_heads": "2",
-    "fits": "3",
+    "fits": "4",
     "probe_fits": "2",
     "deferral_plans": "1",
     "evaluation": "4",

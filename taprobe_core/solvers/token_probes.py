@@ -31,11 +31,11 @@ from taprobe_core.solvers.platt import calibrate, probabilities
 from taprobe_core.solvers.ragged import RaggedTokens
 from taprobe_core.solvers.replay import Recorder, recording
 from taprobe_core.solvers.token_forward import Stack
+from taprobe_core.solvers.token_learner import Targets
 from taprobe_core.solvers.token_memory import models_at_once, stacks, steps_of
 from taprobe_core.solvers.token_options import TokenProbeOptions
 from taprobe_core.solvers.token_states import TokenStates, check_finite, token_states
 from taprobe_core.solvers.token_training import (
-    Targets,
     Trained,
     network_shape,
     score_stack,

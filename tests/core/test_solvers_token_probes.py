@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taprobe_core.errors import ConfigError, DataError, NonFiniteError, NotEnoughDataError
-from taprobe_core.solvers import token_probes, token_reading, token_training
+from taprobe_core.solvers import token_learner, token_probes, token_reading
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.ragged import RaggedTokens, plan_batches
 from taprobe_core.solvers.token_backward import backward, through_scaling
@@ -31,6 +31,7 @@ from taprobe_core.solvers.token_forward import (
     draw,
     forward,
 )
+from taprobe_core.solvers.token_learner import Targets
 from taprobe_core.solvers.token_memory import bytes_needed, models_at_once
 from taprobe_core.solvers.token_options import TokenProbeOptions
 from taprobe_core.solvers.token_pooling import POOLINGS
@@ -40,7 +41,7 @@ from taprobe_core.solvers.token_probes import (
     score_token_probe,
 )
 from taprobe_core.solvers.token_states import token_states
-from taprobe_core.solvers.token_training import Targets, network_shape, train_stack
+from taprobe_core.solvers.token_training import network_shape, train_stack
 
 SMALL = TokenProbeOptions("attention", n_heads=2, width=8, window=4, max_epochs=3, batch_size=16)
 
@@ -303,7 +304,7 @@ class Unrecorded:
 @pytest.mark.parametrize("training", ["hard", "soft"])
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_steps_that_could_be_recorded_are_the_same_steps(monkeypatch, pooling, training):
-    monkeypatch.setattr(token_training, "Replays", Unrecorded)
+    monkeypatch.setattr(token_learner, "Replays", Unrecorded)
     options = replace(SMALL, pooling=pooling, training=training, max_epochs=12, patience=2,
                       learning_rate=0.01)  # fmt: skip
     tokens, train, validation, y = planted(high=40)

@@ -1,0 +1,248 @@
+"""The models of a stack that still learn: their steps, and the losses that decide when they stop.
+
+What does not belong here: epochs and what is kept of them (`token_training`), the network
+(`token_forward`, `token_backward`), the optimiser (`token_optimiser`).
+
+Invariants: a sentence that no model of the stack learns from is not read; a model that is dropped
+costs nothing more; the host waits for the device once per epoch, for the losses. On CUDA steps are
+recorded by the shape of their batch and replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from taprobe_core.solvers.ragged import ALIGNED, FEW_SHAPES, Shapes, TokenBatch, plan_batches
+from taprobe_core.solvers.replay import Recorder, Replays
+from taprobe_core.solvers.token_backward import backward
+from taprobe_core.solvers.token_forward import FirstLayer, FoldScaling, Stack, Workspace, forward
+from taprobe_core.solvers.token_optimiser import Adam
+from taprobe_core.solvers.token_options import Loss, TokenProbeOptions
+from taprobe_core.solvers.token_reading import Part, Readers, watchers
+from taprobe_core.solvers.token_states import TokenStates
+
+Floats = NDArray[np.float64]
+Index = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+MAX_STOPPED = 0.2
+"""Share of the models; recording the steps of the others costs about as much as an epoch."""
+
+
+class Targets(NamedTuple):
+    """What a stack learns, [sentence, model] each.
+
+    Attributes:
+        y: target.
+        weight: of a sentence in the training loss; 0 outside the training sentences.
+        watched: of a sentence in the loss that decides when to stop; None: no model stops early.
+    """
+
+    y: Floats
+    weight: Floats
+    watched: Floats | None
+
+
+class _Tensors(NamedTuple):
+    """The targets of the models that still learn, on the device."""
+
+    y: torch.Tensor
+    weight: torch.Tensor
+    watched: torch.Tensor | None
+
+    def take(self, models: torch.Tensor) -> _Tensors:
+        watched = None if self.watched is None else self.watched.index_select(1, models)
+        return _Tensors(
+            self.y.index_select(1, models), self.weight.index_select(1, models), watched
+        )
+
+
+class _Step(NamedTuple):
+    """A batch of sentences, and which models read what of it."""
+
+    batch: TokenBatch
+    parts: list[Part] | None
+
+
+class _Watch(NamedTuple):
+    """Models, [model] int64, and batches of the sentences that they are watched on."""
+
+    models: torch.Tensor
+    batches: list[TokenBatch]
+
+
+class Learner:
+    """The models that still learn, and the state of their optimiser.
+
+    Where steps are recorded a few that have stopped are among them, lest all be recorded anew.
+
+    Attributes:
+        here: [model] int64, which of the targets' models these are.
+    """
+
+    def __init__(
+        self,
+        states: TokenStates,
+        scaling: FoldScaling,
+        targets: Targets,
+        options: TokenProbeOptions,
+        stack: Stack,
+        recorder: Recorder | None,
+    ) -> None:
+        self.states = states
+        self.scaling = scaling
+        self.options = options
+        self.stack = stack
+        self.targets = targets
+        watched = None if targets.watched is None else self._placed(targets.watched)
+        self.tensors = _Tensors(self._placed(targets.y), self._placed(targets.weight), watched)
+        self.adam = Adam(stack, options)
+        self.space = Workspace(stack.flat)
+        self.replays = None if recorder is None else Replays(recorder)
+        self._start(np.arange(stack.n_models))
+        if self.replays is not None and watched is not None:
+            # This pass takes the largest arrays; what is recorded before they grow is void.
+            self._watched_loss()
+
+    def _placed(self, values: Floats) -> torch.Tensor:
+        """Bring values to the device, and zeros for the sentence that fills up a batch."""
+        filled = np.pad(values.astype(np.float32), ((0, 1), (0, 0)))
+        return torch.from_numpy(filled).to(self.states.device)
+
+    def _start(self, here: Index) -> None:
+        """Lay out what depends on which models these are."""
+        self.here = here
+        self.first = FirstLayer.of(self.stack, self.scaling, self.space)
+        tokens, kind = self.states.tokens, self.states.device.type
+        self.readers = Readers(self.targets.weight[:, here] > 0, tokens.lengths, self._size, kind)
+        self.watches = self._watches()
+        self.steps: list[_Step] | None = None
+        self.places: dict[Shapes, TokenBatch] = {}
+
+    @property
+    def _size(self) -> int:
+        """First-layer weights of one model."""
+        return self.states.tokens.n_features * self.options.width
+
+    def _watches(self) -> list[_Watch]:
+        if self.targets.watched is None:
+            return []
+        plan = []
+        watched, lengths = self.targets.watched[:, self.here], self.states.tokens.lengths
+        for models, sentences in watchers(watched, lengths, self._size):
+            n_units = len(models) * self.options.width
+            batches = self.states.batches(sentences, n_units, self.options.window_or_none)
+            plan.append(_Watch(torch.from_numpy(models).to(self.states.device), batches))
+        return plan
+
+    def prepare(self, order: Sequence[Index]) -> None:
+        """Make the tables of an epoch; the device may be busy with the one before.
+
+        Args:
+            order: sentences of each batch; none: there is no further epoch.
+        """
+        tokens, device = self.states.tokens, self.states.device
+        read = [self.readers.order(batch) for batch in order]
+        rounding = ALIGNED if self.replays is None else FEW_SHAPES
+        planned = plan_batches(tokens, read, self.options.window_or_none, device, rounding)
+        if planned and self.replays is not None:
+            self.space.reserve(self.stack, max(len(batch.token) for batch in planned))
+        parts = (self.readers.parts(sentences, tokens.lengths) for sentences in read)
+        self.steps = [_Step(*each) for each in zip(planned, parts, strict=True)]
+
+    def learn(self, order: Sequence[Index]) -> None:
+        """Take one step per batch of sentences."""
+        if self.steps is None:
+            self.prepare(order)
+        for step in self.steps or ():
+            if self.replays is None:
+                self._learn(step)
+                continue
+            shapes = step.batch.shapes
+            if shapes not in self.places:
+                self.places[shapes] = step.batch.copy()
+            place = self.places[shapes]
+            place.flat.copy_(step.batch.flat)
+            work = partial(self._learn, step._replace(batch=place))
+            self.replays.run((self.space.n_grown, shapes), work)
+        self.steps = None
+
+    def _learn(self, step: _Step) -> None:
+        batch, parts = step
+        states, out, space = self.states.read(batch), self.adam.gradient, self.space
+        is_soft = self.options.is_soft
+        logits, trace = forward(self.stack, self.first, states, batch, is_soft, space, parts)
+        y = self.tensors.y.index_select(0, batch.row)
+        weight = self.tensors.weight.index_select(0, batch.row)
+        n_learnt = (weight > 0).sum(0).clamp_(min=1)
+        gradient = _loss_gradient(logits, y, self.options.loss) * (weight / n_learnt)
+        backward(self.stack, batch, trace, gradient, out, space, parts)
+        self.adam.step(self.stack, self.scaling, self.first)
+
+    def watched_loss(self) -> Floats:
+        """Weighted mean loss of each model over its watched sentences."""
+        if self.replays is None:
+            loss = self._watched_loss()
+        else:
+            loss = self.replays.run(self.space.n_grown, self._watched_loss)
+        return np.asarray(loss.cpu().numpy(), dtype=np.float64)
+
+    def _watched_loss(self) -> torch.Tensor:
+        watched, y = self.tensors.watched, self.tensors.y
+        assert watched is not None  # noqa: S101
+        total = torch.zeros(self.stack.n_models, device=y.device)
+        for models, batches in self.watches:
+            stack, first = self.stack, self.first
+            if len(models) < stack.n_models:
+                stack, first = stack.take(models), first.take(models)
+            for batch in batches:
+                states = self.states.read(batch)
+                logits, _ = forward(stack, first, states, batch, False, self.space)
+                target, weight = (each[batch.row[:, None], models] for each in (y, watched))
+                losses = _losses(logits, target, self.options.loss)
+                total.index_add_(0, models, (losses * weight).sum(0))
+        return total / watched.sum(0)
+
+    def save(self, best: Stack, is_better: Mask) -> None:
+        """Copy the models that are better than before into the stack of all."""
+        if is_better.any():
+            device = self.states.device
+            chosen = torch.from_numpy(np.flatnonzero(is_better)).to(device)
+            best.put(torch.from_numpy(self.here[is_better]).to(device), self.stack, chosen)
+
+    def drop(self, is_stopped: Mask) -> None:
+        """Drop models that have stopped, where that saves more than it costs."""
+        if is_stopped.mean() <= (0 if self.replays is None else MAX_STOPPED):
+            return
+        is_left = ~is_stopped
+        models = torch.from_numpy(np.flatnonzero(is_left)).to(self.states.device)
+        self.stack = self.stack.keep(models)
+        self.adam.keep(models)
+        self.scaling = self.scaling.take(models)
+        self.tensors = self.tensors.take(models)
+        if self.replays is not None:
+            self.replays = Replays(self.replays.recorder, is_warm=True)
+        self._start(self.here[is_left])
+
+
+def _loss_gradient(logits: torch.Tensor, y: torch.Tensor, loss: Loss) -> torch.Tensor:
+    if loss == "logistic":
+        return torch.sigmoid(logits).sub_(y)
+    if loss == "huber":
+        return (logits - y).clamp_(-1, 1)
+    return (logits - y).mul_(2)
+
+
+def _losses(logits: torch.Tensor, y: torch.Tensor, loss: Loss) -> torch.Tensor:
+    if loss == "logistic":
+        return functional.binary_cross_entropy_with_logits(logits, y, reduction="none")
+    if loss == "huber":
+        return functional.huber_loss(logits, y, reduction="none")
+    return functional.mse_loss(logits, y, reduction="none")
