@@ -11,13 +11,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
 
 _T = TypeVar("_T")
-_own = threading.local()
+_turn = threading.Lock()
+"""Memory cannot be freed while another thread records: blocks take turns."""
 
 
 class Recorder:
@@ -51,7 +52,7 @@ class Recorder:
 
 @contextmanager
 def recording(device: torch.device) -> Iterator[Recorder | None]:
-    """Run the block where work can be recorded: on CUDA, on a stream of the thread's own.
+    """Run the block where work can be recorded: on CUDA, on a stream of its own.
 
     The block may use what the caller has queued, and the caller what the block leaves. Memory that
     the allocator keeps for later is freed before and after.
@@ -62,22 +63,26 @@ def recording(device: torch.device) -> Iterator[Recorder | None]:
     if device.type != "cuda":
         yield None
         return
-    before = torch.cuda.current_stream(device)
-    streams: dict[torch.device, torch.cuda.Stream] = _own.__dict__.setdefault("streams", {})
-    if before.device not in streams:
-        streams[before.device] = torch.cuda.Stream(before.device)  # type: ignore[no-untyped-call]
-    stream = streams[before.device]
-    stream.wait_stream(before)
-    torch.cuda.empty_cache()
-    with torch.cuda.stream(stream):
-        recorder = Recorder(before.device)
-        try:
-            yield recorder
-        finally:
-            # Memory of a stream may be given out again as soon as that stream is done with it.
-            stream.synchronize()
-            recorder.close()
-            torch.cuda.empty_cache()
+    with _turn:
+        before = torch.cuda.current_stream(device)
+        stream = _stream(before.device)
+        stream.wait_stream(before)
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(stream):
+            recorder = Recorder(before.device)
+            try:
+                yield recorder
+            finally:
+                # Memory of a stream may be given out again as soon as that stream is done with it.
+                stream.synchronize()
+                recorder.close()
+                torch.cuda.empty_cache()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream for all blocks; libraries keep memory for every stream they have seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Replays:
