@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import polars as pl
@@ -171,10 +172,25 @@ def _plan_fold(
             "recipe {!r}, {}, fold {}".format(*key),
             "raise splits.val_fraction, or take more problems",
         )
-    grid = pair_grid(score[val], is_anchor[val])
-    for objective in objectives:
-        best = choose(grid, objective)
+    scored = score[val].astype(np.float32, copy=False)
+    found = _tuned(scored.tobytes(), is_anchor[val].tobytes(), tuple(objectives))
+    for objective, best in zip(objectives, found, strict=True):
         yield objective, best, index[test], decide(score[test], best.negative, best.positive)
+
+
+@lru_cache(maxsize=4096)
+def _tuned(
+    score: bytes, is_anchor: bytes, objectives: tuple[Objective, ...]
+) -> tuple[Thresholds, ...]:
+    """Thresholds of each objective; a recipe without chance has the same scores at every seed.
+
+    Args:
+        score: of the validation sentences, float32.
+        is_anchor: of the same, bool.
+        objectives: in order.
+    """
+    grid = pair_grid(np.frombuffer(score, np.float32), np.frombuffer(is_anchor, np.bool_))
+    return tuple(choose(grid, objective) for objective in objectives)
 
 
 def _decisions(joined: pl.DataFrame, decided: Sequence[_Decided]) -> pl.DataFrame:

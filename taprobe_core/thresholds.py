@@ -13,6 +13,7 @@ float32, so that a threshold read back from disk decides as it did when it was t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -66,12 +67,12 @@ class PairGrid:
     n_accepted: NDArray[np.int64]
     n_errors: NDArray[np.int64]
 
-    @property
+    @cached_property
     def deferral(self) -> NDArray[np.float64]:
         """Share deferred, [pair]."""
         return np.asarray(self.n_deferred / (self.n_deferred + self.n_accepted))
 
-    @property
+    @cached_property
     def error(self) -> NDArray[np.float64]:
         """Wrong among the accepted, [pair]; infinite when nothing is accepted."""
         empty = self.n_accepted == 0
@@ -114,7 +115,7 @@ def pair_grid(score: NDArray[np.float32], is_anchor: NDArray[np.bool_]) -> PairG
     levels = candidates(score)
     below = np.searchsorted(ranked, levels, side="left")
     up_to = np.searchsorted(ranked, levels, side="right")
-    low, high = np.triu_indices(levels.size)
+    low, high = _pairs(levels.size)
     # Equal thresholds contest the scores equal to them, and positive wins there.
     n_negative = np.where(low == high, below[low], up_to[low])
     n_positive = score.size - below[high]
@@ -124,6 +125,12 @@ def pair_grid(score: NDArray[np.float32], is_anchor: NDArray[np.bool_]) -> PairG
     return PairGrid(
         levels[low], levels[high], score.size - n_accepted, n_accepted, n_missed + n_false
     )
+
+
+@cache
+def _pairs(n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Index of the lower and of the upper of every pair; there are few sizes."""
+    return np.triu_indices(n)
 
 
 def choose(grid: PairGrid, objective: Objective) -> Thresholds:
