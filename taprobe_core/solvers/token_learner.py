@@ -64,7 +64,7 @@ class _Tensors(NamedTuple):
         )
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """A batch of sentences, and which models read what of it."""
 
     batch: TokenBatch
@@ -123,7 +123,6 @@ class Learner:
         tokens, kind = self.states.tokens, self.states.device.type
         self.readers = Readers(self.targets.weight[:, here] > 0, tokens.lengths, self._size, kind)
         self.watches = self._watches()
-        self.steps: list[_Step] | None = None
         self.places: dict[Shapes, TokenBatch] = {}
 
     @property
@@ -142,26 +141,24 @@ class Learner:
             plan.append(_Watch(torch.from_numpy(models).to(self.states.device), batches))
         return plan
 
-    def prepare(self, order: Sequence[Index]) -> None:
-        """Make the tables of an epoch; the device may be busy with the one before.
+    def prepare(self, order: Sequence[Index]) -> list[Step]:
+        """Make the tables of an epoch for the models that these are now.
 
         Args:
-            order: sentences of each batch; none: there is no further epoch.
+            order: sentences of each batch.
         """
         tokens, device = self.states.tokens, self.states.device
         read = [self.readers.order(batch) for batch in order]
         rounding = ALIGNED if self.replays is None else FEW_SHAPES
         planned = plan_batches(tokens, read, self.options.window_or_none, device, rounding)
-        if planned and self.replays is not None:
+        if self.replays is not None:
             self.space.reserve(self.stack, max(len(batch.token) for batch in planned))
         parts = (self.readers.parts(sentences, tokens.lengths) for sentences in read)
-        self.steps = [_Step(*each) for each in zip(planned, parts, strict=True)]
+        return [Step(*each) for each in zip(planned, parts, strict=True)]
 
-    def learn(self, order: Sequence[Index]) -> None:
-        """Take one step per batch of sentences."""
-        if self.steps is None:
-            self.prepare(order)
-        for step in self.steps or ():
+    def learn(self, steps: Sequence[Step]) -> None:
+        """Take the steps of an epoch."""
+        for step in steps:
             if self.replays is None:
                 self._learn(step)
                 continue
@@ -172,9 +169,8 @@ class Learner:
             place.flat.copy_(step.batch.flat)
             work = partial(self._learn, step._replace(batch=place))
             self.replays.run((self.space.n_grown, shapes), work)
-        self.steps = None
 
-    def _learn(self, step: _Step) -> None:
+    def _learn(self, step: Step) -> None:
         batch, parts = step
         states, out, space = self.states.read(batch), self.adam.gradient, self.space
         is_soft = self.options.is_soft
@@ -217,10 +213,10 @@ class Learner:
             chosen = torch.from_numpy(np.flatnonzero(is_better)).to(device)
             best.put(torch.from_numpy(self.here[is_better]).to(device), self.stack, chosen)
 
-    def drop(self, is_stopped: Mask) -> None:
-        """Drop models that have stopped, where that saves more than it costs."""
+    def drop(self, is_stopped: Mask) -> bool:
+        """Drop models that have stopped, where that saves more than it costs; say whether."""
         if is_stopped.mean() <= (0 if self.replays is None else MAX_STOPPED):
-            return
+            return False
         is_left = ~is_stopped
         models = torch.from_numpy(np.flatnonzero(is_left)).to(self.states.device)
         self.stack = self.stack.keep(models)
@@ -230,6 +226,7 @@ class Learner:
         if self.replays is not None:
             self.replays = Replays(self.replays.recorder, is_warm=True)
         self._start(self.here[is_left])
+        return True
 
 
 def _loss_gradient(logits: torch.Tensor, y: torch.Tensor, loss: Loss) -> torch.Tensor:

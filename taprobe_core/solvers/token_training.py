@@ -92,11 +92,13 @@ def train_stack(
     best_epoch, n_epochs = np.zeros((2, m), dtype=np.int64)
     is_stopped = np.zeros(m, dtype=bool)
     order = next(orders)
+    steps = learner.prepare(order)
     for epoch in range(1, options.max_epochs + 1):
-        learner.learn(order)
+        learner.learn(steps)
         if epoch < options.max_epochs:
+            # While the device is busy.
             order = next(orders)
-            learner.prepare(order)
+            steps = learner.prepare(order)
         n_epochs[~is_stopped] = epoch
         if targets.watched is None:
             continue
@@ -108,7 +110,8 @@ def train_stack(
         is_stopped |= n_epochs - best_epoch >= options.patience
         if is_stopped.all():
             break
-        learner.drop(is_stopped[here])
+        if learner.drop(is_stopped[here]):
+            steps = learner.prepare(order)
     if targets.watched is None:
         best, best_epoch = learner.stack, n_epochs.copy()
     return Trained(best, n_epochs, best_epoch, best_loss, is_stopped)
