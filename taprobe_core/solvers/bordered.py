@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taprobe_core.errors import NumericsError
+from taprobe_core.solvers.cholesky import cholesky
 
 
 class BorderedInverse:
@@ -57,15 +58,9 @@ class BorderedInverse:
         for index in asked:
             rows = torch.as_tensor(np.flatnonzero(~patterns[index, in_any]), device=gram.device)
             block = self._inverse[rows][:, rows]
-            factor, failed = torch.linalg.cholesky_ex(block)
-            if int(failed) != 0:
-                raise NumericsError(
-                    f"a deleted block of {len(rows)} rows is not positive definite",
-                    "kernel system",
-                    "raise the penalty",
-                )
+            what = f"a deleted block of {len(rows)} rows is"
             self._held_out[int(index)] = rows
-            self._factors[int(index)] = factor
+            self._factors[int(index)] = cholesky(block, what, "kernel system", "raise the penalty")
 
     def solve(self, right: Tensor, pattern: NDArray[np.int64]) -> Tensor:
         """Return beta of every column, [column, row], 0 outside the column's subset.

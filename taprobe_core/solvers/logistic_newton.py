@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from taprobe_core.errors import NumericsError
+from taprobe_core.solvers.cholesky import cholesky
 
 MAX_STEPS = 60
 _MAX_HALVINGS = 30
@@ -110,10 +111,6 @@ def _solve(
         # Where every row is fitted the intercept's curvature underflows; a trace keeps it solvable.
         size = hessian.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
         hessian.diagonal(dim1=1, dim2=2).add_(size * 1e-14)
-        root, failed = torch.linalg.cholesky_ex(hessian)
-        if bool(failed.any()):
-            raise NumericsError(
-                "a Newton system is not positive definite", "logistic columns", "lower C"
-            )
+        root = cholesky(hessian, "a Newton system is", "logistic columns", "lower C")
         steps.append(torch.cholesky_solve(-gradient[part, :, None], root)[:, :, 0])
     return torch.cat(steps)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from taprobe_core.errors import NumericsError
+from taprobe_core.solvers.cholesky import cholesky
 
 
 class NarrowInverse:
@@ -52,13 +52,8 @@ class NarrowInverse:
         for index in np.flatnonzero(chosen):
             inside = torch.as_tensor(patterns[index], device=ridge.device)
             system = whole - weighted_products(weighted[~inside])
-            factor, failed = torch.linalg.cholesky_ex(system)
-            if int(failed) != 0:
-                raise NumericsError(
-                    "normal equations are not positive definite",
-                    f"subset {int(index)} of rows",
-                    "raise the penalty (lower C)",
-                )
+            where, fix = f"subset {int(index)} of rows", "raise the penalty (lower C)"
+            factor = cholesky(system, "normal equations are", where, fix)
             self._inside[int(index)] = inside.to(ridge.dtype)
             self._inverse[int(index)] = torch.cholesky_inverse(factor).to(ridge.dtype)
 

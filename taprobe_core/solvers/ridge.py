@@ -25,6 +25,7 @@ from torch import Tensor
 
 from taprobe_core.errors import NumericsError
 from taprobe_core.solvers.bordered import BorderedInverse
+from taprobe_core.solvers.cholesky import cholesky
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.fold_matrix import FoldMatrix
 from taprobe_core.solvers.linear_solution import (
@@ -93,13 +94,8 @@ def _primal(matrix: FoldMatrix, columns: Columns, alpha: NDArray[np.float64]) ->
             system = weighted.T @ centred
             system.diagonal().add_(float(alpha[first[group]]))
             right = weighted.T @ (y[chosen] - y_mean[:, None]).T
-            factor, failed = torch.linalg.cholesky_ex(system)
-            if int(failed) != 0:
-                raise NumericsError(
-                    "normal equations are not positive definite",
-                    f"column {int(chosen[0])}, fold {fold}",
-                    "raise alpha",
-                )
+            where = f"column {int(chosen[0])}, fold {fold}"
+            factor = cholesky(system, "normal equations are", where, "raise alpha")
             solved = torch.cholesky_solve(right, factor).T
             coef[chosen] = solved
             intercept[chosen] = y_mean - solved @ x_mean
