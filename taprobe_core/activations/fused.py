@@ -142,17 +142,12 @@ def is_hooked(base_model: nn.Module) -> bool:
     Args:
         base_model: base transformer without LM head.
     """
-    pending: list[nn.Module | None] = [base_model]
-    while pending:
-        module = pending.pop()
-        if module is None:
-            continue
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for hook in hooks.values():
-                if not str(getattr(hook, "__module__", "")).startswith("transformers."):
-                    return True
-        pending.extend(module._modules.values())
-    return False
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("transformers.")
+        for module in base_model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in hooks.values()
+    )
 
 
 def run_fused(
