@@ -198,18 +198,18 @@ class Workspace:
         self._flat: dict[str, torch.Tensor] = {}
 
     def reserve(self, stack: Stack, n_tokens: int) -> None:
-        """Make room for the units of a batch, forward and backward."""
+        """Make room for the units of a batch, forward and backward, and of somewhat larger ones."""
         shape = stack.shape
+        room = stack.n_models * shape.width << (n_tokens - 1).bit_length()
         for name in ("to_hidden", *(f"hidden_{layer}" for layer in range(shape.depth))):
-            self.take(name, stack.n_models * shape.width * n_tokens)
+            self.take(name, room)
 
     def take(self, name: str, *size: int) -> torch.Tensor:
         """Return an array of a size; what was taken before under the name is lost."""
         n = math.prod(size)
         if name not in self._flat or len(self._flat[name]) < n:
             # Finite from the start: what no model reads is multiplied by 0, never skipped.
-            # Twice, twice again ... as much, so that it seldom happens.
-            self._flat[name] = self._like.new_zeros(1 << (n - 1).bit_length())
+            self._flat[name] = self._like.new_zeros(n)
             self.n_grown += 1
         return self._flat[name][:n].view(size)
 
