@@ -1,8 +1,9 @@
 """Multilayer perceptrons of one shape side by side: forward, backward and Adam as batched products.
 
 Every tensor has a first axis of models; no operation mixes models. A model reads its own rows of
-one shared feature matrix, standardised as they are gathered. What does not belong here: which rows
-when (`networks`), when a model stops (`network_stopping`).
+one feature matrix, which stands there once for every fold, standardised. On CUDA kernels read the
+rows where they lie and step the first layer, nearly all of a model, without writing its gradient.
+What does not belong here: which rows when (`networks`), when a model stops (`network_stopping`).
 
 Invariant: float32; nothing here waits for the device.
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim.adam import adam
 
+from taprobe_core.kernels import has_triton
+
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 
 
@@ -31,12 +34,13 @@ class Rows:
     Attributes:
         X: [fold * row, feature], the rows of one fold after those of another.
         first: [model, 1] int64, where the model's fold begins.
-        buffer: [model * batch * feature], room for a batch of every model.
+        buffer: [model * batch * feature], room for a batch of every model; None where kernels read
+            the rows in place.
     """
 
     X: Tensor
     first: Tensor
-    buffer: Tensor
+    buffer: Tensor | None
 
     @classmethod
     def of(cls, X: Tensor, mean: Tensor, inverse_scale: Tensor, fold: Tensor, at_once: int) -> Rows:
@@ -56,8 +60,19 @@ class Rows:
         for own, centre, factor in zip(standardised, mean, inverse_scale, strict=True):
             torch.sub(X, centre, out=own).mul_(factor)
         first = (fold * len(X))[:, None]
-        buffer = torch.empty(len(fold) * at_once * X.shape[1], device=X.device)
+        buffer = None
+        if not reads_in_place(X.device):
+            buffer = torch.empty(len(fold) * at_once * X.shape[1], device=X.device)
         return cls(standardised.view(-1, X.shape[1]), first, buffer)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether kernels read the rows where they lie."""
+        return self.buffer is None
+
+    def at(self, index: Tensor) -> Tensor:
+        """Return where rows of each model's fold lie in `X`, like `index`."""
+        return index + self.first
 
     def gather(self, index: Tensor) -> Tensor:
         """Return the standardised rows [model, batch, feature]; valid until the next call.
@@ -65,10 +80,11 @@ class Rows:
         Args:
             index: [model, batch] int64.
         """
+        assert self.buffer is not None  # noqa: S101
         n_models, n_rows = index.shape
         n_features = self.X.shape[1]
         flat = self.buffer[: n_models * n_rows * n_features].view(-1, n_features)
-        torch.index_select(self.X, 0, (index + self.first).view(-1), out=flat)
+        torch.index_select(self.X, 0, self.at(index).view(-1), out=flat)
         return flat.view(n_models, n_rows, n_features)
 
     def take(self, kept: Tensor) -> Rows:
@@ -76,21 +92,32 @@ class Rows:
         return Rows(self.X, self.first[kept], self.buffer)
 
 
+def reads_in_place(device: torch.device) -> bool:
+    """Whether kernels read rows where they lie, so that neither minibatch nor gradient is kept."""
+    return device.type == "cuda" and has_triton()
+
+
 class Networks:
-    """Weights of every model, and their optimiser.
+    """Weights of every model, their optimiser, and the rows that they read.
 
     Args:
         parameters: weights [model, out, in] of every layer, then biases [model, 1, out].
+        rows: of the feature matrix.
         is_classifier: logistic output and log loss, else identity and half squared error.
         learning_rate: of Adam.
     """
 
-    def __init__(self, parameters: list[Tensor], is_classifier: bool, learning_rate: float) -> None:
+    def __init__(
+        self, parameters: list[Tensor], rows: Rows, is_classifier: bool, learning_rate: float
+    ) -> None:
         self.parameters = parameters
+        self.rows = rows
         self.is_classifier = is_classifier
         self.learning_rate = learning_rate
         self._n_steps = 0
         self._gradients = [torch.empty_like(each) for each in parameters]
+        if rows.in_place:
+            self._gradients[0] = parameters[0].new_empty(0)
         self._first = [torch.zeros_like(each) for each in parameters]
         self._second = [torch.zeros_like(each) for each in parameters]
         self._steps = [torch.zeros((), device=each.device) for each in parameters]
@@ -105,14 +132,25 @@ class Networks:
         """[model, 1, out] of every layer."""
         return self.parameters[len(self.parameters) // 2 :]
 
-    def forward(self, X: Tensor) -> list[Tensor]:
-        """Return the inputs of every layer, then the output [model, batch, 1] (a logit or a value).
+    def output(self, index: Tensor) -> Tensor:
+        """Return logits or values [model, batch] of rows [model, batch] int64."""
+        return self._forward(index)[-1][..., 0]
 
-        Args:
-            X: [model, batch, feature], standardised.
+    def _forward(self, index: Tensor) -> list[Tensor]:
+        """Return the inputs of every layer, then the output [model, batch, 1].
+
+        Rows that kernels read in place are no input: the first is then empty.
         """
-        states = [X]
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+        if self.rows.in_place:
+            from taprobe_core.solvers.network_kernels import read_first_layer
+
+            at = self.rows.at(index)
+            first = read_first_layer(self.rows.X, at, self.weights[0], self.biases[0])
+            states = [first.new_empty(0), first]
+        else:
+            states = [self.rows.gather(index)]
+        for layer in range(len(states) - 1, len(self.weights) - 1):
+            weight, bias = self.weights[layer], self.biases[layer]
             states.append(torch.baddbmm(bias, states[-1], weight.transpose(1, 2)).relu_())
         # one output: a batched product of one column is slower than multiplying and adding
         last = (states[-1] * self.weights[-1]).sum(2, keepdim=True)
@@ -120,7 +158,7 @@ class Networks:
         return states
 
     def step(
-        self, X: Tensor, y: Tensor, weight: Tensor, decay: Tensor, shared_decay: float | None
+        self, index: Tensor, y: Tensor, weight: Tensor, decay: Tensor, shared_decay: float | None
     ) -> Tensor:
         """Take one step of Adam and return the output [model, batch] before it.
 
@@ -128,32 +166,38 @@ class Networks:
         sum of its squared weights (biases not among them).
 
         Args:
-            X: [model, batch, feature], standardised.
+            index: [model, batch] int64, rows of each model.
             y: [model, batch].
             weight: [model, batch], summing to 1 over the batch; 0 for padding.
             decay: [model].
             shared_decay: that of all models, if it is one; the optimiser then adds it as it goes,
                 which saves three passes over the weights.
         """
-        states = self.forward(X)
+        states = self._forward(index)
         output = states[-1]
         predicted = output.sigmoid() if self.is_classifier else output
         delta = (predicted - y[..., None]).mul_(weight[..., None])
-        n_layers = len(self.weights)
+        n_layers, lowest = len(self.weights), int(self.rows.in_place)
         for layer in reversed(range(n_layers)):
-            parameters, gradient = self.weights[layer], self._gradients[layer]
-            rows = states[layer]
+            parameters = self.weights[layer]
+            torch.sum(delta, 1, keepdim=True, out=self._gradients[n_layers + layer])
+            if layer < lowest:
+                break
+            gradient = self._gradients[layer]
             if layer == n_layers - 1:
-                torch.sum(delta * rows, 1, keepdim=True, out=gradient)
+                torch.sum(delta * states[layer], 1, keepdim=True, out=gradient)
             else:
-                torch.bmm(delta.transpose(1, 2), rows, out=gradient)
+                torch.bmm(delta.transpose(1, 2), states[layer], out=gradient)
             if shared_decay is None:
                 gradient.addcmul_(parameters, decay[:, None, None])
-            torch.sum(delta, 1, keepdim=True, out=self._gradients[n_layers + layer])
             if layer:
                 delta = delta * parameters if layer == n_layers - 1 else delta.bmm(parameters)
                 delta = torch.ops.aten.threshold_backward(delta, states[layer], 0)
-        self._adam(shared_decay or 0.0)
+        self._n_steps += 1
+        if self.rows.in_place:
+            self._step_in_place(index, delta, decay)
+        self._adam(slice(lowest, n_layers), shared_decay or 0.0)
+        self._adam(slice(n_layers, None), 0.0)
         return output[..., 0]
 
     def row_losses(self, output: Tensor, y: Tensor) -> Tensor:
@@ -169,29 +213,38 @@ class Networks:
 
     def take(self, kept: Tensor) -> None:
         """Drop all models but `kept` (indices into the first axis)."""
+        self.rows = self.rows.take(kept)
         for name in ("parameters", "_first", "_second"):
             setattr(self, name, [each[kept] for each in getattr(self, name)])
         self._gradients = [each[: len(kept)] for each in self._gradients]
 
-    def _adam(self, decay: float) -> None:
-        self._n_steps += 1
-        # PyTorch divides the root of the second moment by this before it adds epsilon
-        correction = math.sqrt(1 - BETA_2**self._n_steps)
-        n_layers = len(self.weights)
-        for part, own_decay in ((slice(n_layers), decay), (slice(n_layers, None), 0.0)):
-            adam(
-                self.parameters[part],
-                self._gradients[part],
-                self._first[part],
-                self._second[part],
-                [],
-                self._steps[part],
-                fused=True,
-                amsgrad=False,
-                beta1=BETA_1,
-                beta2=BETA_2,
-                lr=self.learning_rate,
-                weight_decay=own_decay,
-                eps=EPSILON / correction,
-                maximize=False,
-            )
+    def _step_in_place(self, index: Tensor, delta: Tensor, decay: Tensor) -> None:
+        from taprobe_core.solvers.network_kernels import AdamStep, step_first_layer
+
+        size, root = self.learning_rate / (1 - BETA_1**self._n_steps), self._root()
+        adam = AdamStep(size, root, EPSILON / root, (BETA_1, BETA_2))
+        rows, moments = self.rows, (self._first[0], self._second[0])
+        step_first_layer(rows.X, rows.at(index), delta, self.weights[0], moments, decay, adam)
+
+    def _adam(self, part: slice, decay: float) -> None:
+        """Step some of the parameters along their gradients."""
+        adam(
+            self.parameters[part],
+            self._gradients[part],
+            self._first[part],
+            self._second[part],
+            [],
+            self._steps[part],
+            fused=True,
+            amsgrad=False,
+            beta1=BETA_1,
+            beta2=BETA_2,
+            lr=self.learning_rate,
+            weight_decay=decay,
+            eps=EPSILON / self._root(),
+            maximize=False,
+        )
+
+    def _root(self) -> float:
+        """By which PyTorch divides the root of the second moment before it adds epsilon."""
+        return math.sqrt(1 - BETA_2**self._n_steps)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taprobe_core.errors import NumericsError
-from taprobe_core.solvers.network_batch import Networks, Rows
+from taprobe_core.solvers.network_batch import Networks
 from taprobe_core.solvers.network_draws import Orders
 from taprobe_core.solvers.network_options import NetworkOptions
 from taprobe_core.solvers.network_stopping import Patience, accuracy, r_squared
@@ -74,7 +74,6 @@ class Job:
     Attributes:
         names: for errors.
         networks: initial weights.
-        rows: the feature matrix.
         y: [model, row] float32.
         weight: [model, row] float32.
         orders: random orders, as positions in `training`.
@@ -87,7 +86,6 @@ class Job:
 
     names: list[str]
     networks: Networks
-    rows: Rows
     y: Tensor
     weight: Tensor
     orders: Orders
@@ -162,17 +160,16 @@ def train_job(job: Job, options: NetworkOptions) -> Trained:
     return trained
 
 
-def outputs(networks: Networks, rows: Rows, index: Tensor, at_once: int) -> Tensor:
+def outputs(networks: Networks, index: Tensor, at_once: int) -> Tensor:
     """Return the output (logit or value) of each model on rows, [model, row] float32.
 
     Args:
-        networks: the models.
-        rows: the feature matrix, with room for `at_once` rows of each model.
+        networks: the models, with room for `at_once` rows of each.
         index: [model, row] int64.
         at_once: rows of a block.
     """
     blocks = torch.split(index, at_once, dim=1)
-    return torch.cat([networks.forward(rows.gather(each))[-1][..., 0] for each in blocks], dim=1)
+    return torch.cat([networks.output(each) for each in blocks], dim=1)
 
 
 def pad(lists: Sequence[Indices]) -> Tensor:
@@ -225,9 +222,10 @@ def _run_epoch(job: Job, options: NetworkOptions, positions: Tensor) -> Tensor |
     for step, batch in enumerate(plan.batches):
         if is_watched:
             squares[:, step] = job.networks.squared_weights()
-        X = job.rows.gather(order[:, batch])
         share, decay = plan.share[:, batch], plan.decay[:, step]
-        outputs[:, batch] = job.networks.step(X, y[:, batch], share, decay, plan.shared_decay[step])
+        outputs[:, batch] = job.networks.step(
+            order[:, batch], y[:, batch], share, decay, plan.shared_decay[step]
+        )
     if not is_watched:
         return None
     losses = job.networks.row_losses(outputs, y).mul_(plan.loss_share).sum(1)
@@ -237,7 +235,7 @@ def _run_epoch(job: Job, options: NetworkOptions, positions: Tensor) -> Tensor |
 def _held_out_score(job: Job, options: NetworkOptions) -> Tensor:
     held = job.held_out
     assert held is not None  # noqa: S101
-    output = outputs(job.networks, job.rows, held.index, options.batch_size)
+    output = outputs(job.networks, held.index, options.batch_size)
     if options.early_stopping == "problems":
         score = -(job.networks.row_losses(output, held.y) * held.weight).sum(1)
     else:
@@ -250,7 +248,7 @@ def _drop(job: Job, kept: NDArray[np.intp], patience: Patience) -> None:
     job.networks.take(at)
     patience.take(at)
     job.orders.take(kept)
-    job.rows, job.y, job.weight = job.rows.take(at), job.y[at], job.weight[at]
+    job.y, job.weight = job.y[at], job.weight[at]
     job.training, job.lengths = job.training[at], job.lengths[at]
     job.held_out = None if job.held_out is None else job.held_out.take(at)
     job.plan = None

@@ -23,7 +23,7 @@ from torch import Tensor
 from taprobe_core.errors import DataError, NumericsError
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.fold_moments import fold_moments
-from taprobe_core.solvers.network_batch import Networks, Rows
+from taprobe_core.solvers.network_batch import Networks, Rows, reads_in_place
 from taprobe_core.solvers.network_checks import (
     check_classes,
     check_features,
@@ -196,10 +196,12 @@ class _Fit:
             counts = counts - np.ceil(counts * options.validation_fraction).astype(np.int64)
         steps = -(-counts // options.batch_size)
         n_bytes, per_model = self._budget(max_bytes), self._bytes_per_model()
+        seeds = seeds_of(self.columns)
         for n_steps in np.unique(steps):
             chosen = np.flatnonzero(steps == n_steps)
             fold = self.columns.fold[chosen]
-            chosen = chosen[np.lexsort((fold, counts[chosen]))]
+            # Columns of one fold and seed read the same minibatches: side by side, from the cache.
+            chosen = chosen[np.lexsort((seeds[chosen], fold, counts[chosen]))]
             # A CPU reads standardised rows from memory; an accelerator's must hold them.
             standardised = len(np.unique(fold)) * self.X.nbytes * (self.device.type == "cuda")
             size = max(1, (n_bytes - standardised) // per_model)
@@ -216,11 +218,15 @@ class _Fit:
         return CPU_BYTES * torch.get_num_threads()
 
     def _bytes_per_model(self) -> int:
-        """Weights, gradient, two moments, the epoch kept; a minibatch; targets and orders."""
-        n_rows, sizes = len(self.X), self.sizes
+        """Weights, two moments, the epoch kept, gradient; a minibatch; targets and orders.
+
+        The gradient and the minibatch's features only where they are written.
+        """
+        n_rows, sizes, is_written = len(self.X), self.sizes, not reads_in_place(self.device)
         n_parameters = sum((n_in + 1) * n_out for n_in, n_out in pairwise(sizes))
-        minibatch = min(self.options.batch_size, n_rows) * (sizes[0] + 3 * sum(sizes[1:]))
-        return 4 * (5 * n_parameters + minibatch + 8 * n_rows)
+        minibatch = min(self.options.batch_size, n_rows)
+        minibatch *= is_written * sizes[0] + 3 * sum(sizes[1:])
+        return 4 * ((4 + is_written) * n_parameters + minibatch + 8 * n_rows)
 
     def run(self, chosen: NDArray[np.intp], solution: NetworkSolution) -> None:
         """Train one batch of columns and write it into the solution."""
@@ -243,10 +249,10 @@ class _Fit:
             names=[describe(columns, column) for column in chosen],
             networks=Networks(
                 [self._send(each)[of_seed] for each in drawn],
+                rows,
                 options.is_classifier,
                 options.learning_rate,
             ),
-            rows=rows,
             y=self._send(columns.y[:, chosen].T),
             weight=self._send(columns.weight[:, chosen].T),
             orders=Orders(streams, lengths, group),
@@ -258,9 +264,9 @@ class _Fit:
         trained = train_job(job, options)
         solution.n_iter[chosen] = trained.n_iter
         solution.is_converged[chosen] = trained.is_converged
-        networks = Networks(trained.parameters, options.is_classifier, options.learning_rate)
+        networks = Networks(trained.parameters, rows, options.is_classifier, options.learning_rate)
         every = torch.arange(n_rows, device=self.device).expand(len(chosen), n_rows)
-        solution.decision[:, chosen] = outputs(networks, rows, every, at_once).T.cpu().numpy()
+        solution.decision[:, chosen] = outputs(networks, every, at_once).T.cpu().numpy()
         if solution.weights:
             for kept, weight in zip(solution.weights, networks.weights, strict=True):
                 kept[chosen] = weight.transpose(1, 2).cpu().numpy()

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from taprobe_core.probes.precision import products_in
+from taprobe_core.solvers import network_batch
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.networks import NetworkOptions, fit_networks
 from taprobe_core.solvers.ragged import RaggedTokens
@@ -57,6 +58,30 @@ def test_networks_equal_those_of_a_cpu(hidden: tuple[int, ...], stopping: str) -
     assert there.n_iter.tolist() == here.n_iter.tolist()
     fewer = fit_networks(X, train, columns, options, watched, "cuda", max_bytes=300_000)
     np.testing.assert_allclose(fewer.decision, there.decision, atol=2e-4)
+
+
+@pytest.mark.parametrize("hidden", [(100,), (130, 8)])
+def test_networks_that_read_rows_in_place_equal_those_that_gather(
+    hidden: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(2)
+    problem = np.repeat(np.arange(6), 50)
+    X = rng.standard_normal((300, 150)).astype(np.float32) * 3 + 1
+    y = (X[:, 0] + rng.standard_normal(300) > 1).astype(np.float64)
+    train, _ = folds_of(problem)
+    columns = columns_of(y, train, 2, is_balanced=False)
+    options = NetworkOptions(hidden, max_iter=8, batch_size=70, alpha=0.01, early_stopping="off")
+    monkeypatch.setattr(network_batch, "has_triton", lambda: False)
+    gathered = fit_networks(X, train, columns, options, None, "cuda").decision
+    monkeypatch.undo()
+    in_place = fit_networks(X, train, columns, options, None, "cuda").decision
+    with products_in("tf32", "cuda"):
+        rounded = fit_networks(X, train, columns, options, None, "cuda").decision
+    assert not (in_place == gathered).all()
+    np.testing.assert_allclose(in_place, gathered, atol=1e-3)
+    # Factors of 10 bits, 40 steps: a thousandth of the outputs' spread, and no more.
+    apart = np.median(np.abs(rounded - gathered)) / gathered.std()
+    assert 1e-5 < apart < 5e-3
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
