@@ -85,19 +85,21 @@ class Stream:
 class Orders:
     """The order in which every column of a batch reads its training rows, epoch by epoch.
 
-    Columns of one seed and one number of rows, where nothing else was drawn, have the same orders;
-    these are drawn once.
+    Columns whose streams have been drawn from alike have the same orders; these are drawn once.
 
     Args:
         streams: of the columns, in the state in which the first order is drawn.
         lengths: [column] int64, training rows of each.
         group: [column] int64; columns of one number share their orders.
+
+    Attributes:
+        which: [column] int64, the order that a column reads, of those drawn.
     """
 
     def __init__(
         self, streams: Sequence[Stream], lengths: NDArray[np.int64], group: NDArray[np.int64]
     ) -> None:
-        _, firsts, self._which = np.unique(group, return_index=True, return_inverse=True)
+        _, firsts, self.which = np.unique(group, return_index=True, return_inverse=True)
         self._streams = [streams[first] for first in firsts]
         self._positions = [np.arange(lengths[first]) for first in firsts]
         self._lengths = lengths
@@ -108,19 +110,24 @@ class Orders:
         return int(self._lengths.max())
 
     def next(self) -> NDArray[np.int64]:
-        """Draw one epoch, [column, longest] int64: positions, then 0 where a column has ended."""
+        """Draw one epoch, [order, longest] int64: positions, then 0 where an order has ended."""
         drawn = np.zeros((len(self._streams), self.n_longest), np.int64)
         for place, stream in enumerate(self._streams):
             order = self._positions[place] = stream.shuffle(self._positions[place])
             drawn[place, : len(order)] = order
-        return drawn[self._which]
+        return drawn
 
-    def take(self, kept: NDArray[np.intp]) -> None:
-        """Drop all columns but `kept`, and the streams that none of them reads."""
-        used, self._which = np.unique(self._which[kept], return_inverse=True)
+    def take(self, kept: NDArray[np.intp]) -> NDArray[np.int64]:
+        """Drop all columns but `kept`, and the orders that none of them reads.
+
+        Returns:
+            [order] int64, which of the orders stay.
+        """
+        used, self.which = np.unique(self.which[kept], return_inverse=True)
         self._streams = [self._streams[place] for place in used]
         self._positions = [self._positions[place] for place in used]
         self._lengths = self._lengths[kept]
+        return used
 
 
 def start(

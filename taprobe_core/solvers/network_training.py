@@ -77,6 +77,7 @@ class Job:
         y: [model, row] float32.
         weight: [model, row] float32.
         orders: random orders, as positions in `training`.
+        which: [model] int64, the order that a model reads.
         training: [model, row] int64, training rows of each model, then anything.
         lengths: [model, 1] int64, number of training rows.
         held_out: rows watched and their weight [model, row] float64 summing to 1, or None.
@@ -89,6 +90,7 @@ class Job:
     y: Tensor
     weight: Tensor
     orders: Orders
+    which: Tensor
     training: Tensor
     lengths: Tensor
     held_out: Padded | None
@@ -154,9 +156,9 @@ def train_job(job: Job, options: NetworkOptions) -> Trained:
             break
         if is_done.any():
             kept = np.flatnonzero(~is_done)
-            _drop(job, kept, patience)
+            used = _drop(job, kept, patience)
             live = live[kept]
-            order = order[torch.from_numpy(kept), : job.orders.n_longest]
+            order = order[torch.from_numpy(used), : job.orders.n_longest]
     return trained
 
 
@@ -206,12 +208,12 @@ def _next_order(job: Job) -> Tensor:
     return order.pin_memory() if job.y.is_cuda else order
 
 
-def _run_epoch(job: Job, options: NetworkOptions, positions: Tensor) -> Tensor | None:
+def _run_epoch(job: Job, options: NetworkOptions, orders: Tensor) -> Tensor | None:
     """Take one pass over the training rows; return the mean loss [model] where it is watched.
 
     The loss of a minibatch is that before its step.
     """
-    order = job.training.gather(1, positions)
+    order = job.training.gather(1, orders[job.which])
     y = job.y.gather(1, order)
     if job.plan is None or not job.is_even:
         is_row = torch.arange(order.shape[1], device=order.device) < job.lengths
@@ -243,16 +245,19 @@ def _held_out_score(job: Job, options: NetworkOptions) -> Tensor:
     return torch.where(output.isfinite().all(1), score, torch.nan)
 
 
-def _drop(job: Job, kept: NDArray[np.intp], patience: Patience) -> None:
+def _drop(job: Job, kept: NDArray[np.intp], patience: Patience) -> NDArray[np.int64]:
+    """Drop all models but some; return which of the orders stay."""
     at = torch.from_numpy(kept).to(job.y.device)
     job.networks.take(at)
     patience.take(at)
-    job.orders.take(kept)
+    used = job.orders.take(kept)
+    job.which = torch.from_numpy(job.orders.which).to(job.y.device)
     job.y, job.weight = job.y[at], job.weight[at]
     job.training, job.lengths = job.training[at], job.lengths[at]
     job.held_out = None if job.held_out is None else job.held_out.take(at)
     job.plan = None
     job.names = [job.names[place] for place in kept]
+    return used
 
 
 def _check_finite(is_bad: NDArray[np.bool_], names: Sequence[str], epoch: int) -> None:

@@ -240,11 +240,15 @@ class _Fit:
         seeds = seeds_of(columns)[chosen]
         drawn, which, streams = start(seeds, self.sizes)
         of_seed = torch.from_numpy(which).to(self.device)
-        training, held_out = self._split(chosen, streams)
+        # Rows held out by class are drawn by what the targets are; else streams of one seed stay
+        # alike as long as they shuffle equally many rows.
+        counts = (columns.weight[:, chosen] > 0).sum(axis=0)
+        group = np.unique(np.stack([seeds, counts]), axis=1, return_inverse=True)[1]
+        if options.early_stopping == "rows" and options.is_classifier:
+            group = np.arange(len(chosen))
+        training, held_out = self._split(chosen, streams, group)
         lengths = np.array([len(each) for each in training])
-        # columns of one seed read in one order, unless held-out rows were drawn before it
-        alike = np.unique(np.stack([seeds, lengths]), axis=1, return_inverse=True)[1]
-        group = np.arange(len(chosen)) if options.early_stopping == "rows" else alike
+        orders = Orders(streams, lengths, group)
         job = Job(
             names=[describe(columns, column) for column in chosen],
             networks=Networks(
@@ -255,7 +259,8 @@ class _Fit:
             ),
             y=self._send(columns.y[:, chosen].T),
             weight=self._send(columns.weight[:, chosen].T),
-            orders=Orders(streams, lengths, group),
+            orders=orders,
+            which=torch.from_numpy(orders.which).to(self.device),
             training=pad(training).to(self.device),
             lengths=torch.from_numpy(lengths).to(self.device)[:, None],
             held_out=held_out,
@@ -278,9 +283,12 @@ class _Fit:
         return bool((weight[weight > 0] == 1).all())
 
     def _split(
-        self, chosen: NDArray[np.intp], streams: list[Stream]
+        self, chosen: NDArray[np.intp], streams: list[Stream], group: NDArray[np.int64]
     ) -> tuple[list[NDArray[np.int64]], Padded | None]:
-        """Return the rows each column trains on and those it is watched on."""
+        """Return the rows each column trains on and those it is watched on.
+
+        Columns of one group hold out the same of their rows, drawn from the stream of the first.
+        """
         options, y = self.options, self.columns.y[:, chosen]
         weight = self.columns.weight[:, chosen]
         training = [np.flatnonzero(each) for each in weight.T]
@@ -290,17 +298,17 @@ class _Fit:
             weight = self.watched[:, chosen]
             held = [np.flatnonzero(each) for each in weight.T]
         else:
-            splits = [
-                stream.hold_out(
-                    y[rows, place],
+            splits = {
+                own: streams[place].hold_out(
+                    y[training[place], place],
                     options.validation_fraction,
                     options.is_classifier,
                     describe(self.columns, chosen[place]),
                 )
-                for place, (rows, stream) in enumerate(zip(training, streams, strict=True))
-            ]
-            held = [rows[out] for rows, (_, out) in zip(training, splits, strict=True)]
-            training = [rows[kept] for rows, (kept, _) in zip(training, splits, strict=True)]
+                for own, place in zip(*np.unique(group, return_index=True), strict=True)
+            }
+            held = [rows[splits[own][1]] for rows, own in zip(training, group, strict=True)]
+            training = [rows[splits[own][0]] for rows, own in zip(training, group, strict=True)]
         index = pad(held)
         is_row = np.arange(index.shape[1]) < np.array([len(each) for each in held])[:, None]
         weights = np.take_along_axis(weight.T, index.numpy(), axis=1) * is_row

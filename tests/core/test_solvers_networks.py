@@ -141,15 +141,20 @@ def test_classifiers_and_regressors_stop_by_one_rule():
         assert (found.n_iter < options.max_iter).all()
 
 
+@pytest.mark.parametrize("is_classifier", [True, False])
 @pytest.mark.parametrize("early_stopping", ["off", "rows", "problems"])
-def test_a_result_does_not_depend_on_the_other_columns(early_stopping):
+def test_a_result_does_not_depend_on_the_other_columns(early_stopping, is_classifier):
     data = Data(3)
-    columns = data.columns(data.label, seeds=(5, 6, 7))
+    targets = (data.label, 1 - data.label) if is_classifier else (data.value, np.abs(data.value))
+    # Both targets of a fold and seed are split and shuffled alike, if not by class.
+    one, two = (data.columns(target, seeds=(5, 6, 7)) for target in targets)
     validation = np.roll(~data.train, 1, axis=0)
     train = data.train & ~validation
-    columns = Columns(columns.fold, columns.y, columns.weight * train[columns.fold].T, columns.seed)
+    fold, y = np.tile(one.fold, 2), np.hstack([one.y, two.y])
+    columns = Columns(fold, y, train[fold].T.astype(np.float64), np.tile(one.seed, 2))
     options = NetworkOptions(
         hidden=(8,),
+        is_classifier=is_classifier,
         max_iter=40,
         batch_size=32,
         learning_rate=0.01,
@@ -160,18 +165,19 @@ def test_a_result_does_not_depend_on_the_other_columns(early_stopping):
     def fit(chosen, **more):
         return fit_networks(data.X, train, columns.take(chosen), options, validation, **more)
 
-    together = fit(np.arange(12))
+    every = np.arange(24)
+    together = fit(every)
     assert len(set(together.n_iter.tolist())) > 1 or early_stopping == "off"
-    again = fit(np.arange(12))
+    again = fit(every)
     np.testing.assert_array_equal(again.decision, together.decision)
-    mixed = np.random.default_rng(0).permutation(12)
+    mixed = np.random.default_rng(0).permutation(24)
     shuffled = fit(mixed)
     np.testing.assert_allclose(shuffled.decision, together.decision[:, mixed], atol=2e-5)
-    single = fit(np.arange(12), max_bytes=1)
+    single = fit(every, max_bytes=1)
     np.testing.assert_allclose(single.decision, together.decision, atol=2e-5)
-    alone = fit(np.array([7]))
-    np.testing.assert_allclose(alone.decision[:, 0], together.decision[:, 7], atol=2e-5)
-    assert alone.n_iter[0] == together.n_iter[7]
+    alone = fit(np.array([19]))
+    np.testing.assert_allclose(alone.decision[:, 0], together.decision[:, 19], atol=2e-5)
+    assert alone.n_iter[0] == together.n_iter[19]
 
 
 @pytest.mark.parametrize("is_classifier", [True, False])
@@ -276,12 +282,14 @@ def test_an_epoch_reads_every_row_once_and_columns_that_are_alike_read_alike():
     orders = Orders([Stream(1), Stream(1), Stream(1)], lengths, np.array([0, 1, 0]))
     epochs = [orders.next() for _ in range(6)]
     for epoch in epochs:
-        for row, length in zip(epoch, lengths, strict=True):
+        for row, length in zip(epoch[orders.which], lengths, strict=True):
             assert sorted(row[:length]) == list(range(length))
             assert (row[length:] == 0).all()
-        np.testing.assert_array_equal(epoch[0], epoch[2])
     assert len({tuple(epoch[0]) for epoch in epochs}) > 1
-    orders.take(np.array([1]))
+    assert orders.which.tolist() == [0, 1, 0]
+    assert orders.take(np.array([1, 2])).tolist() == [0, 1]
+    assert orders.which.tolist() == [1, 0]
+    assert orders.take(np.array([0])).tolist() == [1]
     assert orders.next().shape == (1, 5)
 
 
