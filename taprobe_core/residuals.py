@@ -53,31 +53,19 @@ class ResidualTargets:
     is_positive: NDArray[np.bool_] | None
 
 
-def residual_targets(
-    matrix: FoldMatrix,
-    train: NDArray[np.bool_],
-    target: TargetValues,
-    problem_id: NDArray[np.int64],
-    recipe: ProbeRecipe,
-    labels: Labels,
-) -> ResidualTargets:
-    """Fit the baseline on every fold and take its prediction from the target.
-
-    A binary target is replaced by the value that its anchors are chosen by. Residual anchors are
-    chosen by the *signed* residual within a problem: under the rank rule the highest that are
-    positive, under the legacy rule all at or above numpy's percentile, positive or not.
+def baseline_predictions(
+    matrix: FoldMatrix, train: NDArray[np.bool_], target: TargetValues
+) -> NDArray[np.float64]:
+    """Fit the baseline on every fold, to the value of the target.
 
     Args:
         matrix: the features of `BASELINE_FEATURES[recipe.residualize]`, standardised by the folds
             of `train`.
         train: [fold, sentence] bool, the training rows of each fold.
         target: what the recipe would be fitted to without a baseline.
-        problem_id: [sentence], rows of one problem together.
-        recipe: with its target filled in (`ProbeRecipe.resolved`).
-        labels: the study's, for the tie rule and the percentile of targets that have none.
 
     Returns:
-        Per fold; the first axis is that of `train`.
+        [fold, sentence].
 
     Raises:
         DataError: a fold has no training row on which the target is defined.
@@ -88,14 +76,39 @@ def residual_targets(
         y=np.repeat(target.value[:, None], n_folds, axis=1),
         weight=(train * target.weight).T,
     )
-    solution = solve_ridge(matrix, columns, np.full(n_folds, ALPHA))
-    value = np.where(target.is_defined, target.value - solution.decision.T, 0.0)
+    return solve_ridge(matrix, columns, np.full(n_folds, ALPHA)).decision.T
+
+
+def residual_targets(
+    predictions: NDArray[np.float64],
+    target: TargetValues,
+    problem_id: NDArray[np.int64],
+    recipe: ProbeRecipe,
+    labels: Labels,
+) -> ResidualTargets:
+    """Take the baseline's predictions from the target.
+
+    A binary target is replaced by the value that its anchors are chosen by. Residual anchors are
+    chosen by the *signed* residual within a problem: under the rank rule the highest that are
+    positive, under the legacy rule all at or above numpy's percentile, positive or not.
+
+    Args:
+        predictions: [fold, sentence], of the value of the target.
+        target: what the recipe would be fitted to without a baseline.
+        problem_id: [sentence], rows of one problem together.
+        recipe: with its target filled in (`ProbeRecipe.resolved`).
+        labels: the study's, for the tie rule and the percentile of targets that have none.
+
+    Returns:
+        Per fold, as the predictions.
+    """
+    value = np.where(target.is_defined, target.value - predictions, 0.0)
     if target.is_positive is None:
         return ResidualTargets(value, None)
     is_positive = np.zeros(value.shape, dtype=bool)
     known = target.is_defined
     percentile = recipe.percentile or labels.percentile
-    for fold in range(n_folds):
+    for fold in range(len(predictions)):
         is_positive[fold, known] = anchors_by_problem(
             problem_id[known], value[fold, known], percentile, labels.tie_rule
         )

@@ -22,14 +22,15 @@ from taprobe_core.control_task import control_target
 from taprobe_core.errors import DataError, NotEnoughDataError
 from taprobe_core.features import ProbeData
 from taprobe_core.probes.inputs import dense_matrix
-from taprobe_core.residuals import BASELINE_FEATURES, residual_targets
+from taprobe_core.residuals import BASELINE_FEATURES, baseline_predictions, residual_targets
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.fold_matrix import FoldMatrix
 from taprobe_core.solvers.text_block import TextBlock
 from taprobe_core.splits import Fold, check_no_leakage, inner_folds
 from taprobe_core.study import ControlRecipe, Labels, ProbeRecipe, Splits
+from taprobe_core.study.probes import Residualize
 from taprobe_core.tables import PROTOCOLS, SPLITS
-from taprobe_core.targets import target_values
+from taprobe_core.targets import TargetValues, target_values
 from taprobe_core.words import FoldWords, fold_words
 
 Mask = NDArray[np.bool_]
@@ -172,14 +173,24 @@ class Design:
         if recipe.residualize == "none":
             positive = None if own.is_positive is None else own.is_positive[None]
             return FoldTarget(own.y[None], own.value[None], positive, weight)
-        baseline = ProbeRecipe(name="baseline", features=BASELINE_FEATURES[recipe.residualize])
-        left = residual_targets(
-            self.matrix(baseline), self.train, own, self.data.problem_id, recipe, self.labels
-        )
+        predictions = self._predictions(recipe.residualize, own)
+        left = residual_targets(predictions, own, self.data.problem_id, recipe, self.labels)
         y = left.value
         if recipe.target == "anchor_binary" and left.is_positive is not None:
             y = left.is_positive.astype(np.float64)
         return FoldTarget(y, left.value, left.is_positive, weight)
+
+    @cached_property
+    def _predicted(self) -> dict[tuple[object, ...], Floats]:
+        return {}
+
+    def _predictions(self, residualize: Residualize, target: TargetValues) -> Floats:
+        """Return what the baseline predicts, [fold, row]: once for anchors of all percentiles."""
+        key = (residualize, target.value.tobytes(), target.weight.tobytes())
+        if key not in self._predicted:
+            baseline = ProbeRecipe(name="baseline", features=BASELINE_FEATURES[residualize])
+            self._predicted[key] = baseline_predictions(self.matrix(baseline), self.train, target)
+        return self._predicted[key]
 
     @cached_property
     def places(self) -> Places:

@@ -44,7 +44,6 @@ from taprobe_core.probes import fit as module
 from taprobe_core.probes.design import TARGET_SETTINGS
 from taprobe_core.probes.inputs import DENSE_BLOCKS
 from taprobe_core.probes.linear import fit_linear
-from taprobe_core.residuals import ResidualTargets
 from taprobe_core.splits import Fold, inner_folds, make_folds
 from taprobe_core.study import (
     DEFAULT_RECIPES,
@@ -309,24 +308,46 @@ def test_wide_recipes_that_differ_in_position_are_one_solve_and_what_they_are_al
 def test_kinds_of_probes_share_a_target_and_its_baseline(
     data: ProbeData, folds: list[Fold], target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solved = []
-    real = design_module.residual_targets
-
-    def counted(*args: Any) -> ResidualTargets:
-        solved.append(args[4].name)
-        return real(*args)
-
-    monkeypatch.setattr(design_module, "residual_targets", counted)
+    solved = baselines_solved(monkeypatch)
     own = RESIDUAL.model_copy(update={"window": 2}).resolved(target, 70)
     same = SMALL_MLP.model_copy(
         update={name: getattr(own, name) for name in TARGET_SETTINGS} | {"max_iter": 3}
     )
     design = design_of(data, folds)
     assert design.target(own) is design.target(same)
-    assert solved == [own.name]
+    assert len(solved) == 1
     alone = design_of(data, folds).target(same)
     for shared, fresh in zip(design.target(own), alone, strict=True):
         np.testing.assert_array_equal(shared, fresh)
+
+
+def test_a_baseline_is_solved_once_for_each_value_that_targets_are_made_of(
+    data: ProbeData, folds: list[Fold], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved = baselines_solved(monkeypatch)
+    design = design_of(data, folds)
+    some, more, all_ = (
+        design.target(RESIDUAL.resolved(*each)).y
+        for each in (("anchor_binary", 60), ("anchor_binary", 80), ("importance_abs", 80))
+    )
+    assert len(solved) == 1
+    assert some.sum() > more.sum() > 0
+    assert len(np.unique(all_)) > 2
+    design.target(RESIDUAL.resolved("importance_signed", 80))
+    assert len(solved) == 2
+
+
+def baselines_solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows with every baseline that is fitted."""
+    solved: list[int] = []
+    real = design_module.baseline_predictions
+
+    def counted(*args: Any) -> np.ndarray:
+        solved.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(design_module, "baseline_predictions", counted)
+    return solved
 
 
 @pytest.mark.parametrize(

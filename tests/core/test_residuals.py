@@ -8,7 +8,12 @@ from sklearn.preprocessing import StandardScaler
 
 from taprobe_core.errors import DataError
 from taprobe_core.labels import anchors
-from taprobe_core.residuals import BASELINE_FEATURES, ResidualTargets, residual_targets
+from taprobe_core.residuals import (
+    BASELINE_FEATURES,
+    ResidualTargets,
+    baseline_predictions,
+    residual_targets,
+)
 from taprobe_core.solvers.fold_matrix import FoldMatrix
 from taprobe_core.solvers.text_block import TextBlock
 from taprobe_core.study.config import Labels
@@ -50,7 +55,8 @@ def left_of(
     matrix: FoldMatrix, target: TargetValues, tie_rule: str = "rank", train: np.ndarray = TRAIN
 ) -> ResidualTargets:
     study = Labels.model_validate({"tie_rule": tie_rule})
-    return residual_targets(matrix, train, target, PROBLEM_ID, RECIPE, study)
+    predictions = baseline_predictions(matrix, train, target)
+    return residual_targets(predictions, target, PROBLEM_ID, RECIPE, study)
 
 
 @pytest.mark.parametrize("weigh", [False, True])
