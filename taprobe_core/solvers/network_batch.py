@@ -94,7 +94,10 @@ class Rows:
 
 def reads_in_place(device: torch.device) -> bool:
     """Whether kernels read rows where they lie, so that neither minibatch nor gradient is kept."""
-    return device.type == "cuda" and has_triton()
+    if device.type != "cuda" or not has_triton():
+        return False
+    # Older tensor cores do not take float32 factors.
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Networks:

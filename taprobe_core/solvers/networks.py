@@ -38,6 +38,9 @@ from taprobe_core.solvers.network_training import Job, Padded, outputs, pad, tra
 
 __all__ = ["NetworkOptions", "NetworkSolution", "fit_networks"]
 
+MAX_MODELS = 2**16 - 1
+"""Of a batch: a kernel's grid has no more places on its last axis."""
+
 CPU_BYTES = 8 * 2**20
 """Of a batch on a CPU, for each thread: with more, rows leave the cache between two products."""
 
@@ -204,7 +207,7 @@ class _Fit:
             chosen = chosen[np.lexsort((seeds[chosen], fold, counts[chosen]))]
             # A CPU reads standardised rows from memory; an accelerator's must hold them.
             standardised = len(np.unique(fold)) * self.X.nbytes * (self.device.type == "cuda")
-            size = max(1, (n_bytes - standardised) // per_model)
+            size = min(max(1, (n_bytes - standardised) // per_model), MAX_MODELS)
             yield from np.array_split(chosen, -(-len(chosen) // size))
 
     def _budget(self, max_bytes: int | None) -> int:
