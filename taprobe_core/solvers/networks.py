@@ -22,6 +22,7 @@ from torch import Tensor
 
 from taprobe_core.errors import DataError, NumericsError
 from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.device_memory import free_bytes
 from taprobe_core.solvers.fold_moments import fold_moments
 from taprobe_core.solvers.network_batch import Networks, Rows, reads_in_place
 from taprobe_core.solvers.network_checks import (
@@ -198,7 +199,9 @@ class _Fit:
         if options.early_stopping == "rows":
             counts = counts - np.ceil(counts * options.validation_fraction).astype(np.int64)
         steps = -(-counts // options.batch_size)
-        n_bytes, per_model = self._budget(max_bytes), self._bytes_per_model()
+        if max_bytes is None:
+            max_bytes = free_bytes(self.device, CPU_BYTES * torch.get_num_threads())
+        per_model = self._bytes_per_model()
         seeds = seeds_of(self.columns)
         for n_steps in np.unique(steps):
             chosen = np.flatnonzero(steps == n_steps)
@@ -207,18 +210,8 @@ class _Fit:
             chosen = chosen[np.lexsort((seeds[chosen], fold, counts[chosen]))]
             # A CPU reads standardised rows from memory; an accelerator's must hold them.
             standardised = len(np.unique(fold)) * self.X.nbytes * (self.device.type == "cuda")
-            size = min(max(1, (n_bytes - standardised) // per_model), MAX_MODELS)
+            size = min(max(1, (max_bytes - standardised) // per_model), MAX_MODELS)
             yield from np.array_split(chosen, -(-len(chosen) // size))
-
-    def _budget(self, max_bytes: int | None) -> int:
-        if max_bytes is not None:
-            return max_bytes
-        if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            idle = torch.cuda.memory_reserved(self.device)
-            idle -= torch.cuda.memory_allocated(self.device)
-            return (free + idle) // 2
-        return CPU_BYTES * torch.get_num_threads()
 
     def _bytes_per_model(self) -> int:
         """Weights, two moments, the epoch kept, gradient; a minibatch; targets and orders.
