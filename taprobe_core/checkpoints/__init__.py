@@ -10,7 +10,7 @@ fingerprint or a check of a study, must not cost seconds.
 from taprobe_core.checkpoints.folder import CheckpointFiles
 from taprobe_core.checkpoints.loading import LoadedModel, load_base_model, pick_devices, replicate
 from taprobe_core.checkpoints.resolve import checkpoint_identity, resolve_checkpoint
-from taprobe_core.checkpoints.tokenizer import load_tokenizer, tokenizer_sha256
+from taprobe_core.checkpoints.tokenizer import load_tokenizer, special_tokens, tokenizer_sha256
 
 __all__ = [
     "CheckpointFiles",
@@ -21,5 +21,6 @@ __all__ = [
     "pick_devices",
     "replicate",
     "resolve_checkpoint",
+    "special_tokens",
     "tokenizer_sha256",
 ]
