@@ -13,8 +13,8 @@ from taprobe_core.checkpoints.origin import HubRepository, Origin
 from taprobe_core.demo import BUNDLE
 from taprobe_core.demo.bundle import MANIFEST, read_manifest
 from taprobe_core.errors import ModelError
+from taprobe_core.store import PinnedSource
 from taprobe_core.store.integrity import file_sha256
-from taprobe_core.store.pin_reading import PinnedSource
 from taprobe_core.store.sealed import sealed_files
 
 

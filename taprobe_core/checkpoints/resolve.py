@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from taprobe_core.checkpoints.folder import (
     CheckpointFiles,
     CheckpointFolder,
@@ -37,9 +39,9 @@ from taprobe_core.checkpoints.stand_in import (
 )
 from taprobe_core.checkpoints.tokenizer import vocabulary_size
 from taprobe_core.errors import ModelError, ModelMismatchError
+from taprobe_core.store import UNPINNED, Pins
 from taprobe_core.store.local import file_sizes
 from taprobe_core.store.manifest import MANIFEST_NAME
-from taprobe_core.store.pins import UNPINNED, Pins
 from taprobe_core.study import Model, StandInCheckpoint
 
 
@@ -76,6 +78,24 @@ def resolve_checkpoint(model: Model, build_root: Path, pins: Pins = UNPINNED) ->
             identity = _folder_identity(origin, folder, pins)
     _check_shape(folder, model)
     return CheckpointFiles(folder.path, identity)
+
+
+def check_present(model: Model) -> None:
+    """Refuse a hub model that is not in the cache while the client is offline.
+
+    Args:
+        model: the model of the study.
+
+    Raises:
+        ModelMissingError: a file is not in the cache and cannot be fetched.
+        ModelError: as `resolve_checkpoint`.
+    """
+    if isinstance(model.checkpoint, StandInCheckpoint) or not constants.is_offline_mode():
+        return
+    origin = checkpoint_origin(model.checkpoint, model.rollouts_dir)
+    if isinstance(origin, HubRepository):
+        path = origin.fetch((*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES))
+        inspect_folder(path, origin.remedy, origin.listing())
 
 
 def checkpoint_identity(

@@ -31,8 +31,8 @@ from taprobe_core.checkpoints.origin import (
 from taprobe_core.checkpoints.pinned import pinned_origin
 from taprobe_core.checkpoints.quiet import quiet_transformers
 from taprobe_core.errors import ConfigError, ModelError, ModelMismatchError, ModelMissingError
+from taprobe_core.store import UNPINNED, Pins
 from taprobe_core.store.integrity import file_sha256
-from taprobe_core.store.pins import UNPINNED, Pins
 from taprobe_core.study import Model, StandInCheckpoint
 
 if TYPE_CHECKING:

@@ -28,8 +28,7 @@ from taprobe_core.rollouts import (
     problem_listing,
     source_files,
 )
-from taprobe_core.store.pin_reading import PinnedSource
-from taprobe_core.store.pins import Pins
+from taprobe_core.store import PinnedSource, Pins
 from taprobe_core.study import DemoSource, Model, PolicySource, Study
 
 T = TypeVar("T")

@@ -11,10 +11,9 @@ from typing import Any
 from taprobe_core.demo import BUNDLE, DEMO_CODE_VERSION, DemoWorld, write_demo_world
 from taprobe_core.demo.bundle import MANIFEST, verify_files
 from taprobe_core.demo.world import write_policy_world
-from taprobe_core.store import fingerprint
+from taprobe_core.store import PinnedSource, fingerprint
 from taprobe_core.store.disk import disk_errors
 from taprobe_core.store.integrity import file_sha256
-from taprobe_core.store.pin_reading import PinnedSource
 from taprobe_core.store.sealed import seal_folder, sealed_files
 from taprobe_core.study import DemoSource, PolicySource, Study
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from taprobe_core.errors import DataError, SourceUnavailableError
 from taprobe_core.rollouts.read import listed_problems
 from taprobe_core.rollouts.sources import FILE_NAMES, RolloutSource, problem_path
-from taprobe_core.store.pin_reading import PinnedSource
-from taprobe_core.store.pins import UNPINNED
+from taprobe_core.store import UNPINNED, PinnedSource
 from taprobe_core.study.config import Model, Rollouts
 
 _THREADS = 8
