@@ -143,6 +143,7 @@ def test_verify_reads_every_input_and_names_what_changed(
     assert f"{n_pins} inputs, {n_pins} as they were pinned" in sound.out
     # The bench's own copy is what the pins name once it has been used.
     all_keys(open_plan(built.study, copied))
+    n_pins = len(list((copied / "pins").glob("*.json")))
     said = one_label(copied)
     found = taprobe("verify", built.study)
     assert found.code == 3
@@ -224,7 +225,7 @@ def edit_tokenizer(folder: Path) -> str:
 
 def add_special_tokens(folder: Path) -> str:
     path = folder / "own" / "special_tokens_map.json"
-    path.write_text('{"pad_token": "2"}')
+    path.write_text('{"unk_token": "2"}')
     return "special_tokens_map.json: added"
 
 
