@@ -18,7 +18,7 @@ def acceptance_line(source: PinnedSource, change: Acceptance) -> str:
 
 
 def verify_lines(verdicts: Sequence[Verdict], inputs: Sequence[PinVerdict]) -> Iterator[str]:
-    """Yield a line or more for everything that is not sound, and one each for the counts."""
+    """Yield a line or more for everything that is not sound, then how many there are."""
     changed = [each for each in inputs if each.faults]
     for source in changed:
         yield f"[red]changed[/] {source.noun} {escape(source.where)}"
@@ -26,17 +26,17 @@ def verify_lines(verdicts: Sequence[Verdict], inputs: Sequence[PinVerdict]) -> I
     unsound = [each for each in verdicts if not each.is_sound]
     for verdict in unsound:
         yield f"[red]unsound[/] {verdict.key}\n  {escape(str(verdict.error))}"
-    if inputs:
+    if changed:
         yield f"{len(inputs)} inputs, {len(inputs) - len(changed)} as they were pinned"
     yield f"{len(verdicts)} artifacts, {len(verdicts) - len(unsound)} sound"
 
 
 def verify_document(verdicts: Sequence[Verdict], inputs: Sequence[PinVerdict]) -> dict[str, Any]:
-    """Return the same as JSON values, for a script."""
+    """Return the same as JSON values, for a script; `changed` is there where an input changed."""
+    changed = [asdict(each) for each in inputs if each.faults]
     unsound = [each for each in verdicts if not each.is_sound]
     return {
         "n_artifacts": len(verdicts),
         "unsound": [{"artifact": str(each.key), "error": str(each.error)} for each in unsound],
-        "n_inputs": len(inputs),
-        "changed": [asdict(each) for each in inputs if each.faults],
+        **({"n_inputs": len(inputs), "changed": changed} if changed else {}),
     }
