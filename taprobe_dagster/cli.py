@@ -11,7 +11,14 @@ from typing import Annotated
 import typer
 
 from taprobe_core.cli import app, guarded
-from taprobe_core.cli.app import StudyArgument, err, out, print_leaderboard, show_progress
+from taprobe_core.cli.app import (
+    StudyArgument,
+    err,
+    out,
+    print_leaderboard,
+    print_skipped,
+    show_progress,
+)
 from taprobe_core.errors import ConfigError
 from taprobe_core.pipeline import (
     STAGES,
@@ -56,6 +63,7 @@ def run(
         # the whole study, so a part does not make them.
         stages = frozenset(stages_of(plan.study)) - OF_THE_WHOLE
     _materialize(plan, chosen, stages)
+    print_skipped(plan)
     if stages is None or "leaderboard" in stages:
         print_leaderboard(plan)
     if stages is None or "study_report" in stages:

@@ -7,6 +7,7 @@ torch and transformers are imported by the functions that need them: naming a ch
 fingerprint or a check of a study, must not cost seconds.
 """
 
+from taprobe_core.checkpoints.context import context_length
 from taprobe_core.checkpoints.folder import CheckpointFiles
 from taprobe_core.checkpoints.loading import LoadedModel, load_base_model, pick_devices, replicate
 from taprobe_core.checkpoints.resolve import checkpoint_identity, resolve_checkpoint
@@ -16,6 +17,7 @@ __all__ = [
     "CheckpointFiles",
     "LoadedModel",
     "checkpoint_identity",
+    "context_length",
     "load_base_model",
     "load_tokenizer",
     "pick_devices",

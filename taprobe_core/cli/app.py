@@ -22,12 +22,14 @@ from rich.table import Table
 from rich.text import Text
 
 from taprobe_core.cli.costs import render_check, render_storage
+from taprobe_core.cli.skips import render_skips
 from taprobe_core.errors import ConfigError, TaprobeError
 from taprobe_core.leaderboard import render_text
 from taprobe_core.pipeline import DIMENSIONS, Cell, Plan, dimension_keys, open_plan
 from taprobe_core.pipeline.cells import check_stage, key_of
 from taprobe_core.pipeline.forecast import Assumptions, forecast, model_shapes
 from taprobe_core.pipeline.publish import ensure_study_report
+from taprobe_core.pipeline.skips import foreseen_skips, stored_skips
 from taprobe_core.pipeline.speed import measure_speed
 from taprobe_core.pipeline.summary import plan_summary
 from taprobe_core.store import ArtifactKey
@@ -43,6 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Exit codes: 0 done, 1 defect, 2 fixable by you, 3 unsound artifact, 130 interrupted.",
 )
+_SKIPS_IN_CHECK, _SKIPS_IN_RUN = 50, 10
 WIDTH_IN_FILES = 140
 """Columns of a table that goes to a file or a pipe."""
 
@@ -145,8 +148,14 @@ def check(
     blocks = {model: shape.block for model, shape in shapes.items() if shape.block}
     speed = measure_speed(plan, blocks, is_measured=measure)
     rows = forecast(plan, assumptions, shapes, speed)
+    skipped, unknown = foreseen_skips(plan)
     if as_json:
-        found = {**summary, "speed": asdict(speed), "forecast": rows.to_dicts()}
+        found = {
+            **summary,
+            "speed": asdict(speed),
+            "forecast": rows.to_dicts(),
+            "skipped": skipped.to_dicts(),
+        }
         out.print_json(json.dumps(found, default=str))
         return
     out.print(f"study [bold]{escape(plan.study.name)}[/] is valid; data folder {plan.data_root}")
@@ -155,7 +164,11 @@ def check(
     print_frame(stages.drop("note"), "cells (present = at today's fingerprint)")
     for part in render_check(models, rows, speed, assumptions):
         out.print(part)
-    notes = [*stages["note"], *(model["note"] for model in models), speed.note]
+    for line in render_skips(
+        skipped, _SKIPS_IN_CHECK, is_fatal=plan.study.rollouts.on_bad_problem == "fail"
+    ):
+        out.print(line)
+    notes = [*stages["note"], *(model["note"] for model in models), speed.note, *unknown]
     for note in dict.fromkeys(note for note in notes if note):
         out.print(f"note: {escape(note)}")
 
@@ -272,6 +285,12 @@ def checked_cell(plan: Plan, stage: str, keys: Sequence[str]) -> Cell:
 
 def _name(key: ArtifactKey) -> str:
     return "/".join((key.stage, *key.partition, key.fingerprint))
+
+
+def print_skipped(plan: Plan) -> None:
+    """Print the problems that the study's artifacts leave out, as far as they are there."""
+    for line in render_skips(stored_skips(plan), _SKIPS_IN_RUN):
+        err.print(line)
 
 
 def print_leaderboard(plan: Plan) -> None:

@@ -176,8 +176,10 @@ def receiver_heads_from_training(plan: Plan, cell: Cell) -> list[str]:
 def split_coverage(plan: Plan, cell: Cell) -> list[str]:
     """No problem stands on two sides; under LOPO every problem is test exactly once."""
     site, trial = parse_site(cell[0]), parse_trial(cell[1])
-    spans = plan.store.open(plan.spans(site.model, trial.setting)).read_table("spans.parquet")
-    problem_ids = spans["problem_id"].unique().sort().to_list()
+    cell_ = (site.model, trial.setting)
+    spans = plan.store.open(plan.spans(*cell_)).read_table("spans.parquet")
+    labels = plan.store.open(plan.labels(*cell_)).read_table("labels.parquet")
+    problem_ids = sorted({*spans["problem_id"]} & {*labels["problem_id"]})
     scores = read_scores(plan, site, trial)
     faults = []
     splits = plan.study.splits

@@ -15,7 +15,7 @@ from taprobe_core.store import Artifact, ArtifactKey, Store, fingerprint
 from taprobe_core.study import Study
 
 CODE_VERSIONS: Mapping[str, str] = {
-    "rollouts": "2",
+    "rollouts": "3",
     "labels": "2",
     "spans": "1",
     "activation_shards": "3",

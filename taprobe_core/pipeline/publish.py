@@ -104,12 +104,12 @@ def _plans(plan: Plan, cells: list[tuple[Site, str]]) -> pl.DataFrame:
 
 
 def _skipped(plan: Plan) -> pl.DataFrame:
-    """Problems left out by rollouts and by spans."""
+    """Problems left out by rollouts, labels and spans."""
     return pl.concat(
         plan.store.open(key_of(plan, stage, cell))
         .read_table("skipped.parquet")
         .with_columns(model=pl.lit(cell[0]), setting=pl.lit(cell[1]))
-        for stage in ("rollouts", "spans")
+        for stage in ("rollouts", "labels", "spans")
         for cell in cells_of(plan.study, stage)
     )
 

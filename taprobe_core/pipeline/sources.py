@@ -14,7 +14,7 @@ from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
-from taprobe_core.checkpoints import checkpoint_identity, tokenizer_sha256
+from taprobe_core.checkpoints import checkpoint_identity, context_length, tokenizer_sha256
 from taprobe_core.demo import DemoWorld
 from taprobe_core.errors import ConfigError, TaprobeError
 from taprobe_core.keys import Site
@@ -112,6 +112,11 @@ class Sources:
             **checkpoint_identity(spec),
             "tokenizer_sha256": tokenizer_sha256(spec),
         }
+
+    @_asked_once
+    def context_length(self, model: str) -> int | None:
+        """The most tokens of a text that the model takes; None where it does not say."""
+        return context_length(self.model(model))
 
     @_asked_once
     def dataset_version(self, model: str, setting: str) -> str:

@@ -126,13 +126,17 @@ Source = Annotated[
 
 
 class Rollouts(StudyPart):
-    """Which rollouts, and what to do with a problem that cannot be read."""
+    """Which rollouts, and what to do with a problem that cannot be used.
+
+    `problem_ids` names what is read, `exclude_ids` what is not, whatever else chooses it.
+    """
 
     source: Source
     sampling: FolderName = "temperature_0.6_top_p_0.95"
     problem_ids: (
         Annotated[tuple[Index, ...], Field(min_length=1), AfterValidator(distinct)] | None
     ) = None
+    exclude_ids: Annotated[tuple[Index, ...], AfterValidator(distinct)] = ()
     max_problems: Count | None = None
     sample_seed: Seed = 0
     on_bad_problem: Literal["skip", "fail"] = "skip"

@@ -78,6 +78,15 @@ SKIPPED = pa.DataFrameSchema(
 )
 """Problems left out, each with its reason."""
 
+NOTES = pa.DataFrameSchema(
+    {"problem_id": column(pl.Int64, at_least(0)), "note": column(pl.String)},
+    strict=True,
+    ordered=True,
+    name="notes",
+)
+"""Values of the dataset's files that no stage reads and that are null in the tables, because they
+are not usable: one row per value, with file, place, what was found and what was wanted."""
+
 LABELS = pa.DataFrameSchema(
     {
         **SENTENCE_KEY,
