@@ -15,9 +15,17 @@ from typing import NamedTuple
 
 from taprobe_core.errors import ConfigError
 
+_FINGERPRINT = re.compile(r"[0-9a-f]{16,32}")
+_RESERVED = frozenset(
+    ["con", "prn", "aux", "nul", "current"]
+    + [f"{device}{n}" for device in ("com", "lpt") for n in range(1, 10)]
+)
 _SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _SITE = re.compile(r"(?P<model>[a-z0-9][a-z0-9._-]{0,99})@L(?P<layer>\d{2,3})")
 _TRIAL = re.compile(r"(?P<setting>[a-z0-9][a-z0-9._-]{0,99})@s(?P<seed>\d{2,4})")
+
+LONGEST_KEY = 100
+"""Characters of a partition key, at most."""
 
 
 class Site(NamedTuple):
@@ -40,6 +48,19 @@ class Trial(NamedTuple):
         return f"{self.setting}@s{self.seed:02d}"
 
 
+def is_reserved(name: str) -> bool:
+    """Tell whether a name has a meaning of its own in a folder of artifacts.
+
+    So has what some file system takes for a device or cuts off at its end, `current`, and anything
+    like a fingerprint: 16-32 characters of 0-9 a-f.
+    """
+    return (
+        name.endswith(".")
+        or name.split(".")[0] in _RESERVED
+        or _FINGERPRINT.fullmatch(name) is not None
+    )
+
+
 def check_slug(value: str, where: str) -> str:
     """Return `value` if it may stand in a partition key.
 
@@ -49,8 +70,15 @@ def check_slug(value: str, where: str) -> str:
 
     Raises:
         ConfigError: `value` is not 1-100 characters of `a-z 0-9 . _ -` starting with a letter or
-            digit.
+            digit, or is reserved.
     """
+    if is_reserved(value):
+        raise ConfigError(
+            f"{value!r}, which no folder of artifacts can be called",
+            where,
+            "choose another name: no device such as 'con', not 'current', no dot at the end, and "
+            "not 16-32 characters of 0-9 and a-f alone",
+        )
     if not _SLUG.fullmatch(value):
         raise ConfigError(
             f"{value!r} cannot be a partition key",

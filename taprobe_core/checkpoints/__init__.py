@@ -10,12 +10,13 @@ fingerprint or a check of a study, must not cost seconds.
 from taprobe_core.checkpoints.context import context_length
 from taprobe_core.checkpoints.folder import CheckpointFiles
 from taprobe_core.checkpoints.loading import LoadedModel, load_base_model, pick_devices, replicate
-from taprobe_core.checkpoints.resolve import checkpoint_identity, resolve_checkpoint
-from taprobe_core.checkpoints.tokenizer import load_tokenizer, tokenizer_sha256
+from taprobe_core.checkpoints.resolve import check_present, checkpoint_identity, resolve_checkpoint
+from taprobe_core.checkpoints.tokenizer import load_tokenizer, special_tokens, tokenizer_sha256
 
 __all__ = [
     "CheckpointFiles",
     "LoadedModel",
+    "check_present",
     "checkpoint_identity",
     "context_length",
     "load_base_model",
@@ -23,5 +24,6 @@ __all__ = [
     "pick_devices",
     "replicate",
     "resolve_checkpoint",
+    "special_tokens",
     "tokenizer_sha256",
 ]

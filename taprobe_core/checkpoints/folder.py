@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from taprobe_core.errors import ModelError, ModelMissingError, UnsafeModelError
-from taprobe_core.store.integrity import file_sha256
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors")
 _LFS_POINTER = b"version https://git-lfs"
-_HASH_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -121,14 +118,14 @@ def inspect_folder(
     return CheckpointFolder(path, config, files)
 
 
-def folder_digest(folder: CheckpointFolder) -> str:
+def folder_digest(folder: CheckpointFolder, hashes: Mapping[str, str]) -> str:
     """Return the sha256 over names and contents of the files that decide the model.
 
-    A file is read once per process as long as it does not change.
+    Args:
+        folder: the folder.
+        hashes: sha256 of each of its files, by name.
     """
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        hashes = list(pool.map(file_sha256, (folder.path / name for name in folder.files)))
-    listed = "".join(f"{sha}  {name}\n" for name, sha in zip(folder.files, hashes, strict=True))
+    listed = "".join(f"{hashes[name]}  {name}\n" for name in folder.files)
     return hashlib.sha256(listed.encode()).hexdigest()
 
 

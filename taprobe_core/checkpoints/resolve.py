@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from taprobe_core.checkpoints.folder import (
     CheckpointFiles,
     CheckpointFolder,
@@ -23,32 +25,39 @@ from taprobe_core.checkpoints.origin import (
     TOKENIZER_FILES,
     WEIGHT_FILES,
     HubRepository,
+    LocalFolder,
     checkpoint_origin,
 )
+from taprobe_core.checkpoints.pinned import pinned_origin, pinned_stand_in
 from taprobe_core.checkpoints.quiet import quiet_transformers
 from taprobe_core.checkpoints.stand_in import (
     build_stand_in,
     embedding_rows,
     stand_in_config,
+    stand_in_folder,
     stand_in_identity,
 )
 from taprobe_core.checkpoints.tokenizer import vocabulary_size
 from taprobe_core.errors import ModelError, ModelMismatchError
+from taprobe_core.store import UNPINNED, Pins
+from taprobe_core.store.local import file_sizes
+from taprobe_core.store.manifest import MANIFEST_NAME
 from taprobe_core.study import Model, StandInCheckpoint
 
 
-def resolve_checkpoint(model: Model, build_root: Path) -> CheckpointFiles:
-    """Fetch, find or build a model's checkpoint and inspect it.
+def resolve_checkpoint(model: Model, build_root: Path, pins: Pins = UNPINNED) -> CheckpointFiles:
+    """Fetch, find or build a model's checkpoint, inspect it and hash what will be loaded.
 
     Args:
         model: the model of the study.
         build_root: folder of the stand-ins.
+        pins: what its files were at their first use.
 
     Raises:
         ModelMissingError: not on this machine and not to be had.
         ModelMismatchError: not as deep or as wide as the study says.
         UnsafeModelError: loading it would run code.
-        ModelError: its files are damaged.
+        ModelError: its files are damaged, or not those of their first use.
         DiskFullError: no space left to build or fetch it.
     """
     checkpoint = model.checkpoint
@@ -56,39 +65,66 @@ def resolve_checkpoint(model: Model, build_root: Path) -> CheckpointFiles:
         rows = embedding_rows(vocabulary_size(model))
         path = build_stand_in(checkpoint, rows, build_root)
         folder = inspect_folder(path, f"remove {path}; it is built again")
-        identity = stand_in_identity(checkpoint, rows)
+        identity = _stand_in_identity(checkpoint, rows, build_root, pins)
     else:
         origin = checkpoint_origin(checkpoint, model.rollouts_dir)
         path = origin.fetch((*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES))
         folder = inspect_folder(path, origin.remedy, origin.listing())
-        identity = (
-            _hub_identity(origin) if isinstance(origin, HubRepository) else _folder_identity(folder)
-        )
+        if isinstance(origin, HubRepository):
+            source = pinned_origin(origin, "checkpoint")
+            pins.check(source, {name: folder.path / name for name in folder.files})
+            identity = _hub_identity(origin, pins)
+        else:
+            identity = _folder_identity(origin, folder, pins)
     _check_shape(folder, model)
     return CheckpointFiles(folder.path, identity)
 
 
-def checkpoint_identity(model: Model) -> dict[str, str]:
-    """Return what `resolve_checkpoint` would, without fetching or building weights.
-
-    A local folder is read through once per process to hash it; a null hub revision is resolved
-    once per process.
+def check_present(model: Model) -> None:
+    """Refuse a hub model that is not in the cache while the client is offline.
 
     Args:
         model: the model of the study.
 
     Raises:
+        ModelMissingError: a file is not in the cache and cannot be fetched.
+        ModelError: as `resolve_checkpoint`.
+    """
+    if isinstance(model.checkpoint, StandInCheckpoint) or not constants.is_offline_mode():
+        return
+    origin = checkpoint_origin(model.checkpoint, model.rollouts_dir)
+    if isinstance(origin, HubRepository):
+        path = origin.fetch((*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES))
+        inspect_folder(path, origin.remedy, origin.listing())
+
+
+def checkpoint_identity(
+    model: Model, build_root: Path | None = None, pins: Pins = UNPINNED
+) -> dict[str, str]:
+    """Return what `resolve_checkpoint` would, without fetching or building weights.
+
+    A local folder is read through to hash it, once where there are pins and else once per process.
+    Of a hub's model and of a stand-in only what is pinned already is compared. A null hub revision
+    is resolved once per process.
+
+    Args:
+        model: the model of the study.
+        build_root: folder of the stand-ins; None leaves them uncompared.
+        pins: what its files were at their first use.
+
+    Raises:
         ModelMissingError: no such folder, or a revision that cannot be resolved.
         UnsafeModelError: loading the folder would run code.
-        ModelError: the folder's files are damaged.
+        ModelError: the files are damaged, or not those of their first use.
     """
     checkpoint = model.checkpoint
     if isinstance(checkpoint, StandInCheckpoint):
-        return stand_in_identity(checkpoint, embedding_rows(vocabulary_size(model)))
+        rows = embedding_rows(vocabulary_size(model))
+        return _stand_in_identity(checkpoint, rows, build_root, pins)
     origin = checkpoint_origin(checkpoint, model.rollouts_dir)
     if isinstance(origin, HubRepository):
-        return _hub_identity(origin)
-    return _folder_identity(inspect_folder(origin.path, origin.remedy))
+        return _hub_identity(origin, pins)
+    return _folder_identity(origin, inspect_folder(origin.path, origin.remedy), pins)
 
 
 def checkpoint_config(model: Model) -> Any:
@@ -127,12 +163,38 @@ def checkpoint_config(model: Model) -> Any:
         ) from error
 
 
-def _hub_identity(origin: HubRepository) -> dict[str, str]:
-    return {"kind": "hub", "repo": origin.repo, "revision": origin.revision}
+def _hub_identity(origin: HubRepository, pins: Pins) -> dict[str, str]:
+    source = pinned_origin(origin, "checkpoint")
+    pins.recheck(source)
+    return {
+        "kind": "hub",
+        "repo": origin.repo,
+        "revision": origin.revision,
+        **pins.accepted_identity(source),
+    }
 
 
-def _folder_identity(folder: CheckpointFolder) -> dict[str, str]:
-    return {"kind": "folder", "sha256": folder_digest(folder)}
+def _folder_identity(origin: LocalFolder, folder: CheckpointFolder, pins: Pins) -> dict[str, str]:
+    source = pinned_origin(origin, "checkpoint")
+    # Of a bundled folder the manifest names files that decide nothing here, so that no list of
+    # files is compared with it.
+    listings = {"": folder.files} if source.expected is None else {}
+    hashes = pins.check(source, {name: folder.path / name for name in folder.files}, listings)
+    return {"kind": "folder", "sha256": folder_digest(folder, hashes)}
+
+
+def _stand_in_identity(
+    spec: StandInCheckpoint, rows: int, build_root: Path | None, pins: Pins
+) -> dict[str, str]:
+    identity = stand_in_identity(spec, rows)
+    if build_root is None:
+        return identity
+    folder = stand_in_folder(spec, rows, build_root)
+    source = pinned_stand_in(folder)
+    if folder.is_dir():
+        names = sorted(file_sizes(folder).keys() - {MANIFEST_NAME})
+        pins.check(source, {name: folder / name for name in names}, {"": names})
+    return {**identity, **pins.accepted_identity(source)}
 
 
 def _check_shape(folder: CheckpointFolder, model: Model) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from taprobe_core.checkpoints.quiet import quiet_transformers
 from taprobe_core.errors import DiskFullError, ModelError
+from taprobe_core.store.sealed import seal_folder
 from taprobe_core.study import StandInCheckpoint
 
 _ROW_MULTIPLE = 64
@@ -48,6 +49,14 @@ def stand_in_identity(spec: StandInCheckpoint, rows: int) -> dict[str, str]:
     }
 
 
+def stand_in_folder(spec: StandInCheckpoint, rows: int, build_root: Path) -> Path:
+    """Return where a stand-in is, or will be built; arguments as `build_stand_in`."""
+    # Folders of an earlier layout have no manifest, and are not trusted without one.
+    named = {**stand_in_identity(spec, rows), "layout": "sealed"}
+    text = json.dumps(named, sort_keys=True)
+    return build_root / hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
 def build_stand_in(spec: StandInCheckpoint, rows: int, build_root: Path) -> Path:
     """Return a stand-in's folder, building it if it is not there.
 
@@ -62,8 +71,7 @@ def build_stand_in(spec: StandInCheckpoint, rows: int, build_root: Path) -> Path
         DiskFullError: no space left.
         ModelError: the folder cannot be written.
     """
-    identity = json.dumps(stand_in_identity(spec, rows), sort_keys=True)
-    folder = build_root / hashlib.sha256(identity.encode()).hexdigest()[:24]
+    folder = stand_in_folder(spec, rows, build_root)
     if folder.is_dir():
         return folder
     try:
@@ -71,6 +79,7 @@ def build_stand_in(spec: StandInCheckpoint, rows: int, build_root: Path) -> Path
         with tempfile.TemporaryDirectory(prefix=".building-", dir=build_root) as temporary:
             built = Path(temporary) / "checkpoint"
             _save(spec, rows, built)
+            seal_folder(built)
             _publish(built, folder)
     except OSError as error:
         if error.errno == errno.ENOSPC:

@@ -7,6 +7,7 @@ checkpoint's author runs. BOS must be named, since a text begins with exactly on
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -22,12 +23,15 @@ from taprobe_core.checkpoints.folder import (
 from taprobe_core.checkpoints.origin import (
     CONFIG_FILES,
     TOKENIZER_FILES,
+    HubRepository,
     Origin,
     checkpoint_origin,
     locate,
 )
+from taprobe_core.checkpoints.pinned import pinned_origin
 from taprobe_core.checkpoints.quiet import quiet_transformers
 from taprobe_core.errors import ConfigError, ModelError, ModelMismatchError, ModelMissingError
+from taprobe_core.store import UNPINNED, Pins
 from taprobe_core.store.integrity import file_sha256
 from taprobe_core.study import Model, StandInCheckpoint
 
@@ -69,18 +73,39 @@ def load_tokenizer(
     return tokenizer, file_sha256(path)
 
 
-def tokenizer_sha256(model: Model) -> str:
-    """Return the sha256 of a model's `tokenizer.json`, read once per process.
+def tokenizer_sha256(model: Model, pins: Pins = UNPINNED) -> str:
+    """Return the sha256 of a model's `tokenizer.json`, and compare all files that decide tokens.
+
+    Args:
+        model: the model of the study.
+        pins: what the files were at their first use.
+
+    Raises:
+        ConfigError: a stand-in checkpoint without `tokenizer`.
+        ModelMissingError: no `tokenizer.json`.
+        ModelError: the files are not those of their first use.
+    """
+    path, _ = _tokenizer_json(model)
+    origin = _origin(model)
+    files = {name: path.parent / name for name in TOKENIZER_FILES}
+    if isinstance(origin, HubRepository):  # what a cache lacks may still be fetched
+        files = {name: file for name, file in files.items() if file.exists()}
+    return pins.check(pinned_origin(origin, "tokenizer"), dict(files))["tokenizer.json"]
+
+
+def special_tokens(model: Model) -> str:
+    """Return as JSON what the files beside `tokenizer.json` say of special tokens: BOS and others.
+
+    It decides how a text begins and which parts of it are one token, and no other hash has it.
 
     Args:
         model: the model of the study.
 
     Raises:
-        ConfigError: a stand-in checkpoint without `tokenizer`.
-        ModelMissingError: no `tokenizer.json`.
+        ConfigError, ModelMissingError, ModelError: as `load_tokenizer`.
     """
-    path, _ = _tokenizer_json(model)
-    return file_sha256(path)
+    path, remedy = _tokenizer_json(model)
+    return json.dumps(_special_tokens(path.parent, remedy), sort_keys=True)
 
 
 def vocabulary_size(model: Model) -> int:

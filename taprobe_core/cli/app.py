@@ -23,11 +23,13 @@ from rich.text import Text
 
 from taprobe_core.cli.costs import render_check, render_storage
 from taprobe_core.cli.skips import render_skips
+from taprobe_core.cli.verdicts import acceptance_line, verify_document, verify_lines
 from taprobe_core.errors import ConfigError, TaprobeError
 from taprobe_core.leaderboard import render_text
 from taprobe_core.pipeline import DIMENSIONS, Cell, Plan, dimension_keys, open_plan
 from taprobe_core.pipeline.cells import check_stage, key_of
 from taprobe_core.pipeline.forecast import Assumptions, forecast, model_shapes
+from taprobe_core.pipeline.input_faults import input_faults
 from taprobe_core.pipeline.publish import ensure_study_report
 from taprobe_core.pipeline.skips import foreseen_skips, stored_skips
 from taprobe_core.pipeline.speed import measure_speed
@@ -140,10 +142,14 @@ def check(
     measure: Annotated[
         bool, typer.Option(help="Measure this machine's speed, for the expected time.")
     ] = True,
+    accept: Annotated[
+        bool, typer.Option(help="Accept changed datasets, checkpoints and tokenizers.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Validate a study and print what a run would do: cells, models, work, time, sizes."""
     plan = open_plan(study)
+    faults = _ask_for_inputs(plan, accept)
     summary, shapes, assumptions = plan_summary(plan), model_shapes(plan), Assumptions()
     blocks = {model: shape.block for model, shape in shapes.items() if shape.block}
     speed = measure_speed(plan, blocks, is_measured=measure)
@@ -155,10 +161,15 @@ def check(
             "speed": asdict(speed),
             "forecast": rows.to_dicts(),
             "skipped": skipped.to_dicts(),
+            "faults": [
+                {"what": each.what, "where": each.where, "fix": each.fix} for each in faults
+            ],
         }
         out.print_json(json.dumps(found, default=str))
-        return
-    out.print(f"study [bold]{escape(plan.study.name)}[/] is valid; data folder {plan.data_root}")
+        raise typer.Exit(EXIT_FIXABLE if faults else 0)
+    verdict = f"file is valid, inputs are not all usable ({len(faults)} faults)"
+    verdict = verdict if faults else "is valid"
+    out.print(f"study [bold]{escape(plan.study.name)}[/] {verdict}; data folder {plan.data_root}")
     stages = pl.DataFrame(summary["stages"], schema_overrides={"n_present": pl.Int64})
     models = summary["models"]
     print_frame(stages.drop("note"), "cells (present = at today's fingerprint)")
@@ -171,6 +182,19 @@ def check(
     notes = [*stages["note"], *(model["note"] for model in models), speed.note, *unknown]
     for note in dict.fromkeys(note for note in notes if note):
         out.print(f"note: {escape(note)}")
+    for fault in faults:
+        err.print(f"[bold red]error:[/] {escape(str(fault))}")
+    raise typer.Exit(EXIT_FIXABLE if faults else 0)
+
+
+def _ask_for_inputs(plan: Plan, accept: bool) -> list[TaprobeError]:
+    """Return what is wrong with a study's inputs; say which of their changes are now accepted."""
+    show_progress()  # of hashing, which takes its time with large weights
+    plan.pins.is_accepting = accept
+    faults = input_faults(plan)
+    for source, change in plan.pins.accepted:
+        err.print(acceptance_line(source, change))
+    return faults
 
 
 @app.command()
@@ -203,24 +227,41 @@ def verify(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Hash every artifact in the store against its manifest; name each that is unsound."""
-    store = open_plan(study).store
+    """Hash every artifact against its manifest, every input against its pin; name each fault."""
+    plan = _on_disk(study)
+    store = plan.store
     verdicts = list(store.verify())
-    unsound = [verdict for verdict in verdicts if not verdict.is_sound]
+    inputs = list(plan.pins.verify())
     if as_json:
-        rows = [{"artifact": _name(v.key), "error": str(v.error)} for v in unsound]
-        out.print_json(json.dumps({"n_artifacts": len(verdicts), "unsound": rows}))
+        out.print_json(json.dumps(verify_document(verdicts, inputs)))
     else:
-        for verdict in unsound:
-            out.print(f"[red]unsound[/] {_name(verdict.key)}\n  {escape(str(verdict.error))}")
-        out.print(f"{len(verdicts)} artifacts, {len(verdicts) - len(unsound)} sound")
+        for line in verify_lines(verdicts, inputs):
+            out.print(line)
     if discard:
         # What only lacks an input is sound in itself; a run makes the input again.
-        for verdict in unsound:
+        for verdict in verdicts:
             if verdict.is_discardable:
                 store.discard(verdict.key)
-    if unsound:
+    if not all(verdict.is_sound for verdict in verdicts) or any(each.faults for each in inputs):
         raise typer.Exit(EXIT_UNSOUND)
+
+
+def _on_disk(study: Path | None) -> Plan:
+    """Open a plan on a data folder that has to be there; show progress on it.
+
+    Raises:
+        ConfigError: it is not there, or is a file.
+    """
+    plan = open_plan(study)
+    root = plan.data_root
+    if not root.is_dir():
+        raise ConfigError(
+            "a file in place of the data folder" if root.exists() else "no such data folder",
+            str(root),
+            "set TAPROBE_DATA to the folder that a run wrote, or run a study first",
+        )
+    show_progress()
+    return plan
 
 
 @app.command()
@@ -239,7 +280,7 @@ def lineage(
 @app.command()
 def du(study: StudyArgument = None, as_json: JsonOption = False) -> None:
     """Show what the store holds and how large it is, by stage."""
-    print_frame(open_plan(study).store.usage(), "disk use by stage", as_json)
+    print_frame(_on_disk(study).store.usage(), "disk use by stage", as_json)
 
 
 @app.command()
@@ -249,7 +290,7 @@ def prune(
     dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
 ) -> None:
     """Remove old versions; what a kept artifact was made from stays."""
-    removed = open_plan(study).store.prune(keep=keep, dry_run=dry_run)
+    removed = _on_disk(study).store.prune(keep=keep, dry_run=dry_run)
     for key in removed:
         out.print(_name(key))
     out.print(f"{len(removed)} artifacts {'would be ' if dry_run else ''}removed")

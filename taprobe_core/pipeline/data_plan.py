@@ -61,6 +61,7 @@ class DataPlan(KeyedSources):
             {
                 **self.study.spans.model_dump(mode="json"),
                 "tokenizer_sha256": self.checkpoint(model)["tokenizer_sha256"],
+                "special_tokens": self.special_tokens(model),
                 "on_bad_problem": self.study.rollouts.on_bad_problem,
                 **({} if n_positions is None else {"n_positions": n_positions}),
             },

@@ -141,8 +141,10 @@ class _Extraction:
     def _loaded(self) -> LoadedModel:
         plan = self._plan
         spec = plan.model(self._model)
-        files = resolve_checkpoint(spec, plan.checkpoints_root)
-        return load_base_model(files, spec, self._devices)
+        files = resolve_checkpoint(spec, plan.checkpoints_root, plan.pins)
+        loaded = load_base_model(files, spec, self._devices)
+        plan.check_model(self._model)
+        return loaded
 
     @cached_property
     def _devices(self) -> tuple[torch.device, ...]:

@@ -39,9 +39,11 @@ def ensure_rollouts(plan: Plan, model: str, setting: str) -> Outcome:
 
     def write(folder: Path) -> None:
         study = plan.study
+        plan.check_dataset(model, setting)
         tables = read_rollouts(
             plan.source, plan.model(model), study.rollouts, setting, study.labels.field
         )
+        plan.check_dataset(model, setting)
         write_table(folder / "problems.parquet", tables.problems)
         write_table(folder / "sentences.parquet", tables.sentences)
         write_table(folder / "notes.parquet", tables.notes)
@@ -95,6 +97,7 @@ def ensure_spans(plan: Plan, model: str, setting: str) -> Outcome:
     def write(folder: Path) -> None:
         source = plan.store.open(rollouts)
         tokenizer, _ = load_tokenizer(plan.model(model))
+        plan.check_model(model)
         tables = make_spans(
             source.read_table("problems.parquet"),
             source.read_table("sentences.parquet"),

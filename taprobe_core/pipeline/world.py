@@ -1,4 +1,4 @@
-"""The demo world on disk: written once per data folder, whole or not at all."""
+"""The demo world on disk: written once per data folder, whole or not at all, and then sealed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 from taprobe_core.demo import BUNDLE, DEMO_CODE_VERSION, DemoWorld, write_demo_world
 from taprobe_core.demo.bundle import MANIFEST, verify_files
 from taprobe_core.demo.world import write_policy_world
-from taprobe_core.store import fingerprint
+from taprobe_core.store import PinnedSource, fingerprint
 from taprobe_core.store.disk import disk_errors
 from taprobe_core.store.integrity import file_sha256
+from taprobe_core.store.sealed import seal_folder, sealed_files
 from taprobe_core.study import DemoSource, PolicySource, Study
 
 _log = logging.getLogger(__name__)
@@ -55,6 +56,19 @@ def ensure_demo_world(study: Study, source: DemoSource | PolicySource, root: Pat
     return _once(root, config, draw)
 
 
+def pinned_world(world: DemoWorld) -> PinnedSource:
+    """Return what is pinned of a demo world: names are paths inside its folder."""
+    folder = world.rollouts_folder.parent
+    return PinnedSource(
+        "dataset",
+        {"kind": "demo_world", "folder": folder.name},
+        folder,
+        f"remove {folder}, which is written again",
+        absence="is_made_again",
+        expected=sealed_files(folder),
+    )
+
+
 def _bundled_config(source: DemoSource) -> dict[str, Any]:
     return {
         "source": source.model_dump(mode="json"),
@@ -63,7 +77,9 @@ def _bundled_config(source: DemoSource) -> dict[str, Any]:
 
 
 def _once(root: Path, config: dict[str, Any], write: Callable[[Path], None]) -> DemoWorld:
-    folder = root / fingerprint("demo", DEMO_CODE_VERSION, config, [])
+    # Folders of an earlier layout have no manifest, and are not trusted without one.
+    named = {**config, "layout": "sealed"}
+    folder = root / fingerprint("demo", DEMO_CODE_VERSION, named, [])
     if folder.is_dir():
         return DemoWorld.at(folder)
     _log.info("demo world: writing its rollouts, once")
@@ -72,6 +88,7 @@ def _once(root: Path, config: dict[str, Any], write: Callable[[Path], None]) -> 
         with tempfile.TemporaryDirectory(prefix=".building-", dir=root) as temporary:
             built = Path(temporary) / "world"
             write(built)
+            seal_folder(built)
             try:
                 built.rename(folder)
             except OSError:

@@ -18,12 +18,13 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from taprobe_core.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from taprobe_core.probes.fitted import FittedProbe, Training
 from taprobe_core.probes.inputs import Arrays
 from taprobe_core.splits import Fold
+from taprobe_core.store import write_bytes
 from taprobe_core.study import ControlRecipe, ProbeRecipe
 
 FORMAT = 2
@@ -55,7 +56,8 @@ def save_probes(folder: Path, probes: Sequence[FittedProbe]) -> None:
         "terms": terms,
         "probes": [_record(probe) for probe in probes],
     }
-    save_file(tensors, folder / _ARRAYS)
+    # The library's own writer would let only its owner read the file, whatever the umask says.
+    write_bytes(folder / _ARRAYS, save(tensors))
     text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1, sort_keys=True)
     (folder / _REST).write_text(text + "\n", encoding="utf-8")
 

@@ -1,14 +1,15 @@
 """Rollouts: from a source of dataset files to checked tables.
 
-`sources` and `hub` find files, `strict_json` and `parse` read one problem, `read` makes the tables
-of one model and setting. What the published measures mean as labels belongs in `labels`.
+`sources` and `hub` find files, `contents` hashes them, `strict_json` and `parse` read one problem,
+`read` makes the tables of one model and setting. What the published measures mean as labels belongs
+in `labels`.
 """
 
+from taprobe_core.rollouts.contents import content_digest, problem_listing, source_files
 from taprobe_core.rollouts.parse import ProblemRecord, parse_problem
 from taprobe_core.rollouts.read import (
     RolloutTables,
     choose_problems,
-    content_digest,
     listed_problems,
     read_rollouts,
 )
@@ -32,5 +33,7 @@ __all__ = [
     "max_rollouts",
     "open_source",
     "parse_problem",
+    "problem_listing",
     "read_rollouts",
+    "source_files",
 ]

@@ -7,8 +7,6 @@ problem and sentence, whatever order the files came in.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,29 +71,6 @@ def listed_problems(
         DataError: the problems cannot be listed.
     """
     return _chosen(source, rollouts, (model.rollouts_dir, rollouts.sampling, setting))
-
-
-def content_digest(source: RolloutSource, model: Model, rollouts: Rollouts, setting: str) -> str:
-    """Return a sha256 that changes whenever what `read_rollouts` reads changes.
-
-    Where the source's identity names a revision, files cannot change: the digest is over identity,
-    place and chosen ids, and nothing is fetched. Otherwise it is over (problem id, file name,
-    sha256 of the bytes) of the chosen problems, so that a mirror may move.
-
-    Raises:
-        DataError: the problems cannot be listed.
-    """
-    place = (model.rollouts_dir, rollouts.sampling, setting)
-    chosen = _chosen(source, rollouts, place)
-    identity = source.identity()
-    if "revision" in identity:
-        return _sha256(json.dumps([identity, place, chosen], sort_keys=True).encode())
-    rows = [
-        (problem_id, name, _file_digest(source, place, problem_id, name))
-        for problem_id in chosen
-        for name in FILE_NAMES
-    ]
-    return _sha256(json.dumps(rows).encode())
 
 
 def read_rollouts(
@@ -171,25 +146,6 @@ def _chosen(source: RolloutSource, rollouts: Rollouts, place: tuple[str, str, st
     return choose_problems(available, rollouts)
 
 
-def _file_digest(
-    source: RolloutSource, place: tuple[str, str, str], problem_id: int, name: str
-) -> str:
-    try:
-        path = source.fetch(*place, problem_id, name)
-    except SourceUnavailableError:
-        raise
-    except DataError:
-        return "absent"
-    if not path.is_file():
-        return "no file"
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        # Reading gives the reason; here it only must not pass for the readable file.
-        return "unreadable"
-
-
 def _in_threads(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
     """Map in order; the first failure cancels what has not begun."""
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -250,7 +206,3 @@ def _nothing_read(
         where,
         f"problem {skipped[0]['problem_id']}: {skipped[0]['fix']}",
     )
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

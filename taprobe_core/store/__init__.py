@@ -8,6 +8,7 @@ artifacts     Store and Artifact: find, open, commit, adopt
 batch         many commits of one file each, step by step together
 committer     commits as they come, in step or ahead by child processes (workers, worker)
 audit         verify, lineage, usage, prune, discard
+pins          what goes in: hashed at first use, compared afterwards
 backend       what a store needs from the place that keeps it
 local         that place as folders; disk and lock are its tools
 """
@@ -31,9 +32,14 @@ from taprobe_core.store.files import (
 from taprobe_core.store.fingerprint import ArtifactKey, fingerprint, parse_key
 from taprobe_core.store.local import LocalBackend
 from taprobe_core.store.manifest import FileRecord, Manifest, library_versions
+from taprobe_core.store.pin_file import Acceptance
+from taprobe_core.store.pin_reading import PinnedSource
+from taprobe_core.store.pins import UNPINNED, Pins, PinVerdict
 from taprobe_core.store.workers import CommitWorkers, FileCommit, workers_for
 
 __all__ = [
+    "UNPINNED",
+    "Acceptance",
     "Artifact",
     "ArtifactKey",
     "Backend",
@@ -44,6 +50,9 @@ __all__ = [
     "Lineage",
     "LocalBackend",
     "Manifest",
+    "PinVerdict",
+    "PinnedSource",
+    "Pins",
     "Store",
     "Verdict",
     "commit_files",

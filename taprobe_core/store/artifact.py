@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import polars as pl
 
@@ -22,6 +22,8 @@ from taprobe_core.store.manifest import Manifest
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,24 @@ class Artifact:
 
     def read_table(self, name: str) -> pl.DataFrame:
         """Read a Parquet file; errors as `file`."""
-        return read_table(self.file(name))
+        return self._read(name, read_table)
 
     def read_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Read a safetensors file onto the CPU; errors as `file`."""
-        return read_tensors(self.file(name))
+        return self._read(name, read_tensors)
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file; errors as `file`."""
-        return read_json(self.file(name))
+        return self._read(name, read_json)
+
+    def _read(self, name: str, read: Callable[[Path], T]) -> T:
+        path = self.file(name)
+        try:
+            return read(path)
+        except (FileNotFoundError, NotADirectoryError):
+            # Only a prune, or somebody's hand, takes a file away between its hash and its reading.
+            raise MissingArtifactError(
+                f"file {name!r} was removed while it was read",
+                str(self.path),
+                "run the stage again",
+            ) from None

@@ -24,6 +24,7 @@ from taprobe_core.store.backend import POINTER
 from taprobe_core.store.disk import disk_errors
 from taprobe_core.store.fingerprint import ArtifactKey
 from taprobe_core.store.manifest import DISCARD
+from taprobe_core.store.told import told
 
 if TYPE_CHECKING:
     from taprobe_core.store.reader import StoreReader
@@ -82,7 +83,8 @@ def verify(store: StoreReader, stage: str | None = None) -> Iterator[Verdict]:
     Yields:
         One verdict per artifact, in the order of `Store.keys`.
     """
-    for (name, partition), keys in groupby(store.keys(stage), key=lambda key: key[:2]):
+    walk = told(store.keys(stage), "artifacts hashed")
+    for (name, partition), keys in groupby(walk, key=lambda key: key[:2]):
         for key in keys:
             error = _fault(store, key)
             if error is None or store.backend.sizes(key) is not None:
@@ -114,7 +116,7 @@ def usage(store: StoreReader) -> pl.DataFrame:
         names), `n_files`, `size_bytes`.
     """
     counts: dict[str, list[int]] = {}
-    for key in store.keys(None):
+    for key in told(store.keys(None), "artifacts counted"):
         sizes = store.backend.sizes(key) or {}
         is_current = store.backend.pointer(key.stage, key.partition) == key.fingerprint
         row = counts.setdefault(key.stage, [0, 0, 0, 0])

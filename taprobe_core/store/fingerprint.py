@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from taprobe_core.errors import ConfigError
+from taprobe_core.keys import is_reserved
 from taprobe_core.store.canonical import NotJsonError, canonical_json
 
 FINGERPRINT_LENGTH = 20
@@ -24,10 +25,6 @@ MAX_DEPTH = 8
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{16,32}")
 _PART = re.compile(r"[a-z0-9][a-z0-9@L._-]{0,99}")
-_RESERVED = frozenset(
-    ["con", "prn", "aux", "nul", "current"]
-    + [f"{device}{n}" for device in ("com", "lpt") for n in range(1, 10)]
-)
 
 
 class ArtifactKey(NamedTuple):
@@ -99,12 +96,7 @@ def is_fingerprint(text: str) -> bool:
 @lru_cache(maxsize=4096)
 def is_part(text: str) -> bool:
     """Tell whether `text` may name a stage or stand in a partition."""
-    return (
-        _PART.fullmatch(text) is not None
-        and not text.endswith(".")
-        and text.split(".")[0] not in _RESERVED
-        and not is_fingerprint(text)
-    )
+    return _PART.fullmatch(text) is not None and not is_reserved(text)
 
 
 def check_partition(stage: str, partition: Sequence[str]) -> None:

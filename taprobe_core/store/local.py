@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+from taprobe_core.errors import ArtifactError
 from taprobe_core.store.backend import NOT_REGULAR, POINTER
 from taprobe_core.store.disk import (
     TEMPORARY,
@@ -64,7 +65,12 @@ class LocalBackend:
         return _folder(self._root, key.stage, *key.partition, key.fingerprint)
 
     def sizes(self, key: ArtifactKey) -> dict[str, int] | None:
-        """Bytes of every file of a version by relative path; None if absent."""
+        """Bytes of every file of a version by relative path; None if absent.
+
+        A version that is reached over a link has no regular manifest, and nothing else.
+        """
+        if self._link_to(key.stage, *key.partition, key.fingerprint) is not None:
+            return {MANIFEST_NAME: NOT_REGULAR}
         try:
             return file_sizes(self.folder(key))
         except (FileNotFoundError, NotADirectoryError):
@@ -87,7 +93,8 @@ class LocalBackend:
 
     def versions(self, stage: str, partition: tuple[str, ...]) -> list[str]:
         """Folders of a partition that are named like a fingerprint."""
-        names = _folders(self._partition(stage, partition))
+        folder = self._partition(stage, partition)
+        names = _folders(folder, and_links=True)
         return [name for name in names if is_fingerprint(name)]
 
     def pointer(self, stage: str, partition: tuple[str, ...]) -> str | None:
@@ -104,8 +111,7 @@ class LocalBackend:
     @contextmanager
     def lock(self, stage: str, partition: tuple[str, ...], timeout_s: float) -> Iterator[None]:
         """Hold `.lock` of the partition, made if new, and delete what dead writers left in it."""
-        self._check_root()
-        folder = self._partition(stage, partition)
+        folder = self._writable(stage, partition)
         make_folder(folder)
         with self._locked(folder, timeout_s):
             yield
@@ -124,15 +130,32 @@ class LocalBackend:
         Raises:
             BusyArtifactError: somebody holds the lock.
         """
-        self._check_root()
-        folder = self._partition(stage, partition)
+        folder = self._writable(stage, partition)
         make_unflushed(folder, unflushed)
         with self._locked(folder, 0.0):
             yield
 
-    def _check_root(self) -> None:
+    def _writable(self, stage: str, partition: tuple[str, ...]) -> Path:
+        """Return the folder of a partition that may be written, there or not."""
         if self._had_root and not self._root.is_dir():
             raise FileNotFoundError(2, "the store's folder is gone", str(self._root))
+        link = self._link_to(stage, *partition)
+        if link is not None:
+            raise ArtifactError(
+                "a link in place of a folder of artifacts",
+                link,
+                "put the folder itself there; to keep artifacts elsewhere, set TAPROBE_DATA",
+            )
+        return self._partition(stage, partition)
+
+    def _link_to(self, *parts: str) -> str | None:
+        """Return the first link on the way from the root to a folder, or None."""
+        place = str(self._root)
+        for part in parts:
+            place = f"{place}/{part}"
+            if os.path.islink(place):  # noqa: PTH114 (called for every artifact)
+                return place
+        return None
 
     @contextmanager
     def _locked(self, folder: Path, timeout_s: float) -> Iterator[None]:
@@ -236,10 +259,15 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return found
 
 
-def _folders(folder: Path) -> list[str]:
+def _folders(folder: Path, *, and_links: bool = False) -> list[str]:
+    """Names of the folders in a folder; of links too, where they are to be refused by name."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir())
+            return sorted(
+                entry.name
+                for entry in entries
+                if entry.is_dir(follow_symlinks=False) or (and_links and entry.is_symlink())
+            )
     except (FileNotFoundError, NotADirectoryError):
         return []
 

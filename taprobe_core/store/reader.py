@@ -15,7 +15,7 @@ import polars as pl
 from taprobe_core.errors import CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from taprobe_core.store import audit
 from taprobe_core.store.artifact import Artifact
-from taprobe_core.store.backend import POINTER, Backend
+from taprobe_core.store.backend import NOT_REGULAR, POINTER, Backend
 from taprobe_core.store.disk import disk_errors
 from taprobe_core.store.fingerprint import (
     ArtifactKey,
@@ -137,6 +137,10 @@ class StoreReader:
             sizes = self._backend.sizes(key)
             if sizes is None:
                 return None
+            if sizes.get(MANIFEST_NAME) == NOT_REGULAR:
+                raise CorruptArtifactError(
+                    f"a link on the way to its {MANIFEST_NAME}, or no regular file", where, DISCARD
+                )
             manifest = self._manifest(key)
             check_sizes(manifest, sizes, where)
             return self._artifact(key, manifest)

@@ -21,6 +21,7 @@ from taprobe_core.errors import (
 from taprobe_core.store.backend import POINTER
 from taprobe_core.store.disk import disk_errors
 from taprobe_core.store.fingerprint import ArtifactKey, check_key, check_partition
+from taprobe_core.store.told import told
 
 if TYPE_CHECKING:
     from taprobe_core.store.artifacts import Store
@@ -47,16 +48,22 @@ def prune(store: Store, keep: int = 3, *, dry_run: bool = False) -> list[Artifac
     """
     if keep < 1:
         raise ConfigError(f"keep is {keep}", "prune", "keep at least 1 version")
-    manifests = {key: _manifest(store, key) for key in store.keys(None)}
+    manifests = {
+        key: _manifest(store, key) for key in told(store.keys(None), "artifacts looked at")
+    }
     victims = sorted(set(manifests) - _kept(store, manifests, keep))
     if dry_run:
         return victims
     chosen = {place: list(keys) for place, keys in groupby(victims, key=lambda key: key[:2])}
     removed: list[ArtifactKey] = []
-    for stage in store.backend.stages():
-        for partition in list(store.backend.partitions(stage)):
-            found = chosen.get((stage, partition), [])
-            removed += _remove(store, ArtifactKey(stage, partition, POINTER), found)
+    places = [
+        (stage, partition)
+        for stage in store.backend.stages()
+        for partition in store.backend.partitions(stage)
+    ]
+    for stage, partition in told(places, "partitions gone through"):
+        found = chosen.get((stage, partition), [])
+        removed += _remove(store, ArtifactKey(stage, partition, POINTER), found)
     return removed
 
 

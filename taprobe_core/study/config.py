@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from taprobe_core.keys import Site, Trial
+from taprobe_core.keys import LONGEST_KEY, Site, Trial
 from taprobe_core.study.activations import Activations, Attention, Pooling
 from taprobe_core.study.controls import ControlRecipe, control_fault, controls_of
 from taprobe_core.study.evaluation import Evaluation
@@ -190,6 +190,20 @@ class Study(StudyPart):
     evaluation: Evaluation = Evaluation()
     deferral: Deferral = Deferral()
     sweep: Sweep | None = None
+
+    @model_validator(mode="after")
+    def _names_fit_into_the_store(self) -> Self:
+        for joint, at in [
+            *((str(site), ("models", site.model)) for site in self.sites),
+            *((str(trial), ("settings",)) for trial in self.trials),
+        ]:
+            if len(joint) > LONGEST_KEY:
+                raise study_fault(
+                    f"{joint!r}, {len(joint)} characters of at most {LONGEST_KEY}",
+                    "choose a shorter name",
+                    at,
+                )
+        return self
 
     @model_validator(mode="after")
     def _baselines_exist(self) -> Self:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from taprobe_core.errors import ConfigError
-from taprobe_core.keys import check_slug
+from taprobe_core.keys import check_slug, is_reserved
 
 
 class StudyPart(BaseModel):
@@ -38,6 +38,11 @@ def _slug(value: str) -> str:
         raise study_fault(error.what, error.fix or "") from None
 
 
+def free_name(value: str) -> str:
+    """Return `value` unless it is reserved; raises a `study_fault`."""
+    return _slug(value) if is_reserved(value) else value
+
+
 def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return `values`, of which none may repeat; raises a `study_fault` naming those that do."""
     repeated = sorted({value for value in values if values.count(value) > 1})
@@ -58,4 +63,5 @@ LocalPath = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Index = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=16_384)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from taprobe_core.study.activations import Pooling
-from taprobe_core.study.fields import Count, StudyPart, distinct, study_fault
+from taprobe_core.study.fields import Count, StudyPart, Width, distinct, free_name, study_fault
 
 Target = Literal[
     "anchor_binary",
@@ -82,7 +82,7 @@ class ProbeRecipe(StudyPart):
     is watched on the fold's validation problems.
     """
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$"), AfterValidator(free_name)]
     features: Annotated[tuple[Feature, ...], Field(min_length=1), AfterValidator(distinct)]
     pooling: Pooling = "mean"
     estimator: Estimator = "linear"
@@ -93,7 +93,7 @@ class ProbeRecipe(StudyPart):
     weights: Literal["none", "inverse_variance"] = "none"
     residualize: Residualize = "none"
     regularization: Annotated[float, Field(gt=0)] = 1.0
-    hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (100, 100)
+    hidden: Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)] = (100, 100)
     max_iter: Count = 300
     early_stopping: bool = True
     held_out: Literal["rows", "problems"] = "rows"
