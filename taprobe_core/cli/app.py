@@ -22,12 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from taprobe_core.cli.costs import render_check, render_storage
-from taprobe_core.errors import ConfigError, TaprobeError
+from taprobe_core.errors import ConfigError, FailedCheckError, TaprobeError
 from taprobe_core.leaderboard import render_text
-from taprobe_core.pipeline import DIMENSIONS, Cell, Plan, dimension_keys, open_plan
+from taprobe_core.pipeline import DIMENSIONS, Cell, Plan, dimension_keys, open_plan, run_stage
 from taprobe_core.pipeline.cells import check_stage, key_of
 from taprobe_core.pipeline.forecast import Assumptions, forecast, model_shapes
-from taprobe_core.pipeline.publish import ensure_study_report
 from taprobe_core.pipeline.speed import measure_speed
 from taprobe_core.pipeline.summary import plan_summary
 from taprobe_core.store import ArtifactKey
@@ -41,7 +40,8 @@ app = typer.Typer(
     help="Predict which sentences of a reasoning trace matter, from a model's activations.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 1 defect, 2 fixable by you, 3 unsound artifact, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 defect, 2 fixable by you, 3 unsound artifact or failed check, "
+    "130 interrupted.",
 )
 WIDTH_IN_FILES = 140
 """Columns of a table that goes to a file or a pipe."""
@@ -81,7 +81,7 @@ def guarded(command: Callable[[], Any]) -> int:
         command()
     except TaprobeError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}")
-        return EXIT_FIXABLE
+        return EXIT_UNSOUND if isinstance(error, FailedCheckError) else EXIT_FIXABLE
     except SystemExit as stop:
         code = int(stop.code or 0)
         if code == EXIT_INTERRUPTED:
@@ -245,7 +245,7 @@ def prune(
 @app.command()
 def report(study: StudyArgument = None) -> None:
     """Build the study's report if it is not there, and print its path."""
-    outcome = ensure_study_report(open_plan(study))
+    ((_, outcome),) = run_stage(open_plan(study), "study_report", [()])
     out.print(str(outcome.artifact.path / "report.html"))
 
 
