@@ -21,6 +21,7 @@ traceback.
         UnsafeModelError         would run code: pickled weights, remote code
       NumericsError              results that are not numbers
         NonFiniteError           NaN or infinity, with layer and sentence
+      FailedCheckError           a blocking check failed, so what comes after is refused
       ArtifactError              the store
         MissingArtifactError     never built, or pruned
         CorruptArtifactError     bytes differ from the manifest
@@ -126,6 +127,10 @@ class NumericsError(TaprobeError):
 
 class NonFiniteError(NumericsError):
     """An activation or a score is NaN or infinite."""
+
+
+class FailedCheckError(TaprobeError):
+    """A blocking check of an artifact failed, so nothing is computed from it."""
 
 
 class ArtifactError(TaprobeError):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 
-from taprobe_core.pipeline import key_of
+from taprobe_core.pipeline import Gate, cells_of, failed_checks, key_of, missing_cells
 from taprobe_core.study import Study
 from taprobe_dagster.assets import OPS, ops_of
 from taprobe_dagster.launch import Launch, launches_of
@@ -120,4 +120,16 @@ def _next_requests(
             yield _request(launch, f"{op}:{launch.first}:{launch.last}:{cell.fingerprint}")
         if launches:
             return
-    yield dg.SkipReason("every cell is present at its present fingerprint")
+    wanted = {
+        stage: list(missing_cells(plan, stage, cells_of(plan.study, stage)))
+        for op in ops
+        for stage in stages[op]
+    }
+    n_wanted = sum(map(len, wanted.values()))
+    if failed := failed_checks(Gate(plan, looks=False), wanted):
+        told = "; ".join(f"{each.check} on {each.where}" for each in failed)
+        yield dg.SkipReason(
+            f"{n_wanted} cells wait till failed checks are mended or waived: {told}"
+        )
+    else:
+        yield dg.SkipReason("every cell is present at its present fingerprint")

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -19,15 +20,19 @@ from taprobe_core.cli.app import (
     print_skipped,
     show_progress,
 )
-from taprobe_core.errors import ConfigError
+from taprobe_core.errors import ConfigError, FailedCheckError
 from taprobe_core.pipeline import (
     STAGES,
     CellFilter,
+    Gate,
     Plan,
     cells_of,
     check_stage,
     dimension_keys,
+    failed_checks,
     open_plan,
+    refusal,
+    split_stopped,
     stages_of,
 )
 
@@ -105,10 +110,19 @@ def _known(chosen: ListOption, known: tuple[str, ...], noun: str) -> frozenset[s
 
 def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) -> None:
     # Dagster takes two seconds to import, which `taprobe --help` need not pay.
+    from dagster._core.utils import make_new_run_id
+
     from taprobe_dagster.assets import ops_of
     from taprobe_dagster.definitions import build_defs
+    from taprobe_dagster.events import refresh_checks
     from taprobe_dagster.home import open_instance
-    from taprobe_dagster.launch import execute, fail_abandoned_runs, launches_of, stages_in
+    from taprobe_dagster.launch import (
+        execute,
+        fail_abandoned_runs,
+        launches_of,
+        n_computed_in,
+        stages_in,
+    )
     from taprobe_dagster.resources import Workbench
 
     show_progress()
@@ -126,15 +140,27 @@ def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) 
             for launch in launches_of(instance, plan, op, of_op, chosen):
                 first, last = "|".join(launch.first), "|".join(launch.last)
                 err.print(f"[bold]{op}[/] {first} … {last}" if first else f"[bold]{op}[/]")
-                n_computed += execute(defs, instance, launch)
+                run_id = make_new_run_id()
+                # A failed check stops what comes after it and nothing else: it is told at the end.
+                with suppress(FailedCheckError):
+                    execute(defs, instance, launch, run_id)
+                n_computed += n_computed_in(instance, run_id)
                 n_runs += 1
-    n_cells = sum(
-        len(cells_of(plan.study, stage, chosen)) for of_op in selected.values() for stage in of_op
-    )
+        refresh_checks(instance, plan)
+    cells = {
+        stage: cells_of(plan.study, stage, chosen) for of_op in selected.values() for stage in of_op
+    }
+    gate = Gate(plan)
+    stopped = [cell for stage in cells for cell in split_stopped(gate, stage, cells[stage])[1]]
+    n_cells = sum(map(len, cells.values()))
+    n_reused = n_cells - n_computed - len(stopped)
     err.print(
-        f"{n_cells} artifacts: {n_computed} computed, {n_cells - n_computed} reused; "
+        f"{n_cells} artifacts: {n_computed} computed, {n_reused} reused; "
         f"{n_runs} Dagster run(s), {time.monotonic() - start:.0f} s"
     )
+    if failed := failed_checks(gate, cells):
+        n = len(stopped)
+        raise refusal(plan.study, failed, f"{n} of {n_cells} artifacts are stopped" if n else "")
 
 
 def main() -> None:

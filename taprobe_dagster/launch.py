@@ -20,14 +20,24 @@ from dataclasses import dataclass
 import dagster as dg
 from dagster._core.definitions.data_version import DATA_VERSION_TAG
 from dagster._core.errors import DagsterExecutionInterruptedError
-from dagster._core.events import DagsterEventType, StepMaterializationData
+from dagster._core.events import DagsterEventType
 from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
 )
+from dagster._core.utils import make_new_run_id
 
 from taprobe_core.errors import TaprobeError
-from taprobe_core.pipeline import Cell, CellFilter, Plan, cells_of, is_complete, key_of
+from taprobe_core.pipeline import (
+    Cell,
+    CellFilter,
+    Gate,
+    Plan,
+    cells_of,
+    is_complete,
+    key_of,
+    split_stopped,
+)
 from taprobe_core.study import Study
 from taprobe_dagster.assets import ops_of
 from taprobe_dagster.partitions import boxes, partition_key
@@ -92,34 +102,54 @@ def launches_of(
     stages: Sequence[str],
     chosen: CellFilter | None = None,
 ) -> Iterator[Launch]:
-    """The runs that one op needs to give its stages every cell they lack."""
+    """The runs that one op needs to give its stages every cell they lack and may have.
+
+    A cell that a failed check is known to stop is not launched: its run would be refused.
+    """
     if not stages:
         return
     cells: dict[Cell, None] = {}
+    gate = Gate(plan, looks=False)
     for stage in stages:
         found = wanted_cells(instance, plan, stage, cells_of(plan.study, stage, chosen))
-        cells |= dict.fromkeys(found)
+        free, _ = split_stopped(gate, stage, found)
+        cells |= dict.fromkeys(free)
     for first, last in boxes(plan.study, stages[0], list(cells)):
         yield Launch(op, tuple(stages), first, last)
 
 
-def execute(defs: dg.Definitions, instance: dg.DagsterInstance, launch: Launch) -> int:
+def execute(
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+    launch: Launch,
+    run_id: str | None = None,
+) -> int:
     """Execute one launch in this process; returns how many artifacts were computed, not reused.
 
     Extraction must not outlive its run: in one process there is no orphan to go on writing.
 
+    Args:
+        defs: definitions of the study.
+        instance: where the run is recorded.
+        launch: what to run.
+        run_id: of the run; None makes a new one.
+
     Raises:
+        FailedCheckError: a blocking check failed, or had failed before; what it does not stop is
+            committed (`n_computed_in`).
         TaprobeError: what a stage raised.
         KeyboardInterrupt: Ctrl-C, which Dagster turns into an error of its own while a step runs.
     """
     job = defs.resolve_implicit_global_asset_job_def()
+    run_id = run_id or make_new_run_id()
     try:
         with interrupts_kept():
-            result = job.execute_in_process(
+            job.execute_in_process(
                 asset_selection=[dg.AssetKey(stage) for stage in launch.stages],
                 instance=instance,
                 tags={**launch.tags, PID_TAG: f"{os.uname().nodename}:{os.getpid()}"},
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                run_id=run_id,
             )
     except dg.Failure as failure:
         if isinstance(failure.__cause__, TaprobeError):
@@ -127,9 +157,16 @@ def execute(defs: dg.Definitions, instance: dg.DagsterInstance, launch: Launch) 
         raise
     except DagsterExecutionInterruptedError:
         raise KeyboardInterrupt from None
-    return sum(
-        not event.materialization.metadata["is_reused"].value for event in _materializations(result)
-    )
+    return n_computed_in(instance, run_id)
+
+
+def n_computed_in(instance: dg.DagsterInstance, run_id: str) -> int:
+    """How many artifacts a run has computed, not reused, however it ended."""
+    events = [
+        entry.asset_materialization
+        for entry in instance.all_logs(run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION)
+    ]
+    return sum(not event.metadata["is_reused"].value for event in events if event is not None)
 
 
 @contextmanager
@@ -153,13 +190,6 @@ def interrupts_kept() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
-
-
-def _materializations(
-    result: dg.ExecuteInProcessResult,
-) -> Iterator[StepMaterializationData]:
-    for event in result.filter_events(lambda event: event.is_step_materialization):
-        yield event.step_materialization_data
 
 
 def fail_abandoned_runs(instance: dg.DagsterInstance) -> int:

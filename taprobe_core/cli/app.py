@@ -24,13 +24,12 @@ from rich.text import Text
 from taprobe_core.cli.costs import render_check, render_storage
 from taprobe_core.cli.skips import render_skips
 from taprobe_core.cli.verdicts import acceptance_line, verify_document, verify_lines
-from taprobe_core.errors import ConfigError, TaprobeError
+from taprobe_core.errors import ConfigError, FailedCheckError, TaprobeError
 from taprobe_core.leaderboard import render_text
-from taprobe_core.pipeline import DIMENSIONS, Cell, Plan, dimension_keys, open_plan
+from taprobe_core.pipeline import DIMENSIONS, Cell, Plan, dimension_keys, open_plan, run_stage
 from taprobe_core.pipeline.cells import check_stage, key_of
 from taprobe_core.pipeline.forecast import Assumptions, forecast, model_shapes
 from taprobe_core.pipeline.input_faults import input_faults
-from taprobe_core.pipeline.publish import ensure_study_report
 from taprobe_core.pipeline.skips import foreseen_skips, stored_skips
 from taprobe_core.pipeline.speed import measure_speed
 from taprobe_core.pipeline.summary import plan_summary
@@ -45,7 +44,8 @@ app = typer.Typer(
     help="Predict which sentences of a reasoning trace matter, from a model's activations.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 1 defect, 2 fixable by you, 3 unsound artifact, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 defect, 2 fixable by you, 3 unsound artifact or failed check, "
+    "130 interrupted.",
 )
 _SKIPS_IN_CHECK, _SKIPS_IN_RUN = 50, 10
 WIDTH_IN_FILES = 140
@@ -86,7 +86,7 @@ def guarded(command: Callable[[], Any]) -> int:
         command()
     except TaprobeError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}")
-        return EXIT_FIXABLE
+        return EXIT_UNSOUND if isinstance(error, FailedCheckError) else EXIT_FIXABLE
     except SystemExit as stop:
         code = int(stop.code or 0)
         if code == EXIT_INTERRUPTED:
@@ -299,7 +299,7 @@ def prune(
 @app.command()
 def report(study: StudyArgument = None) -> None:
     """Build the study's report if it is not there, and print its path."""
-    outcome = ensure_study_report(open_plan(study))
+    ((_, outcome),) = run_stage(open_plan(study), "study_report", [()])
     out.print(str(outcome.artifact.path / "report.html"))
 
 

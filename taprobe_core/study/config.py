@@ -49,6 +49,7 @@ from taprobe_core.study.probes import (
 from taprobe_core.study.splits import Splits
 from taprobe_core.study.sweep import Sweep
 from taprobe_core.study.sweep_faults import sweep_fault
+from taprobe_core.study.waivers import Waiver, waiver_fault
 
 __all__ = [
     "DEFAULT_RECIPES",
@@ -78,6 +79,7 @@ __all__ = [
     "Sweep",
     "Target",
     "TokenProbe",
+    "Waiver",
     "resolve_folder",
 ]
 
@@ -190,6 +192,7 @@ class Study(StudyPart):
     evaluation: Evaluation = Evaluation()
     deferral: Deferral = Deferral()
     sweep: Sweep | None = None
+    waivers: tuple[Waiver, ...] = ()
 
     @model_validator(mode="after")
     def _names_fit_into_the_store(self) -> Self:
@@ -259,6 +262,19 @@ class Study(StudyPart):
             )
             if fault is not None:
                 raise fault
+        return self
+
+    @model_validator(mode="after")
+    def _waivers_name_cells(self) -> Self:
+        keys = {
+            "model": tuple(self.models),
+            "setting": self.settings,
+            "site": tuple(map(str, self.sites)),
+            "trial": tuple(map(str, self.trials)),
+        }
+        fault = waiver_fault(self.waivers, keys)
+        if fault is not None:
+            raise fault
         return self
 
     @model_validator(mode="after")
