@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -86,15 +87,35 @@ def demo() -> None:
 @app.command()
 def ui(
     study: StudyArgument = None,
-    port: Annotated[int, typer.Option(help="Port on the loopback address.")] = 3000,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port on the loopback address.")
+    ] = 3000,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Show everything, let nothing be changed.")
+    ] = False,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TAPROBE_UI_TOKEN",
+            show_envvar=True,
+            help="What opens the UI; default: a new one each start. Other users of the machine "
+            "read it on a command line, not in the variable.",
+        ),
+    ] = None,
 ) -> None:
     """Open Dagster's UI on this study: web server and daemon, on the loopback address only."""
+    if find_spec("dagster_webserver") is None:
+        raise ConfigError(
+            "the UI is not installed", "this environment", "pip install 'taprobe[ui]'"
+        )
+    from taprobe_dagster.access import checked_token, new_token
     from taprobe_dagster.serve import serve
 
+    token = new_token() if token is None else checked_token(token)
     if study is not None:
         os.environ["TAPROBE_STUDY"] = str(study.absolute())
     open_plan(study)
-    serve(port)
+    serve(port, token, is_read_only=read_only)
 
 
 def _known(chosen: ListOption, known: tuple[str, ...], noun: str) -> frozenset[str] | None:
