@@ -18,28 +18,24 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from taprobe_core.errors import LabelError, NotEnoughDataError, PlanError, SpanError
-from taprobe_core.pipeline import CHECKS, Plan, cells_of, open_plan, run_stage, stages_of
+from taprobe_core.keys import Site, Trial
+from taprobe_core.pipeline import (
+    CHECKS,
+    Plan,
+    cells_of,
+    open_plan,
+    read_scores,
+    run_stage,
+    stages_of,
+)
 from taprobe_core.pipeline.skips import foreseen_skips, stored_skips
 
 SAMPLING, SETTING, CELL = "t1", "correct", ("m", "correct")
 LIMIT = 400
-WORDS = [
-    "so",
-    "then",
-    "we",
-    "add",
-    "two",
-    "and",
-    "four",
-    "wait",
-    "check",
-    "the",
-    "result",
-    "gives",
-    "plan",
-    "first",
-]
-Change = Callable[[list[dict[str, Any]]], object]
+WORDS = (
+    "so", "then", "we", "add", "two", "and", "four", "wait", "check", "the", "result", "gives",
+    "plan", "first",
+)  # fmt: skip
 
 
 def write_problem(root: Path, problem_id: int, n_sentences: int = 8, **row: Any) -> Path:
@@ -185,21 +181,18 @@ def test_bad_problems_of_every_kind_cost_themselves_alone(tmp_path: Path, tokeni
     for problem_id, (_, said) in BAD.items():
         assert said in found[problem_id]["what"]
         assert found[problem_id]["fix"]
-    files = {
-        name: [
-            each.store.open(key).manifest.files[f"{table}.parquet"].sha256
-            for key, table in (
-                (each.labels(*CELL), "labels"),
-                # A problem without labels is placed nevertheless: other labels may find it whole.
-                (each.rollouts(*CELL), "notes"),
-            )
-        ]
-        for name, each in (("mixed", plan), ("clean", clean))
-    }
-    assert files["mixed"] == files["clean"]
-    texts = plan.store.open(plan.spans(*CELL)).read_table("texts.parquet")
-    expected = clean.store.open(clean.spans(*CELL)).read_table("texts.parquet")
-    assert texts.filter(pl.col("problem_id") != 22).equals(expected)
+    for key_of, name in (
+        ("rollouts", "problems"), ("rollouts", "sentences"), ("rollouts", "notes"),
+        ("labels", "labels"), ("spans", "texts"), ("spans", "spans"),
+    ):  # fmt: skip
+        mine, alone = (
+            each.store.open(getattr(each, key_of)(*CELL)).read_table(f"{name}.parquet")
+            for each in (plan, clean)
+        )
+        assert mine.filter(~pl.col("problem_id").is_in([*BAD])).equals(alone)
+        assert alone["problem_id"].n_unique() == (1 if name == "notes" else 6)
+    scores = read_scores(plan, Site("m", 1), Trial(SETTING, 0))
+    assert set(scores["problem_id"]) == set(range(1, 7))
     for stage in stages_of(plan.study):
         for name, check in CHECKS.get(stage, {}).items():
             if name == "passages_differ_across_problems":
