@@ -330,6 +330,37 @@ def test_a_bad_problem_is_skipped_with_its_reason(small: PreTrainedTokenizerFast
         make_spans(PROBLEMS, sentences, small, "base", "fail")
 
 
+def test_a_text_beyond_the_context_costs_its_problem(small: PreTrainedTokenizerFast) -> None:
+    whole = make_spans(PROBLEMS, SENTENCES, small, "base", "skip")
+    lengths = dict(whole.texts.select("problem_id", "n_tokens").rows())
+    short = min(lengths.values())
+    assert lengths[3] == short
+
+    made = make_spans(PROBLEMS, SENTENCES, small, "base", "skip", max_tokens=short)
+
+    assert made.texts.equals(whole.texts.filter(problem_id=3))
+    assert made.spans.equals(whole.spans.filter(problem_id=3))
+    (row,) = made.skipped.iter_rows(named=True)
+    assert row["what"] == f"the text has {lengths[7]} tokens, but the model takes {short}"
+    assert "rollouts.exclude_ids: [7]" in row["fix"]
+    with pytest.raises(SpanError, match=f"{lengths[7]} tokens, but the model takes {short}"):
+        make_spans(PROBLEMS, SENTENCES, small, "base", "fail", max_tokens=short)
+    with pytest.raises(NotEnoughDataError, match=r"none of 2 problem.*problem 3: .*problem 7: "):
+        make_spans(PROBLEMS, SENTENCES, small, "base", "skip", max_tokens=short - 1)
+
+
+def test_a_prompt_that_begins_the_reasoning_has_no_flattened_text(
+    small: PreTrainedTokenizerFast,
+) -> None:
+    begun = problem_row(3, " 1+2=3.", prompt="Solve. \n<think>\nWait,")
+    problem = pl.DataFrame([{**begun, "thinking_start_char": len("Solve. \n<think>")}])
+    own = SENTENCES.filter(problem_id=3)
+
+    assert make_spans(problem, own, small, "base", "fail").texts.height == 1
+    with pytest.raises(SpanError, match=r"already begins the reasoning .*text_view to base"):
+        make_spans(problem, own, small, "flattened", "fail")
+
+
 @pytest.mark.parametrize(
     ("problems", "sentences"),
     [
