@@ -19,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from taprobe_core.errors import ModelError, ModelMissingError, UnsafeModelError
+from taprobe_core.store.integrity import file_sha256
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -118,13 +119,15 @@ def inspect_folder(
     return CheckpointFolder(path, config, files)
 
 
-def folder_digest(folder: CheckpointFolder, hashes: Mapping[str, str]) -> str:
+def folder_digest(folder: CheckpointFolder, hashes: Mapping[str, str] | None = None) -> str:
     """Return the sha256 over names and contents of the files that decide the model.
 
     Args:
         folder: the folder.
-        hashes: sha256 of each of its files, by name.
+        hashes: sha256 of each of its files, by name; None reads them, once per process.
     """
+    if hashes is None:
+        hashes = {name: file_sha256(folder.path / name) for name in folder.files}
     listed = "".join(f"{hashes[name]}  {name}\n" for name in folder.files)
     return hashlib.sha256(listed.encode()).hexdigest()
 

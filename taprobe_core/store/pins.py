@@ -17,11 +17,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from taprobe_core.errors import ArtifactError, CorruptArtifactError
-from taprobe_core.store.disk import disk_errors, make_folder, replace_text, sync_path
+from taprobe_core.store.disk import TEMPORARY, disk_errors, make_folder, replace_text, sync_path
 from taprobe_core.store.lock import hold_lock
 from taprobe_core.store.pin_changes import Change, faults_of, find_changes, is_held, merge
 from taprobe_core.store.pin_file import Acceptance, PinFile, read_pin_file
@@ -170,22 +171,23 @@ class Pins:
         if self.folder is None:
             return
         try:
-            make_folder(self.folder)
-            with disk_errors(str(self.folder)), hold_lock(self.folder, _LOCK_S):
+            with disk_errors(str(self.folder)), _locked(self.folder):
                 pins = self._read(source)  # another process may have pinned meanwhile
                 changes = self._checked(source, pins, found, listed)
                 merged, new = merge(source, pins, found, listed, changes)
-                replace_text(_path(self.folder, source), merged.model_dump_json(indent=1) + "\n")
+                text = json.dumps(merged.model_dump(mode="json"), indent=1)
+                replace_text(_path(self.folder, source), text + "\n")
                 sync_path(self.folder)
         except (OSError, ArtifactError) as error:
             reason = error if isinstance(error, OSError) else error.__cause__
-            if not isinstance(reason, OSError) or reason.errno not in _READ_ONLY:
+            is_read_only = isinstance(reason, OSError) and reason.errno in _READ_ONLY
+            if self.is_accepting or not is_read_only:
                 raise
             _log.warning(
                 "%s: hashed, but not pinned: %s cannot be written (%s)",
                 source.noun,
                 self.folder,
-                reason.strerror,
+                reason,
             )
             return
         self.accepted += [(source, each) for each in new]
@@ -198,10 +200,18 @@ UNPINNED = Pins(None)
 """Hashes and compares with blobs' names and manifests, and remembers nothing."""
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    make_folder(folder)
+    with hold_lock(folder, _LOCK_S):
+        for left in folder.glob(f"{TEMPORARY}*"):
+            left.unlink()  # of a writer that is dead, for the lock was free
+        yield
+
+
 def _path(folder: Path, source: PinnedSource) -> Path:
-    return (
-        folder / f"{source.noun}-{_sha256(json.dumps(dict(source.key), sort_keys=True))[:20]}.json"
-    )
+    key = _sha256(json.dumps(dict(source.key), sort_keys=True))
+    return folder / f"{source.noun}-{key[:20]}.json"
 
 
 def _sha256(text: str) -> str:

@@ -13,7 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from taprobe_core.errors import CorruptArtifactError, DataError, DiskFullError, ModelError
+from taprobe_core.errors import (
+    ArtifactError,
+    CorruptArtifactError,
+    DataError,
+    DiskFullError,
+    ModelError,
+)
 from taprobe_core.store import PinnedSource, Pins, disk, pin_reading, pins
 from taprobe_core.store.pin_reading import ABSENT, NO_FILE, UNREADABLE
 from taprobe_core.store.sealed import seal_folder, sealed_files
@@ -244,6 +250,24 @@ def test_what_cannot_be_read_is_never_pinned_and_never_passes_for_the_file(
         ledger.check(source(place), files(place, "a"))
 
 
+def test_a_place_in_any_script_is_remembered(place: Path, tmp_path: Path) -> None:
+    folder = place.rename(tmp_path / "daten größer 数据")
+    settle(folder)
+    ledger = Pins(tmp_path / "pins")
+    ledger.check(source(folder), files(folder))
+    assert [verdict.faults for verdict in ledger.verify()] == [()]
+    (folder / "a").write_text("new")
+    with pytest.raises(DataError):
+        ledger.check(source(folder), files(folder))
+
+
+def test_what_a_dead_writer_left_goes(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "pins").mkdir()
+    (tmp_path / "pins" / ".tmp-dead").write_text("half")
+    Pins(tmp_path / "pins").check(source(place), files(place))
+    assert not (tmp_path / "pins" / ".tmp-dead").exists()
+
+
 def test_lost_pins_are_made_anew(place: Path, tmp_path: Path) -> None:
     ledger = Pins(tmp_path / "pins")
     first = ledger.check(source(place), files(place))
@@ -282,6 +306,8 @@ def test_a_read_only_folder_is_said_and_does_not_stop_reading(
     assert hashes["a"] == sha256("text of a")
     assert "hashed, but not pinned" in caplog.text
     assert not (tmp_path / "pins").exists()
+    with pytest.raises(ArtifactError):
+        Pins(tmp_path / "pins", is_accepting=True).check(source(place), files(place))
 
 
 def test_a_full_disk_is_one_of_the_stores_errors(

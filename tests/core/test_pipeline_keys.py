@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from taprobe_core.errors import ConfigError, SourceUnavailableError
+from taprobe_core.errors import ConfigError, DataError, SourceUnavailableError
 from taprobe_core.keys import Site
 from taprobe_core.pipeline import (
     CODE_VERSIONS,
@@ -23,6 +23,7 @@ from taprobe_core.pipeline import (
     run_stage,
     stages_of,
 )
+from taprobe_core.pipeline.input_faults import input_faults
 from taprobe_core.store import ArtifactKey, Store
 from taprobe_core.study import ProbeRecipe, Study, parse_study
 
@@ -138,6 +139,11 @@ def test_a_moved_mirror_keeps_every_key_and_an_edited_file_moves_its_own_cell_on
 
     edited = next(second.glob("tiny/*/correct_base_solution/problem_*/problem.json"))
     edited.write_text(edited.read_text().replace('"problem"', ' "problem"'))
+    with pytest.raises(DataError, match=f"1 file .*{edited.relative_to(second)}"):
+        all_keys(Plan(moved, store, tmp_path))
+    accepting = Plan(moved, store, tmp_path)
+    accepting.pins.is_accepting = True
+    assert input_faults(accepting) == []
     again = all_keys(Plan(moved, store, tmp_path))
     changed = {place for place in after if after[place] != again[place]}
     assert changed == {

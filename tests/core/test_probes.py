@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -497,8 +498,14 @@ def test_saved_probes_come_back_bit_equal(
     recipe: ProbeRecipe, data: ProbeData, folds: list[Fold], tmp_path: Path
 ) -> None:
     fit = fitted(recipe, "anchor_binary", data, folds, seed=4)
-    save_probes(tmp_path, fit.probes)
+    before = os.umask(0o022)
+    try:
+        save_probes(tmp_path, fit.probes)
+    finally:
+        os.umask(before)
 
+    # What one user computes, another reads.
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
     loaded = load_probes(tmp_path)
 
     assert len(loaded) == len(folds)

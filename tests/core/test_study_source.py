@@ -243,6 +243,15 @@ class TestValues:
         ("settings: [good]", "settings: ['../x']", 13, "settings[0]", "'../x'", "a-z, 0-9"),
         ("  a:\n", "  A b:\n", 6, "models.A b", "'A b' cannot be", "a-z, 0-9"),
         ("name: tiny", f"name: {'x' * 300}", 1, "name", "xxx", "1-100 characters"),
+        *[
+            ("name: tiny", f"name: {name}", 1, "name", f"'{name}'", "choose another name")
+            for name in ("con", "current", "lpt1.x", "deadbeefdeadbeefdead", "tiny.", "nul.tar")
+        ],
+        ("  a:\n", "  aux:\n", 6, "models.aux", "'aux'", "choose another name"),
+        ("  a:\n", "  com9.v2:\n", 6, "models.com9.v2", "'com9.v2'", "choose another name"),
+        ("  a:\n", f"  {'b' * 98}:\n", 6, "b" * 98, "102 char", "shorter"),
+        ("settings: [good]", "settings: [prn]", 13, "settings[0]", "'prn'", "another name"),
+        ("settings: [good]", f"settings: [{'s' * 99}]", 13, "settings", "103 cha", "shorter"),
         ("name: tiny", "name: 2024-01-01x!", 1, "name", "2024-01-01x!", "a-z, 0-9"),
         ("name: tiny", "description: x", 1, "name", "missing", "add `name: ...`"),
         ("name: tiny", 'name: "a\\0b"', 1, "name", r"'a\x00b'", "remove it"),
@@ -446,3 +455,23 @@ class TestWholeFile:
 
         assert isinstance(outcome, Study) or "Fix: " in str(outcome)
         assert not (isinstance(outcome, Study) and isinstance(value, float))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ("{name: con, features: [position]}", "'con'"),
+        ("{name: deadbeefdeadbeefdead, features: [position]}", "'deadbeefdeadbeefdead'"),
+        ("{name: net, features: [position], estimator: mlp, hidden: [1000000000]}", "1000000000"),
+        (f"{{name: net, features: [position], estimator: mlp, hidden: {[2] * 99}}}", "2, 2"),
+    ],
+)
+def test_a_recipe_that_would_fail_after_hours_is_refused_when_it_is_read(
+    change: str, found: str
+) -> None:
+    text = f"{TINY}probes:\n  recipes:\n    - {change}\nevaluation: {{baselines: []}}\n"
+    with pytest.raises(ConfigError) as refused:
+        parse_study(text, "s.yaml")
+    line = text.splitlines().index(f"    - {change}") + 1
+    assert f"s.yaml:{line}, probes.recipes[0]" in str(refused.value.where)
+    assert found in refused.value.what
