@@ -49,8 +49,6 @@ class Check:
         reads: keys of the artifacts that it reads beside the cell's own. Their content, and its,
             decide what it finds.
         fix: what to do about a fault.
-        version: raised by hand when it finds other things; what was found before is then looked at
-            again.
         is_blocking: whether a fault stops what comes after the cell; otherwise it warns.
         settings: what of the study decides what it finds, beside the artifacts.
         looks_at: whether it looks at a cell at all.
@@ -59,7 +57,6 @@ class Check:
     look: Callable[[Plan, Cell], Found]
     reads: Callable[[Plan, Cell], list[ArtifactKey]]
     fix: str
-    version: str = "1"
     is_blocking: bool = True
     settings: Callable[[Plan], Mapping[str, Any]] = _nothing
     looks_at: Callable[[Plan, Cell], bool] = _everywhere

@@ -24,6 +24,7 @@ import polars as pl
 from taprobe_core.errors import CorruptArtifactError, TaprobeError
 from taprobe_core.pipeline.cells import Cell, is_complete, key_of, part_keys
 from taprobe_core.pipeline.checks import CHECKS
+from taprobe_core.pipeline.keyed import CHECK_VERSIONS
 from taprobe_core.pipeline.looking import Check, Found
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.store import Artifact, ArtifactKey, Store, fingerprint, write_json
@@ -156,7 +157,7 @@ def _key(plan: Plan, stage: str, cell: Cell, name: str, check: Check) -> Artifac
     contents = [
         _content(plan, key) for key in (*check.reads(plan, cell), key_of(plan, stage, cell))
     ]
-    print_ = fingerprint(name, check.version, dict(check.settings(plan)), contents)
+    print_ = fingerprint(name, CHECK_VERSIONS[name], dict(check.settings(plan)), contents)
     return ArtifactKey(stage, (*cell, name), print_)
 
 
