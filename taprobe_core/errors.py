@@ -2,8 +2,8 @@
 
 Each error says what was found, where (a file, and in it a field or a record), and how to fix it.
 The core raises; the command line prints without a traceback; Dagster turns `where` and `fix` into
-failure metadata. An exception that is not a `TaprobeError` is a defect of ours and keeps its
-traceback.
+failure metadata. Whoever prints one prints no control characters with it. An exception that is not
+a `TaprobeError` is a defect of ours and keeps its traceback.
 
     TaprobeError
       ConfigError                study file, key, environment variable
@@ -32,7 +32,26 @@ traceback.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+"""Characters that a terminal obeys, or that it cannot be sent, but for a line's end and a tab."""
+
+
+def visible(text: str) -> str:
+    r"""Return a text that a terminal shows and does not obey.
+
+    Names of files, keys of a study and texts of a dataset come from others; a terminal would take
+    their control characters for commands, and their marks of direction turn a line around.
+
+    Example:
+        >>> visible("a\x1b[2Jb")
+        'a\\u001b[2Jb'
+    """
+    return _OBEYED.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 class TaprobeError(Exception):
@@ -52,7 +71,7 @@ class TaprobeError(Exception):
 
     def __str__(self) -> str:
         head = f"{self.what} in {self.where}" if self.where else self.what
-        return f"{head}\nFix: {self.fix}" if self.fix else head
+        return visible(f"{head}\nFix: {self.fix}" if self.fix else head)
 
 
 class ConfigError(TaprobeError):

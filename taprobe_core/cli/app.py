@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,16 +16,16 @@ from typing import Annotated, Any
 import polars as pl
 import typer
 from rich import box
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from taprobe_core.cli.console import err, out, print_defect
 from taprobe_core.cli.costs import render_check, render_storage
 from taprobe_core.cli.skips import render_skips
 from taprobe_core.cli.verdicts import acceptance_line, verify_document, verify_lines
-from taprobe_core.errors import ConfigError, FailedCheckError, TaprobeError
+from taprobe_core.errors import ConfigError, FailedCheckError, TaprobeError, visible
 from taprobe_core.leaderboard import render_text
 from taprobe_core.pipeline import DIMENSIONS, Cell, Plan, dimension_keys, open_plan, run_stage
 from taprobe_core.pipeline.cells import check_stage, key_of
@@ -48,21 +49,6 @@ app = typer.Typer(
     "130 interrupted.",
 )
 _SKIPS_IN_CHECK, _SKIPS_IN_RUN = 50, 10
-WIDTH_IN_FILES = 140
-"""Columns of a table that goes to a file or a pipe."""
-
-
-def _console(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return (
-        console
-        if console.is_terminal
-        else Console(stderr=stderr, highlight=False, soft_wrap=True, width=WIDTH_IN_FILES)
-    )
-
-
-out = _console()
-err = _console(stderr=True)
 
 StudyArgument = Annotated[
     Path | None,
@@ -82,7 +68,9 @@ def guarded(command: Callable[[], Any]) -> int:
         command: the typer application, in its standalone mode: it prints wrong arguments itself
             and ends by SystemExit, with 130 where it was interrupted.
     """
+    sys.excepthook = print_defect
     try:
+        _check_arguments(sys.argv[1:])
         command()
     except TaprobeError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}")
@@ -93,6 +81,17 @@ def guarded(command: Callable[[], Any]) -> int:
             err.print("interrupted; everything finished is kept, run the same command to go on")
         return code
     return 0
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    # Before anything reads them: the parser of arguments repeats them as they are.
+    for argument in arguments:
+        if visible(argument) != argument:
+            raise ConfigError(
+                f"control characters, or no UTF-8, in {argument}",
+                "the command's arguments",
+                "write it without; rename a file of this name",
+            )
 
 
 def show_progress() -> None:
