@@ -9,10 +9,12 @@ Concept: https://docs.dagster.io/guides/build/partitions-and-backfills/backfilli
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,7 @@ from taprobe_core.pipeline import Cell, CellFilter, Plan, cells_of, is_complete,
 from taprobe_core.study import Study
 from taprobe_dagster.assets import POOLS, ops_of
 from taprobe_dagster.liveness import recorded
-from taprobe_dagster.partitions import boxes, partition_key
+from taprobe_dagster.partitions import box_cells, boxes, partition_key
 
 _AGAIN_S = 0.05
 
@@ -45,6 +47,12 @@ class Launch:
     stages: tuple[str, ...]
     first: Cell
     last: Cell
+    state: str
+    """Digest of all its cells: fingerprints, which are wanted, what the event log has of these.
+
+    It is another one as soon as a wanted cell has been made, by whichever run, so that a cell
+    that is discarded afterwards is not taken for the attempt before.
+    """
 
     @property
     def tags(self) -> dict[str, str]:
@@ -93,12 +101,36 @@ def launches_of(
     """The runs that one op needs to give its stages every cell they lack."""
     if not stages:
         return
-    cells: dict[Cell, None] = {}
-    for stage in stages:
-        found = wanted_cells(instance, plan, stage, cells_of(plan.study, stage, chosen))
-        cells |= dict.fromkeys(found)
+    wanted = {
+        stage: wanted_cells(instance, plan, stage, cells_of(plan.study, stage, chosen))
+        for stage in stages
+    }
+    cells = dict.fromkeys(cell for found in wanted.values() for cell in found)
+    if not cells:
+        return
+    events = {stage: _last_events(instance, stage, set(found)) for stage, found in wanted.items()}
     for first, last in boxes(plan.study, stages[0], list(cells)):
-        yield Launch(op, tuple(stages), first, last)
+        state = [
+            (stage, cell, key_of(plan, stage, cell).fingerprint, events[stage].get(cell, "present"))
+            for stage in stages
+            for cell in box_cells(plan.study, stage, first, last)
+        ]
+        digest = hashlib.sha256(repr(state).encode()).hexdigest()[:20]
+        yield Launch(op, tuple(stages), first, last, digest)
+
+
+def _last_events(
+    instance: dg.DagsterInstance, stage: str, cells: AbstractSet[Cell]
+) -> Mapping[Cell, int | None]:
+    """Each cell -> the number of its latest event; None where there is none."""
+    asset = dg.AssetKey(stage)
+    if cells == {()}:
+        (record,) = instance.get_asset_records([asset]) or [None]
+        return {(): record.asset_entry.last_materialization_storage_id if record else None}
+    found = instance.event_log_storage.get_latest_storage_id_by_partition(
+        asset, DagsterEventType.ASSET_MATERIALIZATION
+    )
+    return {cell: found.get(str(partition_key(stage, cell))) for cell in cells}
 
 
 def execute(defs: dg.Definitions, instance: dg.DagsterInstance, launch: Launch) -> int:
