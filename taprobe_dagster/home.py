@@ -100,6 +100,8 @@ def _open(home: Path) -> Iterator[dg.DagsterInstance]:
     with settings_answered(home):
         ref = InstanceRef.from_dir(str(home))
         instance = dg.DagsterInstance.from_ref(ref)
+        # Made at their first use, which would be in the middle of a run.
+        _ = (instance.run_launcher, instance.run_coordinator, instance.scheduler)
     with instance:
         yield instance
 

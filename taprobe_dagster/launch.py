@@ -138,8 +138,8 @@ def _last_events(
     """Each cell -> the number of its latest event; None where there is none."""
     asset = dg.AssetKey(stage)
     if cells == {()}:
-        (record,) = instance.get_asset_records([asset]) or [None]
-        return {(): record.asset_entry.last_materialization_storage_id if record else None}
+        records = instance.get_asset_records([asset])
+        return {(): records[0].asset_entry.last_materialization_storage_id if records else None}
     found = instance.event_log_storage.get_latest_storage_id_by_partition(
         asset, DagsterEventType.ASSET_MATERIALIZATION
     )

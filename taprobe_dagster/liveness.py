@@ -115,7 +115,7 @@ def life_of(home: Path, run_id: str) -> Life:
         try:
             found = json.load(file)
         except ValueError:
-            found = {}
+            found = None  # cut short by a power failure, so this machine's
     return Life.DEAD if _is_of_this_machine(found) or silent_s > SILENT_S else Life.ALIVE
 
 
