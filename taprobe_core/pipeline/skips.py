@@ -97,8 +97,9 @@ def folds_of(plan: Plan, model: str, setting: str, present: tuple[int, ...]) -> 
 def _foreseen(plan: Plan, model: str, setting: str) -> Iterator[pl.DataFrame]:
     study = plan.study
     stored = {stage: _stored(plan, stage, model, setting) for stage in STAGES}
-    yield from (each for each in stored.values() if each is not None)
-    if None not in stored.values():
+    there = [each for each in stored.values() if each is not None]
+    yield from there
+    if len(there) == len(STAGES):
         return
     chosen = study.rollouts.model_copy(update={"on_bad_problem": "skip"})
     rollouts = plan.store.find(plan.rollouts(model, setting))
