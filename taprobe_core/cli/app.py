@@ -166,8 +166,7 @@ def check(
         }
         out.print_json(json.dumps(found, default=str))
         raise typer.Exit(EXIT_FIXABLE if faults else 0)
-    verdict = f"file is valid, inputs are not all usable ({len(faults)} faults)"
-    verdict = verdict if faults else "is valid"
+    verdict = f"cannot run yet, {len(faults)} input(s) as said below" if faults else "is valid"
     out.print(f"study [bold]{escape(plan.study.name)}[/] {verdict}; data folder {plan.data_root}")
     stages = pl.DataFrame(summary["stages"], schema_overrides={"n_present": pl.Int64})
     models = summary["models"]

@@ -37,24 +37,34 @@ def input_faults(plan: Plan) -> list[TaprobeError]:
         ask(plan.special_tokens, model)
         for setting in study.settings:
             ask(plan.dataset_version, model, setting)
-    if not faults and not _is_complete(plan):
+    if not faults and _needs_cache(plan):
         for model, spec in study.models.items():
             ask(check_present, plan.model(model))
-            if study.rollouts.source.kind == "hub" and _is_offline():
-                for setting in study.settings:
-                    ask(source_files, plan.source, spec, study.rollouts, setting)
+            for setting in study.settings if study.rollouts.source.kind == "hub" else ():
+                ask(source_files, plan.source, spec, study.rollouts, setting)
     return list(faults.values())
 
 
+def _needs_cache(plan: Plan) -> bool:
+    """Whether a run would read files of a hub that only its cache can give."""
+    study = plan.study
+    kinds = {study.rollouts.source.kind, *(m.checkpoint.kind for m in study.models.values())}
+    # The demo and mirrors do not pay for the import of the hub's client.
+    return bool(kinds & {"hub", "pretrained"}) and _is_offline() and not _is_complete(plan)
+
+
 def _is_complete(plan: Plan) -> bool:
-    """Whether every cell is there, so that a run would ask for no file of a hub."""
-    return not any(
-        next(iter(missing_cells(plan, stage, cells_of(plan.study, stage))), None)
-        for stage in stages_of(plan.study)
-    )
+    """Whether every cell is there, so that a run would read nothing; no where it cannot be told."""
+    try:
+        for stage in stages_of(plan.study):
+            for _ in missing_cells(plan, stage, cells_of(plan.study, stage)):
+                return False
+    except TaprobeError:
+        return False
+    return True
 
 
 def _is_offline() -> bool:
-    from huggingface_hub import constants  # the demo and mirrors should not pay for its import
+    from huggingface_hub import constants
 
     return constants.is_offline_mode()

@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from taprobe_core.study.activations import Pooling
-from taprobe_core.study.fields import Count, StudyPart, Width, distinct, free_name, study_fault
+from taprobe_core.study.fields import (
+    Count,
+    Depth,
+    StudyPart,
+    Width,
+    distinct,
+    free_name,
+    study_fault,
+)
 
 Target = Literal[
     "anchor_binary",
@@ -52,9 +60,9 @@ class TokenProbe(StudyPart):
     loss on the fold's validation problems.
     """
 
-    n_heads: Count = 4
-    width: Count = 128
-    depth: Count = 1
+    n_heads: Width = 4
+    width: Width = 128
+    depth: Depth = 1
     window: Count = 10
     training: Literal["hard", "soft"] = "hard"
     loss: Literal["huber", "squared"] = "huber"
@@ -93,7 +101,7 @@ class ProbeRecipe(StudyPart):
     weights: Literal["none", "inverse_variance"] = "none"
     residualize: Residualize = "none"
     regularization: Annotated[float, Field(gt=0)] = 1.0
-    hidden: Annotated[tuple[Width, ...], Field(min_length=1, max_length=16)] = (100, 100)
+    hidden: Annotated[tuple[Width, ...], Field(min_length=1, max_length=64)] = (100, 100)
     max_iter: Count = 300
     early_stopping: bool = True
     held_out: Literal["rows", "problems"] = "rows"

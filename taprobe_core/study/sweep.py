@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from taprobe_core.study.activations import Attention, Pooling
-from taprobe_core.study.fields import Count, Seed, StudyPart, distinct, study_fault
+from taprobe_core.study.fields import Count, Depth, Seed, StudyPart, Width, distinct, study_fault
 from taprobe_core.study.probes import ProbeRecipe, Residualize, Target
 
 RankBy = Literal["validation_skill", "validation_rank", "test_primary"]
@@ -142,12 +142,13 @@ class Tuning(StudyPart):
         10.0,
     )
     hidden: Annotated[
-        tuple[Annotated[tuple[Count, ...], Field(min_length=1)], ...], AfterValidator(distinct)
+        tuple[Annotated[tuple[Width, ...], Field(min_length=1, max_length=64)], ...],
+        AfterValidator(distinct),
     ] = ((50,), (100,), (100, 100))
     early_stopping: Annotated[tuple[bool, ...], AfterValidator(distinct)] = (True, False)
-    n_heads: Annotated[tuple[Count, ...], AfterValidator(distinct)] = (4, 10)
-    width: Annotated[tuple[Count, ...], AfterValidator(distinct)] = (128,)
-    depth: Annotated[tuple[Count, ...], AfterValidator(distinct)] = (1, 2)
+    n_heads: Annotated[tuple[Width, ...], AfterValidator(distinct)] = (4, 10)
+    width: Annotated[tuple[Width, ...], AfterValidator(distinct)] = (128,)
+    depth: Annotated[tuple[Depth, ...], AfterValidator(distinct)] = (1, 2)
     learning_rate: Annotated[tuple[Positive, ...], AfterValidator(distinct)] = (1e-4, 1e-3)
     weight_decay: Annotated[tuple[NotNegative, ...], AfterValidator(distinct)] = (0.0, 3e-3)
     training: Annotated[tuple[Literal["hard", "soft"], ...], AfterValidator(distinct)] = (

@@ -117,7 +117,7 @@ def test_what_was_made_here_is_compared_and_goes_on_once_accepted(
         all_keys(open_plan(built.study, copied))
     refused = taprobe("check", built.study, "--no-measure")
     assert refused.code == 2
-    assert "inputs are not all usable (1 faults)" in refused.out
+    assert "study small cannot run yet, 1 input(s) as said below; data folder" in refused.out
     assert said in refused.err
     assert refused.err.count("Fix: ") == 1
     assert "taprobe check STUDY --accept" in refused.err

@@ -509,6 +509,11 @@ class TestWholeFile:
         ("{name: con, features: [position]}", "'con'"),
         ("{name: deadbeefdeadbeefdead, features: [position]}", "'deadbeefdeadbeefdead'"),
         ("{name: net, features: [position], estimator: mlp, hidden: [1000000000]}", "1000000000"),
+        (
+            "{name: t, features: [tokens], estimator: attention, token_probe: {width: 99999}}",
+            "9999",
+        ),
+        ("{name: t, features: [tokens], estimator: attention, token_probe: {depth: 65}}", "65"),
         (f"{{name: net, features: [position], estimator: mlp, hidden: {[2] * 99}}}", "2, 2"),
     ],
 )
