@@ -141,12 +141,10 @@ def _next_requests(
         for op in ops
         for stage in stages[op]
     }
-    n_wanted = sum(map(len, wanted.values()))
     if failed := failed_checks(Gate(plan, looks=False), wanted):
+        n = sum(map(len, wanted.values()))
         told = "; ".join(f"{each.check} on {each.where}" for each in failed)
-        yield dg.SkipReason(
-            f"{n_wanted} cells wait till failed checks are mended or waived: {told}"
-        )
+        yield dg.SkipReason(f"{n} cells wait until failed checks are mended or waived: {told}")
     else:
         yield dg.SkipReason("every cell is present at its present fingerprint")
 

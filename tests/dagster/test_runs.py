@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 
 import dagster as dg
 import pytest
@@ -16,13 +17,22 @@ from dagster._core.definitions.data_version import (
     StaleStatus,
 )
 from dagster._core.definitions.events import AssetKeyPartitionKey
-from dagster._core.errors import DagsterAssetCheckFailedError
 from dagster._core.loader import LoadingContextForTest
 
-from taprobe_core.errors import MissingArtifactError
-from taprobe_core.pipeline import CHECKS, STAGES, CellFilter, Plan, cells_of, key_of, open_plan
+from taprobe_core.errors import FailedCheckError, MissingArtifactError
+from taprobe_core.pipeline import (
+    CHECKS,
+    STAGES,
+    CellFilter,
+    Plan,
+    cells_of,
+    key_of,
+    open_plan,
+    verdicts,
+)
+from taprobe_core.pipeline.looking import Found
+from taprobe_core.store import Store
 from taprobe_core.study import Study, parse_study
-from taprobe_dagster import assets
 from taprobe_dagster.assets import OPS, ops_of
 from taprobe_dagster.definitions import build_defs
 from taprobe_dagster.launch import (
@@ -143,11 +153,19 @@ def test_a_repeated_passage_warns_and_a_repeated_trace_stops(
     n_computed: Mapping[str, int],
     name: str,
 ) -> None:
-    checks = {**CHECKS, "rollouts": {**CHECKS["rollouts"], name: lambda *_: ["a copy"]}}
-    monkeypatch.setattr(assets, "CHECKS", checks)
+    def look(plan: Plan, cell: tuple[str, ...]) -> Found:
+        return Found(("a copy",))
+
+    planted = replace(CHECKS["rollouts"][name], look=look)
+    checks = {**CHECKS, "rollouts": {**CHECKS["rollouts"], name: planted}}
+    monkeypatch.setattr(verdicts, "CHECKS", checks)
+    # What was found before stands elsewhere, and stays as it is.
+    monkeypatch.setattr(
+        verdicts, "checks_store", lambda plan: Store(plan.data_root / "checks of a copy")
+    )
     (launch,) = launches_of(fresh, plan, "read_rollouts", OPS["read_rollouts"])
     is_warning = name == "passages_differ_across_problems"
-    stops = pytest.raises(DagsterAssetCheckFailedError, match=name)
+    stops = pytest.raises(FailedCheckError, match=name)
     with nullcontext() if is_warning else stops:
         execute(defs, fresh, launch)
     key = dg.AssetCheckKey(dg.AssetKey("rollouts"), name)
