@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MAX_DEPTH = 10
-_SECRET = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+_SECRET = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASS|CREDENTIAL|AUTH(?!OR)", re.IGNORECASE)
 _OPENING = re.compile(r"\$\$\{|\$\{([A-Za-z0-9_]*)")
 _MARK = re.compile(r"\$\$\{|\$\{|\}")
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import dagster as dg
 import pytest
+import uvicorn
 from dagster._core.workspace.context import WorkspaceProcessContext
 from dagster._core.workspace.load_target import EmptyWorkspaceTarget
 from dagster_webserver.app import create_app_from_workspace_process_context
 from starlette.applications import Starlette
 
-from taprobe_dagster import guard
+from taprobe_dagster import guard, web
+from taprobe_dagster.access import TOKEN_VARIABLE
 from taprobe_dagster.guard import GRAPHQL, GRAPHQL_SOCKET, NOT_SERVED, READ, guarded
 
 TOKEN = "a-token-of-our-own_0123456789"  # noqa: S105 - opens nothing
@@ -44,7 +51,7 @@ class Spy(Starlette):
         await self.app(scope, receive, send)
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(folder: Path, *, is_read_only: bool = False) -> Iterator[Spy]:
     """Dagster's application on an empty workspace."""
     with (
@@ -59,6 +66,12 @@ def opened(folder: Path, *, is_read_only: bool = False) -> Iterator[Spy]:
 @pytest.fixture(scope="module")
 def spy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spy]:
     with opened(tmp_path_factory.mktemp("writable")) as spy:
+        yield spy
+
+
+@pytest.fixture(scope="module")
+def read_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spy]:
+    with opened(tmp_path_factory.mktemp("read-only"), is_read_only=True) as spy:
         yield spy
 
 
@@ -410,3 +423,160 @@ def test_a_web_socket_of_another_site_is_closed(
     sent = ask(spy, "GET", target, headers, kind="websocket")
     assert sent == [{"type": "websocket.close", "code": 1008}]
     assert spy.n_reached == before
+
+
+KIND = "{ __typename }"
+JOB = (
+    '{mode: "default", selector: {repositoryLocationName: "x", repositoryName: "y", jobName: "z"}}'
+)
+MUTATIONS = {
+    "launch": f"launchRun(executionParams: {JOB})",
+    "launch several": f"launchMultipleRuns(executionParamsList: [{JOB}])",
+    "backfill": 'launchPartitionBackfill(backfillParams: {assetSelection: [{path: ["fits"]}], '
+    "allPartitions: true})",
+    "wipe": 'wipeAssets(assetPartitionRanges: [{assetKey: {path: ["fits"]}}])',
+    "report": "reportRunlessAssetEvents(eventParams: {eventType: ASSET_MATERIALIZATION, assetKey: "
+    '{path: ["fits"]}})',
+    "delete": 'deletePipelineRun(runId: "x")',
+    "reload": "reloadWorkspace",
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS.keys())
+def test_read_only_is_refused_by_the_server_itself(spy: Spy, read_only: Spy, mutation: str) -> None:
+    inner = "launchMultipleRunsResult { __typename }" if "Multiple" in mutation else ""
+    result = f"{{ __typename ... on LaunchMultipleRunsResult {{ {inner} }} }}" if inner else KIND
+    body = json.dumps({"query": f"mutation {{ {mutation} {result} }}"}).encode()
+    answers = [ask(app, "POST", "/graphql", JSON, body)[1]["body"] for app in (spy, read_only)]
+    assert [b"UnauthorizedError" in answer for answer in answers] == [False, True]
+    assert ask(read_only, "GET", "/runs", OURS)[0]["status"] == 200
+
+
+@pytest.fixture(scope="module")
+def port(spy: Spy) -> Iterator[int]:
+    """The port of a server that is run as `taprobe ui` runs it, but has little patience."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard, "BODY_SECONDS", 1.0)
+        patch.setattr(web, "HEAD_SECONDS", 1.0)
+        server = uvicorn.Server(web.configuration(spy, TOKEN, 0))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not server.started:
+            time.sleep(0.05)
+        yield server.servers[0].sockets[0].getsockname()[1]
+        server.should_exit = True
+        thread.join(timeout=60)
+
+
+def say(port: int, sent: bytes, rest: bytes = b"") -> bytes:
+    """What comes back until the server is done, or closes; `rest` is sent when it has begun."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(sent)
+        if rest:
+            connection.sendall(rest)
+        found = b""
+        while piece := connection.recv(65_536):
+            found += piece
+        return found
+
+
+def head(port: int, line: str, *headers: str) -> bytes:
+    lines = [f"{line} HTTP/1.1", f"Host: 127.0.0.1:{port}", "Connection: close", *headers]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+BEARER = f"Authorization: Bearer {TOKEN}"
+IS_JSON = "Content-Type: application/json"
+
+
+def test_a_whole_request_is_answered_over_a_socket(port: int) -> None:
+    request = head(port, "POST /graphql?op=V", BEARER, IS_JSON, f"Content-Length: {len(VERSION)}")
+    answer = say(port, request + VERSION)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b'{"data":{"version"' in answer
+    assert b"\r\nserver:" not in answer.lower()
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(VERSION), VERSION)
+    chunked = head(port, "POST /graphql", BEARER, IS_JSON, "Transfer-Encoding: chunked")
+    assert say(port, chunked, chunks).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    ("line", "headers", "status"),
+    [
+        (f"GET /graphql%0a?{IN_URL}", [BEARER], 400),
+        (f"GET /graphql?{IN_URL}", [BEARER], 405),
+        (f"GET http://127.0.0.1/graphql?{IN_URL}", [BEARER], 400),
+        ("GET /\\graphql", [BEARER], 400),
+        ("GET /caf\u00e9", [BEARER], 400),
+        ("GET /", [BEARER, "Host: 127.0.0.1"], 400),
+        ("GET /", [BEARER, "X-A: caf\u00e9"], 200),
+        ("POST /graphql", [BEARER, IS_JSON, "Content-Length: 2", "Content-Length: 20"], 400),
+        (
+            "POST /graphql",
+            [BEARER, IS_JSON, "Content-Length: 2", "Transfer-Encoding: chunked"],
+            400,
+        ),
+        ("POST /graphql", [BEARER, IS_JSON, "Content-Length: +2"], 400),
+        ("POST /graphql", [BEARER, IS_JSON, "Content-Length: 10000001"], 413),
+        ("GET /", [BEARER, "Folded: a", " b"], 200),
+        ("GET /", [BEARER, "Blank : a"], 400),
+        ("GET /", [], 401),
+    ],
+)
+def test_a_raw_request_has_its_status(
+    port: int, line: str, headers: list[str], status: int
+) -> None:
+    answer = say(port, head(port, line, *headers))
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+    assert b'"data"' not in answer
+
+
+def test_a_body_of_chunks_without_end_is_too_large(port: int) -> None:
+    chunk = b"f4240\r\n" + b"x" * 1_000_000 + b"\r\n"
+    request = head(port, "POST /graphql", BEARER, IS_JSON, "Transfer-Encoding: chunked")
+    # Without this line, because a connection closed with bytes unread would lose the answer.
+    request = request.replace(b"Connection: close\r\n", b"")
+    assert say(port, request, chunk * 11 + b"0\r\n\r\n").startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_head_too_long_reaches_nothing_and_the_server_lives(port: int, spy: Spy) -> None:
+    before = spy.n_reached
+    with contextlib.suppress(ConnectionResetError):
+        answer = say(port, head(port, "GET /", BEARER, "Long: " + "x" * 1_000_000))
+        assert answer.startswith(b"HTTP/1.1 400 ")
+    assert spy.n_reached == before
+    assert say(port, head(port, "GET /server_info", BEARER)).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_slow_body_ends_with_a_reason_and_a_slow_head_with_the_connection(port: int) -> None:
+    request = head(port, "POST /graphql", BEARER, IS_JSON, "Content-Length: 100")
+    assert say(port, request + b"{").startswith(b"HTTP/1.1 408 ")
+    start = time.monotonic()
+    assert say(port, b"") == b""
+    assert say(port, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-A") == b""
+    # A second request on a connection has no more time than the first.
+    first = head(port, "GET /server_info", BEARER).replace(b"Connection: close\r\n", b"")
+    assert say(port, first, b"GET / HT").startswith(b"HTTP/1.1 200 ")
+    assert 2.5 < time.monotonic() - start < 60
+
+
+def test_the_token_is_not_logged(port: int, capfd: pytest.CaptureFixture[str]) -> None:
+    assert say(port, head(port, f"GET /?token={TOKEN}")).startswith(b"HTTP/1.1 303 ")
+    assert say(port, head(port, "GET /?token=wrong")).startswith(b"HTTP/1.1 401 ")
+    said = capfd.readouterr()
+    assert "token" not in said.out + said.err
+
+
+def test_the_server_gives_the_token_to_no_process_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+    monkeypatch.setattr(sys, "argv", ["web", "workspace.yaml", "3000"])
+    seen: list[object] = []
+    monkeypatch.setattr(
+        web.DagsterInstance, "get", lambda: seen.append(os.environ.get(TOKEN_VARIABLE, "none"))
+    )
+    with pytest.raises(TypeError):  # there is no instance to enter
+        web.main()
+    assert seen == ["none"]
