@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from taprobe_core.checkpoints.folder import (
+    INDEX,
+    WEIGHTS,
     CheckpointFiles,
     CheckpointFolder,
+    files_to_load,
     folder_digest,
     inspect_folder,
     read_config,
@@ -21,11 +24,11 @@ from taprobe_core.checkpoints.folder import (
 from taprobe_core.checkpoints.origin import (
     CONFIG_FILES,
     TOKENIZER_FILES,
-    WEIGHT_FILES,
     HubRepository,
+    Origin,
     checkpoint_origin,
 )
-from taprobe_core.checkpoints.quiet import quiet_transformers
+from taprobe_core.checkpoints.quiet import quiet_transformers, reason_of
 from taprobe_core.checkpoints.stand_in import (
     build_stand_in,
     embedding_rows,
@@ -59,8 +62,7 @@ def resolve_checkpoint(model: Model, build_root: Path) -> CheckpointFiles:
         identity = stand_in_identity(checkpoint, rows)
     else:
         origin = checkpoint_origin(checkpoint, model.rollouts_dir)
-        path = origin.fetch((*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES))
-        folder = inspect_folder(path, origin.remedy, origin.listing())
+        folder = inspect_folder(_fetch(origin), origin.remedy, origin.listing())
         identity = (
             _hub_identity(origin) if isinstance(origin, HubRepository) else _folder_identity(folder)
         )
@@ -110,7 +112,6 @@ def checkpoint_config(model: Model) -> Any:
     origin = checkpoint_origin(checkpoint, model.rollouts_dir)
     folder = origin.fetch(CONFIG_FILES)
     read_config(folder, origin.remedy)
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
@@ -118,13 +119,24 @@ def checkpoint_config(model: Model) -> Any:
             return AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # whatever another's numbers make the library raise
         raise ModelError(
-            f"a configuration that transformers cannot read ({reason})",
+            f"a configuration that transformers cannot read ({reason_of(error)})",
             str(folder / "config.json"),
             "check the file, and the transformers version",
         ) from error
+
+
+def _fetch(origin: Origin) -> Path:
+    """Return the folder with the files that are loaded; no other file of a hub is fetched."""
+    folder = origin.fetch(CONFIG_FILES, optional=TOKENIZER_FILES)
+    read_config(folder, origin.remedy)  # refused before gigabytes are fetched for it
+    names = {file.name for file in folder.iterdir()} | origin.listing()
+    if WEIGHTS not in names and INDEX in names:
+        origin.fetch((INDEX,))
+    if WEIGHTS in names or INDEX in names:
+        origin.fetch(files_to_load(folder, origin.remedy, names))
+    return folder
 
 
 def _hub_identity(origin: HubRepository) -> dict[str, str]:

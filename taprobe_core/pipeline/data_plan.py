@@ -46,12 +46,14 @@ class DataPlan(KeyedSources):
     @cache
     def spans(self, model: str, setting: str) -> ArtifactKey:
         """Key of the texts and spans of one model and setting."""
+        checkpoint = self.checkpoint(model)
         return self._key(
             "spans",
             (model, setting),
             {
                 **self.study.spans.model_dump(mode="json"),
-                "tokenizer_sha256": self.checkpoint(model)["tokenizer_sha256"],
+                "tokenizer_sha256": checkpoint["tokenizer_sha256"],
+                **({"bos": checkpoint["bos"]} if "bos" in checkpoint else {}),
                 "on_bad_problem": self.study.rollouts.on_bad_problem,
             },
             self.rollouts(model, setting),

@@ -14,7 +14,7 @@ from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
-from taprobe_core.checkpoints import checkpoint_identity, tokenizer_sha256
+from taprobe_core.checkpoints import bos_token, checkpoint_identity, tokenizer_sha256
 from taprobe_core.demo import DemoWorld
 from taprobe_core.errors import ConfigError, TaprobeError
 from taprobe_core.keys import Site
@@ -28,6 +28,9 @@ from taprobe_core.rollouts import (
 from taprobe_core.study import DemoSource, Model, PolicySource, Study
 
 T = TypeVar("T")
+
+NO_BOS = "none"
+"""What an identity and a description say of a model whose texts begin with no BOS token."""
 
 
 def _asked_once(method: Callable[..., T]) -> Callable[..., T]:
@@ -106,12 +109,21 @@ class Sources:
 
     @_asked_once
     def checkpoint(self, model: str) -> Mapping[str, str]:
-        """Identity of the model's checkpoint and tokenizer, without loading weights."""
+        """Identity of the model's checkpoint and tokenizer, without loading weights.
+
+        `bos` is there, as `none`, for a model whose texts begin with no BOS token.
+        """
         spec = self.model(model)
         return {
             **checkpoint_identity(spec),
             "tokenizer_sha256": tokenizer_sha256(spec),
+            **({"bos": NO_BOS} if self.bos_token(model) is None else {}),
         }
+
+    @_asked_once
+    def bos_token(self, model: str) -> str | None:
+        """The token that each text of the model begins with; None where it has none."""
+        return bos_token(self.model(model))
 
     @_asked_once
     def dataset_version(self, model: str, setting: str) -> str:
