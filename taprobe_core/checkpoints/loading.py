@@ -212,8 +212,8 @@ def _read(files: CheckpointFiles, dtype: torch.dtype, device_map: str | None) ->
     if others:
         name, found, expected = others[0]
         raise ModelMismatchError(
-            f"{len(others)} weights of another shape than config.json says: {name} is "
-            f"{list(found)}, not {list(expected)}",
+            f"a checkpoint that transformers cannot load: {len(others)} weights have another shape "
+            f"than config.json says ({name} is {list(found)}, not {list(expected)})",
             where,
             "check that config.json and the weights belong together",
         )

@@ -1,8 +1,8 @@
 """The files of a model's tokenizer, and what they say of its vocabulary and its BOS token.
 
 JSON alone: no tokenizer is built and no library asked. A model either begins its texts with one BOS
-token or, as the Qwen family does, with none; its files say which. Invariant: a text gets a BOS token
-only if a file names it, and none only if a file that could name one is there and does not.
+token or, as the Qwen family does, with none; its files say which. Invariant: a text gets a BOS
+token only if a file names it, and none only if a file that could name one is there and does not.
 """
 
 from __future__ import annotations

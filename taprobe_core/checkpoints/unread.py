@@ -62,7 +62,7 @@ _REASONS = (
             r"scale(?:s|_inv)?$|zero_point|zeros$|qweight|g_idx|absmax|quant_(?:map|state)|\.SCB$|"
             r"_blocks$|weight_(?:packed|shape|format)|amax$"
         ),
-        "of quantised weights, which the configuration says nothing of",
+        "of quantised weights, which no quantization_config covers",
         "restore quantization_config in config.json, or use the checkpoint that is not quantised",
     ),
     (
@@ -134,7 +134,7 @@ def refuse_unread(
         for name, tensor in stored.items()
         if tensor.dtype in _INTEGERS and name.endswith(".weight") and name not in unexpected
     )
-    if integers and not config.get("quantization_config"):
+    if integers and not _is_quantised(config):
         name = integers[0]
         raise ModelMismatchError(
             f"{len(integers)} weights that are integers ({stored[name].dtype}): {name}",
@@ -157,6 +157,11 @@ def _may_be_left_out(name: str, stored: Mapping[str, Stored], config: Mapping[st
     block, n_blocks = _block(name), _n_blocks(config)
     n_next = stated_number(config, "num_nextn_predict_layers") or 0
     return block is not None and n_blocks <= block < n_blocks + n_next
+
+
+def _is_quantised(config: Mapping[str, Any]) -> bool:
+    parts = (config, config.get("text_config"))
+    return any(isinstance(part, Mapping) and part.get("quantization_config") for part in parts)
 
 
 def _block(name: str) -> int | None:

@@ -19,8 +19,8 @@ def cover_faults(texts: pl.DataFrame, spans: pl.DataFrame, sentences: pl.DataFra
 
     Checked for each text: every sentence has one span, in order and without gaps; the characters of
     the span are the sentence, whitespace aside; only whitespace lies between spans; token 0 is the
-    only BOS where there is one; token ranges are sorted, hold a token, lie behind BOS, share at most one token with
-    the next, and the text ends with the last; the hash is that of the content.
+    only BOS, where there is one; token ranges are sorted, hold a token, lie behind BOS, share at
+    most one token with the next, and the text ends with the last; the hash is that of the content.
 
     Args:
         texts: `tables.TEXTS`.
