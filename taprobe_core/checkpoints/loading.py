@@ -123,10 +123,21 @@ def load_base_model(
         modules=modules,
         devices=tuple(devices),
         dtype=dtype,
-        d_model=int(config.hidden_size),
-        n_layers=int(config.num_hidden_layers),
+        d_model=_size(config, "hidden_size", where),
+        n_layers=_size(config, "num_hidden_layers", where),
         n_positions=getattr(config, "max_position_embeddings", None),
     )
+
+
+def _size(config: Any, name: str, where: str) -> int:
+    found = getattr(config, name, None)
+    if not isinstance(found, int):
+        raise ModelError(
+            f"an architecture that does not state its {name} ({type(config).__name__})",
+            where,
+            "use a decoder-only checkpoint with one stack of blocks",
+        )
+    return found
 
 
 def _room(device: torch.device) -> float:

@@ -68,7 +68,8 @@ def bos_token(model: Model) -> str | None:
         ConfigError: a stand-in checkpoint without `tokenizer`.
         ModelMissingError, ModelMismatchError, ModelError: as `load_tokenizer`.
     """
-    return special_tokens(find_tokenizer(model)).get("bos_token")
+    found = find_tokenizer(model)
+    return _bos_token(found, tuple(file_sha256(found.folder / name) for name in found.names))
 
 
 def tokenizer_sha256(model: Model) -> str:
@@ -94,6 +95,12 @@ def vocabulary_size(model: Model) -> int:
     """
     found = find_tokenizer(model)
     return _largest_id(found.path, found.remedy, file_sha256(found.path)) + 1
+
+
+@cache
+def _bos_token(files: TokenizerFiles, sha256: tuple[str, ...]) -> str | None:
+    del sha256  # part of the cache's key
+    return special_tokens(files).get("bos_token")
 
 
 @cache

@@ -34,7 +34,8 @@ _HEADS = (
 )
 _OTHER_PARTS = (
     r"visual|vision_\w+|image_newline|audio_\w+|mm_projector|multi_modal_\w+|embed_vision|"
-    r"embed_audio|vit|vision|audio|talker|token2wav|code2wav|speech_\w+|view_seperator"
+    r"embed_audio|vit|vision|audio|talker|token2wav|code2wav|speech_\w+|patch_merger|"
+    r"pre_mm_projector_norm"
 )
 _LEFT_OUT = tuple(
     re.compile(pattern)
@@ -44,7 +45,7 @@ _LEFT_OUT = tuple(
         rf"{_PREFIX}image_newline$",
         rf"{_PREFIX}mtp(?:_\w+)?\.",  # layers that predict tokens after the next
         r"(?:^|\.)(?:rotary_emb|rotary_pos_emb|rope)\.(?:original_)?(?:inv_freq|cos_cached|sin_cached)$",
-        r"(?:^|\.)(?:position_ids|_extra_state)$",
+        r"(?:^|\.)(?:position_ids|attn\.embed_positions|_extra_state)$",
     )
 )
 _CAUSAL_MASK = re.compile(r"attn|attention")

@@ -383,15 +383,14 @@ class TestResolve:
 
         assert files.folder == folder
 
-    @pytest.mark.parametrize("changes", [{"hidden_act": 7}, {"rope_parameters": [1]}])
+    @pytest.mark.parametrize("changes", [{"rope_parameters": [1]}, {"layer_types": 3}])
     def test_a_configuration_that_the_library_chokes_on(
         self, folder: Path, changes: dict[str, Any]
     ) -> None:
         edit_json(folder / "config.json", **changes)
 
-        with pytest.raises(ModelError, match=r"cannot (read|load)[\s\S]*Fix: "):
+        with pytest.raises(ModelError, match=r"that transformers cannot read[\s\S]*Fix: "):
             checkpoint_config(pretrained_model(folder))
-            load_base_model(CheckpointFiles(folder, {}), pretrained_model(folder), [CPU])
 
     def test_no_such_folder(self, tmp_path: Path) -> None:
         with pytest.raises(ModelMissingError, match=r"no such folder: .*/gone in model tiny, che"):
