@@ -61,7 +61,7 @@ def extract(
         clock: seconds, for the progress.
 
     Raises:
-        SpanError: a span lies outside its text, or has no token before it for `boundary`.
+        SpanError: a span lies outside its text.
         ModelMismatchError: a layer, token id or length that the model lacks; lists all of them.
         ModelError: out of memory; names the problem and its tokens. Blocks not found.
         NonFiniteError: a value is NaN or infinite; names problem, layer and sentence.
@@ -79,22 +79,16 @@ def extract(
             MISMATCH_FIX,
         )
     for task in wanted:
-        _check_spans(task, options)
+        _check_spans(task)
     return _Run(models, wanted, options, gemm_rate, clock).items()
 
 
-def _check_spans(task: TextTask, options: ExtractOptions) -> None:
+def _check_spans(task: TextTask) -> None:
     try:
-        index = span_index(task.spans, len(task.token_ids))
+        span_index(task.spans, len(task.token_ids))
     except SpanError as fault:
         where = f"problem {task.problem_id}, {fault.where}"
         raise SpanError(fault.what, where, fault.fix) from None
-    if "boundary" in options.poolings and bool((index.starts == 0).any()):
-        raise SpanError(
-            "no token before the sentence, so no boundary state",
-            f"problem {task.problem_id}, sentence {int((index.starts == 0).int().argmax())}",
-            "begin the text with a BOS token, or leave out the pooling boundary",
-        )
 
 
 class _Run:

@@ -113,7 +113,9 @@ def mass_faults(
     covered = np.zeros(n_tokens, dtype=np.int64)
     for start, end in bounds:
         covered[start:end] += 1
-    sums = mass.sum(axis=-1, dtype=np.float64) + bos_mass
+    sums = mass.sum(axis=-1, dtype=np.float64)
+    if not covered[0]:  # in a text without BOS, token 0 may be the first sentence's
+        sums += bos_mass
     most = (rows[:, 1] - rows[:, 0]) * covered.max() * (1 + MASS_TOLERANCE)
     lengths = tensors["n_tokens"].numpy()
     counted = {

@@ -55,7 +55,7 @@ def pooled_layers(
 
     Args:
         base_model: decoder-only transformer without LM head, in evaluation mode.
-        token_ids: one text, BOS first, [token].
+        token_ids: one text, BOS first where the model has one, [token].
         spans: half-open token ranges, [span, 2].
         layers: block indices from 0, in any order; layer n is `hidden_states[n + 1]` before the
             final norm. None asked, none run.
@@ -99,7 +99,7 @@ def run_pack(
 
     Args:
         base_model: decoder-only transformer without LM head, in evaluation mode.
-        texts: token ids of each text, BOS first.
+        texts: token ids of each text, BOS first where the model has one.
         deepest: last block to run.
         sink: gets the output of each block, [token, d_model] of the whole pack.
         watcher: gets the queries and keys of each block; not by the library's way, whose attention

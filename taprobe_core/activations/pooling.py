@@ -113,7 +113,8 @@ def pool(
 
     Args:
         hidden: [token, d_model], any float type.
-        index: on the same device; for `boundary` every span starts after token 0.
+        index: on the same device. A span that starts at token 0, which only a text without BOS
+            can have, has no token before it: its `boundary` is the state of token 0 itself.
         poolings: which to make.
 
     Returns:
@@ -125,7 +126,8 @@ def pool(
         if pooling == "mean" or pooling == "max":
             pooled[pooling] = _reduced(hidden, index, pooling)
         else:
-            rows = {"last": index.ends - 1, "boundary": index.starts - 1, "tokens": index.tokens}
+            before = (index.starts - 1).clamp(min=0)
+            rows = {"last": index.ends - 1, "boundary": before, "tokens": index.tokens}
             pooled[pooling] = hidden.index_select(0, rows[pooling])
     return pooled
 

@@ -12,6 +12,7 @@ from taprobe_core.checkpoints import load_tokenizer
 from taprobe_core.labels import make_labels, unlabelled
 from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.sources import NO_BOS
 from taprobe_core.rollouts import max_rollouts, read_rollouts
 from taprobe_core.spans import make_spans
 from taprobe_core.store import write_table
@@ -114,6 +115,7 @@ def ensure_spans(plan: Plan, model: str, setting: str) -> Outcome:
         **dataset_provenance(plan, model, setting),
         "text_view": plan.study.spans.text_view,
         "tokenizer_sha256": plan.checkpoint(model)["tokenizer_sha256"],
+        "bos": plan.bos_token(model) or NO_BOS,
     }
     return commit_once(plan, plan.spans(model, setting), write, provenance, [rollouts])
 

@@ -91,7 +91,7 @@ def make_spans(
     Raises:
         SpanError: a problem cannot be placed, or is too long, and `on_bad_problem` is `fail`.
         NotEnoughDataError: no problem can be placed.
-        ModelError: the tokenizer has no BOS token, or gives no offsets.
+        ModelError: the tokenizer gives no offsets.
     """
     bos_id(tokenizer)
     own = _sentences_by_problem(sentences)
@@ -165,7 +165,7 @@ def _place_problem(
         "text_view": text_view,
         "token_ids": token_ids,
         "n_tokens": len(token_ids),
-        "bos_token_id": token_ids[0],
+        "bos_token_id": bos_id(tokenizer),
         "input_sha256": input_sha256(token_ids, ranges),
     }
     spans = [
