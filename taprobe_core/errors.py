@@ -2,12 +2,13 @@
 
 Each error says what was found, where (a file, and in it a field or a record), and how to fix it.
 The core raises; the command line prints without a traceback; Dagster turns `where` and `fix` into
-failure metadata. An exception that is not a `TaprobeError` is a defect of ours and keeps its
-traceback.
+failure metadata. Whoever prints one prints no control characters with it. An exception that is not
+a `TaprobeError` is a defect of ours and keeps its traceback.
 
     TaprobeError
       ConfigError                study file, key, environment variable
         PlanError                a budget or a split that nothing can satisfy
+        HomeError                Dagster's folder, its settings and its databases
       DataError                  dataset files and the tables made from them
         SourceUnavailableError   the dataset's place cannot be reached; says nothing about the data
         SchemaError              a table breaks its contract; lists every fault
@@ -21,6 +22,7 @@ traceback.
         UnsafeModelError         would run code: pickled weights, remote code
       NumericsError              results that are not numbers
         NonFiniteError           NaN or infinity, with layer and sentence
+      FailedCheckError           a blocking check failed, so what comes after is refused
       ArtifactError              the store
         MissingArtifactError     never built, or pruned
         CorruptArtifactError     bytes differ from the manifest
@@ -31,7 +33,26 @@ traceback.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+"""Characters that a terminal obeys, or that it cannot be sent, but for a line's end and a tab."""
+
+
+def visible(text: str) -> str:
+    r"""Return a text that a terminal shows and does not obey.
+
+    Names of files, keys of a study and texts of a dataset come from others; a terminal would take
+    their control characters for commands, and their marks of direction turn a line around.
+
+    Example:
+        >>> visible("a\x1b[2Jb")
+        'a\\u001b[2Jb'
+    """
+    return _OBEYED.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 class TaprobeError(Exception):
@@ -51,7 +72,7 @@ class TaprobeError(Exception):
 
     def __str__(self) -> str:
         head = f"{self.what} in {self.where}" if self.where else self.what
-        return f"{head}\nFix: {self.fix}" if self.fix else head
+        return visible(f"{head}\nFix: {self.fix}" if self.fix else head)
 
 
 class ConfigError(TaprobeError):
@@ -60,6 +81,10 @@ class ConfigError(TaprobeError):
 
 class PlanError(ConfigError):
     """A budget, an objective or a split that no plan can satisfy."""
+
+
+class HomeError(ConfigError):
+    """The folder of Dagster's event log cannot be used; the artifacts are not concerned."""
 
 
 class DataError(TaprobeError):
@@ -126,6 +151,10 @@ class NumericsError(TaprobeError):
 
 class NonFiniteError(NumericsError):
     """An activation or a score is NaN or infinite."""
+
+
+class FailedCheckError(TaprobeError):
+    """A blocking check of an artifact failed, so nothing is computed from it."""
 
 
 class ArtifactError(TaprobeError):

@@ -4,7 +4,8 @@ Each label keeps the counts behind it, a standard error and a status, because a 
 causes and only one of them says that the sentence does not matter. How counts are found belongs in
 `noise`; which sentence goes to which split in `splits`.
 
-Invariant: a missing measure is an error, never a zero; anchors are chosen within a problem.
+Invariant: a missing measure leaves its problem without labels and is never a zero; anchors are
+chosen within a problem, of all its sentences or not at all.
 
 Source: the labels of Thought Anchors (arXiv:2506.19143); the rank rule is our own.
 """
@@ -12,13 +13,14 @@ Source: the labels of Thought Anchors (arXiv:2506.19143); the rank rule is our o
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
 from taprobe_core import tables
-from taprobe_core.errors import LabelError
+from taprobe_core.errors import LabelError, NotEnoughDataError
 from taprobe_core.noise import (
     Counts,
     FloatArray,
@@ -27,14 +29,21 @@ from taprobe_core.noise import (
     resampling_se,
     successors,
 )
+from taprobe_core.rollouts.parse import SHARES
 from taprobe_core.study.config import Labels
 
 _COUNTERFACTUAL = "counterfactual_importance_accuracy"
 _RESAMPLING = "resampling_importance_accuracy"
 _KEY = ("problem_id", "sentence_idx")
+_IS_LAST = pl.col("sentence_idx") == pl.col("sentence_idx").max().over("problem_id")
 
 
-def make_labels(sentences: pl.DataFrame, labels: Labels, n_max: int = 100) -> pl.DataFrame:
+def make_labels(
+    sentences: pl.DataFrame,
+    labels: Labels,
+    n_max: int = 100,
+    on_bad_problem: Literal["skip", "fail"] = "skip",
+) -> pl.DataFrame:
     """Make the labels of one model and setting.
 
     The importance is the field as published: positive means that replacing the sentence helps for
@@ -43,21 +52,28 @@ def make_labels(sentences: pl.DataFrame, labels: Labels, n_max: int = 100) -> pl
     standard error is the field's own, null for forced importance, whose rollouts are others.
     `is_true_anchor` marks by the same rule what the true importance would mark, if it is known.
 
+    A problem of which a kept sentence has no value in the field gets no labels (`unlabelled` says
+    why): which of its sentences are anchors cannot be told without that one.
+
     Args:
         sentences: `tables.SENTENCES`, in any order.
         labels: the study's `labels`.
         n_max: most rollouts a sentence can have, to bound the reconstruction of counts.
+        on_bad_problem: leave such a problem out, or fail on the first.
 
     Returns:
         `tables.LABELS`, sorted by problem_id and sentence_idx.
 
     Raises:
-        LabelError: a kept sentence has no value in the field; names the first of them.
+        LabelError: such a problem, and `on_bad_problem` is `fail`.
+        NotEnoughDataError: all problems are such; gives the first reasons.
     """
-    measured = _with_noise(sentences.sort(_KEY), labels, n_max)
-    is_dropped = pl.col("is_last") & (pl.len().over("problem_id") > 1) & labels.drop_last_sentence
-    kept = measured.filter(~is_dropped)
-    _check_complete(kept, labels.field)
+    skipped = unlabelled(sentences, labels)
+    if not skipped.is_empty():
+        _check_enough(skipped, sentences["problem_id"].n_unique(), on_bad_problem)
+    whole = sentences.filter(~pl.col("problem_id").is_in(skipped["problem_id"].implode()))
+    measured = _with_noise(whole.sort(_KEY), labels, n_max)
+    kept = measured.filter(_is_kept(labels))
     importance_abs = kept["importance_signed"].abs()
     rows = kept.with_columns(
         pl.len().over("problem_id").cast(pl.Int64).alias("n_sentences"),
@@ -71,6 +87,43 @@ def make_labels(sentences: pl.DataFrame, labels: Labels, n_max: int = 100) -> pl
         pl.Series("is_true_anchor", _true_anchors(kept, labels), dtype=pl.Boolean),
     )
     return tables.check_table(rows.select(tables.LABELS.columns.keys()), tables.LABELS, "labels")
+
+
+def unlabelled(sentences: pl.DataFrame, labels: Labels) -> pl.DataFrame:
+    """Return the problems that `make_labels` leaves out, with the reason of each.
+
+    Args:
+        sentences: `tables.SENTENCES`, in any order.
+        labels: the study's `labels`.
+
+    Returns:
+        `tables.SKIPPED`, stage `labels`, by problem_id.
+    """
+    kept = sentences.filter(_is_kept(labels))
+    missing = (
+        kept.sort(_KEY)
+        .group_by("problem_id", maintain_order=True)
+        .agg(
+            pl.col("sentence_idx").filter(pl.col(labels.field).is_null()).alias("missing"),
+            pl.len().alias("n"),
+        )
+        .filter(pl.col("missing").list.len() > 0)
+    )
+    rows = [
+        {
+            "problem_id": problem_id,
+            "stage": "labels",
+            "error": LabelError.__name__,
+            "what": f"{len(indices)} of {n} sentences have no {labels.field}, first sentence "
+            f"{indices[0]} (absent is not 0: a zero would call it unimportant)",
+            "where": f"problem {problem_id}, sentence {indices[0]}",
+            "fix": f"state the measure in its chunks_labeled.json, choose another labels.field, or "
+            f"leave the problem out: rollouts.exclude_ids: [{problem_id}]",
+        }
+        for problem_id, indices, n in missing.iter_rows()
+    ]
+    types = {name: column.type for name, column in tables.SKIPPED.dtypes.items()}
+    return tables.check_table(pl.DataFrame(rows, schema=types), tables.SKIPPED, "labels")
 
 
 def anchors(
@@ -109,7 +162,7 @@ def anchors(
 
 
 def _with_noise(frame: pl.DataFrame, labels: Labels, n_max: int) -> pl.DataFrame:
-    column = {name: frame[name].cast(pl.Float64).fill_null(np.nan).to_numpy() for name in _SHARES}
+    column = {name: frame[name].cast(pl.Float64).fill_null(np.nan).to_numpy() for name in SHARES}
     accuracy = column["accuracy"]
     index = successors(frame["problem_id"].to_numpy(), accuracy)
     next_accuracy = np.where(index >= 0, accuracy[index], np.nan) if len(index) else accuracy
@@ -124,9 +177,7 @@ def _with_noise(frame: pl.DataFrame, labels: Labels, n_max: int) -> pl.DataFrame
     error = _field_se(labels.field, counts, index)
     return frame.with_columns(
         pl.col(labels.field).alias("importance_signed"),
-        (pl.col("sentence_idx") == pl.col("sentence_idx").max().over("problem_id")).alias(
-            "is_last"
-        ),
+        _IS_LAST.alias("is_last"),
         pl.Series("has_successor", index >= 0, dtype=pl.Boolean),
         pl.Series("importance_se", error, dtype=pl.Float64).fill_nan(None),
         *(
@@ -134,9 +185,6 @@ def _with_noise(frame: pl.DataFrame, labels: Labels, n_max: int) -> pl.DataFrame
             for name, values in counts._asdict().items()
         ),
     )
-
-
-_SHARES = ("accuracy", "different_trajectories_fraction", "overdeterminedness", _COUNTERFACTUAL)
 
 
 def _field_se(field: str, counts: Counts, index: npt.NDArray[np.int64]) -> FloatArray:
@@ -166,19 +214,22 @@ def _status(field: str) -> pl.Expr:
     )
 
 
-def _check_complete(kept: pl.DataFrame, field: str) -> None:
-    missing = kept.filter(pl.col("importance_signed").is_null())
-    if missing.height == 0:
-        return
-    rows = missing.select(_KEY).head(5).iter_rows()
-    first = ", ".join(f"problem {problem} sentence {index}" for problem, index in rows)
-    problems = missing["problem_id"].unique().sort().to_list()
-    raise LabelError(
-        f"{missing.height} of {kept.height} sentences have no {field} "
-        "(absent is not 0: a zero would call them unimportant)",
-        first + (", ..." if missing.height > 5 else ""),
-        f"choose another labels.field, or leave problems {problems} out with rollouts.problem_ids",
-    )
+def _is_kept(labels: Labels) -> pl.Expr:
+    return ~(_IS_LAST & (pl.len().over("problem_id") > 1) & labels.drop_last_sentence)
+
+
+def _check_enough(skipped: pl.DataFrame, n_problems: int, on_bad_problem: str) -> None:
+    first = skipped.row(0, named=True)
+    if on_bad_problem == "fail":
+        raise LabelError(first["what"], first["where"], first["fix"])
+    if len(skipped) == n_problems:
+        reasons = [f"problem {row['problem_id']}: {row['what']}" for row in skipped.to_dicts()]
+        more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+        raise NotEnoughDataError(
+            f"none of {n_problems} problem(s) can be labelled ({'; '.join(reasons[:3])}{more})",
+            "labels.field",
+            "choose a labels.field that the dataset states, or state it there",
+        )
 
 
 def _true_anchors(kept: pl.DataFrame, labels: Labels) -> npt.NDArray[np.bool_] | list[None]:

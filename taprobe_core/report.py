@@ -1,39 +1,27 @@
 """A study's tables to one self-contained HTML page.
 
 The page holds its style and figures, loads nothing, runs nothing, and says so to the browser in a
-content security policy. What does not belong here: reading the store, computing results, and the
-words of the headline (`findings`).
-
-Invariant: no value can become markup. Every string is escaped, and characters that would reorder or
-hide text are shown as symbols (`visible_text`).
+content security policy. What does not belong here: reading the store, computing results, the words
+of the headline (`findings`), and how a value is written (`report_page`).
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
-import jinja2
 import polars as pl
-from markupsafe import Markup
 
 from taprobe_core import plots
 from taprobe_core.findings import (
-    CORRECTION_LABELS,
     METRIC_LABELS,
-    VERDICT_LABELS,
     findings,
     headline_rows,
     main_protocol,
-    p_text,
 )
 from taprobe_core.leaderboard import TRUTH_LEVELS, baselines_of
-from taprobe_core.selection import ANY_ACTIVATION_PROBE
-from taprobe_core.visible_text import visible
+from taprobe_core.report_page import report_template
 
 TOP = 10
 """Ranked rows shown per setting and protocol, beside the recipes without activations."""
@@ -64,6 +52,25 @@ class Example:
 
 
 @dataclass(frozen=True)
+class CheckSummary:
+    """What the checks of a study found in every stored cell.
+
+    Attributes:
+        counts: one row per asset and check: asset, check, effect of a fault, and the number of
+            cells that passed, failed, are waived, were not_run.
+        faults: one row per check and cell that failed: check, asset, cell, state (`failed`,
+            `waived` or `warning`), what, artifact, fix.
+        waivers: one row per waiver of the study: check, cell, reason, state.
+        not_run: one row per cell that a check could not look at: check, cell, reason.
+    """
+
+    counts: pl.DataFrame
+    faults: pl.DataFrame
+    waivers: pl.DataFrame
+    not_run: pl.DataFrame
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything the page shows.
 
@@ -84,6 +91,7 @@ class ReportData:
         figures: title -> PNG of further figures, such as label histograms.
         versions: library -> version.
         fingerprints: stage, partition, fingerprint.
+        checks: what the study's checks found; None leaves the section out.
     """
 
     study: str
@@ -102,6 +110,7 @@ class ReportData:
     figures: Mapping[str, bytes] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     fingerprints: pl.DataFrame = field(default_factory=pl.DataFrame)
+    checks: CheckSummary | None = None
 
 
 def render_report(data: ReportData) -> str:
@@ -117,79 +126,28 @@ def render_report(data: ReportData) -> str:
     protocol = main_protocol(board)
     metric = _metric_label(board)
     main_board = board.filter(pl.col("protocol").cast(pl.String) == pl.lit(protocol))
-    page = (
-        _environment()
-        .from_string(_template())
-        .render(
-            data=data,
-            metric=metric,
-            findings=findings(data.selected),
-            headline_figure=_headline_figure(data.selected, metric),
-            boards=_boards(board, protocol),
-            baselines=baselines_of(board),
-            truth_levels={k: v for k, v in TRUTH_LEVELS.items() if k in board.columns},
-            layer_figures=_layer_figures(main_board),
-            comparisons=_comparisons(data.selected, protocol),
-            diagnostics=_by_setting(data.diagnostics, protocol),
-            plan_blocks=_plan_blocks(data.plans, board, protocol),
-            sentences=_shaded(data.example.sentences) if data.example else [],
-            figures=[(name, plots.to_data_uri(png)) for name, png in data.figures.items()],
-            max_sentences=MAX_SENTENCES,
-        )
+    page = report_template().render(
+        data=data,
+        metric=metric,
+        findings=findings(data.selected),
+        headline_figure=_headline_figure(data.selected, metric),
+        boards=_boards(board, protocol),
+        baselines=baselines_of(board),
+        truth_levels={k: v for k, v in TRUTH_LEVELS.items() if k in board.columns},
+        layer_figures=_layer_figures(main_board),
+        comparisons=_comparisons(data.selected, protocol),
+        diagnostics=_by_setting(data.diagnostics, protocol),
+        plan_blocks=_plan_blocks(data.plans, board, protocol),
+        sentences=_shaded(data.example.sentences) if data.example else [],
+        figures=[(name, plots.to_data_uri(png)) for name, png in data.figures.items()],
+        max_sentences=MAX_SENTENCES,
     )
     return page.strip() + "\n"
-
-
-def _template() -> str:
-    return resources.files("taprobe_core").joinpath("report.html.jinja").read_text("utf-8")
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        autoescape=True,
-        finalize=_shown,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        num=_num, signed=_signed, share=_share, p_value=p_text, csp_hash=_csp_hash, layers=_layers
-    )
-    environment.globals.update(
-        verdict_labels=VERDICT_LABELS,
-        correction_labels=CORRECTION_LABELS,
-        metric_labels=METRIC_LABELS,
-        any_probe=ANY_ACTIVATION_PROBE,
-    )
-    return environment
-
-
-def _shown(value: Any) -> Any:
-    if value is None:
-        return "–"
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _num(value: float | None) -> str | None:
-    return None if value is None else f"{value:.3f}"
-
-
-def _signed(value: float | None) -> str | None:
-    return None if value is None else f"{value:+.3f}".replace("-", "\u2212")
-
-
-def _share(value: float | None) -> str | None:
-    return None if value is None else f"{value:.1%}"
 
 
 def _metric_label(board: pl.DataFrame) -> str:
     names = board["metric"].unique().sort().to_list() if board.height else ["pr_auc"]
     return " or ".join(METRIC_LABELS.get(name, name) for name in names)
-
-
-def _csp_hash(css: str) -> str:
-    digest = hashlib.sha256(str(css).encode()).digest()
-    return f"sha256-{base64.b64encode(digest).decode('ascii')}"
 
 
 def _boards(leaderboard: pl.DataFrame, protocol: str | None) -> list[dict[str, Any]]:
@@ -236,15 +194,6 @@ def _headline_figure(selected: pl.DataFrame, metric: str) -> str | None:
         return None
     title = "chosen activation probe minus baseline, 95 % interval"
     return plots.to_data_uri(plots.delta_intervals(rows, metric=metric, title=title))
-
-
-def _layers(chosen: Sequence[str]) -> str:
-    """Say `recipe@L02` of every choice in words, the layers of a recipe together."""
-    found: dict[str, list[str]] = {}
-    for candidate in chosen:
-        recipe, _, layer = candidate.rpartition("@L")
-        found.setdefault(recipe, []).append(str(int(layer)))
-    return "; ".join(f"{recipe} at {', '.join(layers)}" for recipe, layers in found.items())
 
 
 def _comparisons(selected: pl.DataFrame, protocol: str | None) -> list[dict[str, Any]]:

@@ -268,9 +268,10 @@ def _cut(folds: list[Fold], ids: Collection[int], present: set[int]) -> list[Fol
         emptied = [side for side in SIDES if getattr(fold, side) and not getattr(own, side)]
         if emptied:
             raise PlanError(
-                f"problems {list(absent)} have no rows, which leaves {' and '.join(emptied)} empty",
+                f"{len(present)} of {len(ids)} problems are left here, {list(absent)} have no "
+                f"rows, which leaves {' and '.join(emptied)} empty",
                 str(fold),
-                "repair the problems that were left out, or take them from the study",
+                "repair the problems that were left out, or add others",
             )
         left.append(own)
     return left

@@ -7,24 +7,29 @@ What belongs here: names, dependencies, descriptions, groups, pools. What an ass
 Concept: https://docs.dagster.io/guides/build/assets
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import dagster as dg
+from dagster_shared.record import copy
 
-from taprobe_core.errors import TaprobeError
+from taprobe_core.errors import FailedCheckError, TaprobeError
 from taprobe_core.pipeline import (
     CHECKS,
     CODE_VERSIONS,
-    WARNINGS,
     Cell,
+    Gate,
     Plan,
     describe,
+    failed_checks,
     parents_of,
+    refusal,
     run_stage,
+    stage_verdicts,
     stages_of,
 )
 from taprobe_core.study import Study
-from taprobe_dagster.events import input_tags, materialization
+from taprobe_dagster.events import check_result, input_tags, materialization
+from taprobe_dagster.home import GPU_POOL
 from taprobe_dagster.partitions import cell_of, grid_of, mapping_between
 from taprobe_dagster.resources import Workbench
 
@@ -43,6 +48,9 @@ OPS: dict[str, tuple[str, ...]] = {
     "publish_sweep": ("sweep_leaderboard", "sweep_paired_deltas", "sweep_stability"),
 }
 """Every op there is -> the stages it materializes; stages of one op share a grid."""
+
+POOLS = {"extract_activations": GPU_POOL}
+"""Op -> the pool of which it takes a slot while it works."""
 
 DESCRIPTIONS = {
     "rollouts": "Problems and sentences of one model and setting, as published, checked.",
@@ -75,6 +83,9 @@ KINDS = {
     "sweep_stage3": {"torch", "parquet"},
 }
 
+STOPPED = "nothing is computed from it"
+"""What a failed blocking check means for what comes after."""
+
 GPU_TAGS = {
     "dagster-k8s/config": {
         "container_config": {"resources": {"limits": {"nvidia.com/gpu": "1"}}},
@@ -97,7 +108,7 @@ def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
     optional (`skippable`) and never emitted; see `events` for why.
     """
     stages = ops_of(study)[op]
-    is_gpu = op == "extract_activations"
+    is_gpu = op in POOLS
     grid = grid_of(study, stages[0])
 
     @dg.multi_asset(
@@ -105,7 +116,7 @@ def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
         specs=[_spec(study, stage) for stage in stages],
         check_specs=[
             dg.AssetCheckSpec(
-                name, asset=stage, blocking=name not in WARNINGS, description=check.__doc__
+                name, asset=stage, blocking=check.is_blocking, description=check.description
             )
             for stage in stages
             for name, check in CHECKS.get(stage, {}).items()
@@ -113,17 +124,18 @@ def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
         partitions_def=grid,
         backfill_policy=dg.BackfillPolicy.single_run(),
         can_subset=True,
-        pool="gpu" if is_gpu else None,
+        pool=POOLS.get(op),
         op_tags=GPU_TAGS if is_gpu else None,
     )
     def run(
         context: dg.AssetExecutionContext, workbench: dg.ResourceParam[Workbench]
     ) -> Iterator[object]:
-        selected = [stage for stage in stages if dg.AssetKey(stage) in context.selected_asset_keys]
-        plan = workbench.plan()
-        for stage in selected:
-            cells = [cell_of(stage, key) for key in context.partition_keys] if grid else [()]
-            yield from _as_failures(_run(context, plan, stage, cells))
+        plan, on = workbench.plan(), context.selected_asset_keys
+        selected = [stage for stage in stages if dg.AssetKey(stage) in on]
+        # Without assets this is "Execute" on a check: of no partition, it looks at every one.
+        keys = context.partition_keys if grid and selected else []
+        of = {stage: [cell_of(stage, key) for key in keys] if grid else [()] for stage in selected}
+        yield from _as_failures(_run(context, plan, of))
 
     return run
 
@@ -151,6 +163,34 @@ def _spec(study: Study, stage: str) -> dg.AssetSpec:
 
 
 def _run(
+    context: dg.AssetExecutionContext, plan: Plan, cells: Mapping[str, Sequence[Cell]]
+) -> Iterator[object]:
+    """Make cells of an op's stages, then say what all checks find; an error comes last of all."""
+    error: TaprobeError | None = None
+    for stage in cells:
+        try:
+            yield from _make(context, plan, stage, cells[stage])
+        except FailedCheckError as refused:
+            error = refused
+        except TaprobeError as failure:
+            error = failure
+            break
+    step = context.get_step_execution_context()
+    for key in sorted(context.selected_asset_check_keys):
+        (stage,) = key.asset_key.path
+        verdicts = stage_verdicts(plan, stage, key.name)
+        # A fault of another run's cell shows here too, but it is no failure of this run.
+        is_own = any(each.stops and each.cell in cells.get(stage, ()) for each in verdicts)
+        found = check_result(stage, key.name, verdicts).to_asset_check_evaluation(step)
+        yield copy(found, blocking=found.blocking and is_own)
+    if error is None or isinstance(error, FailedCheckError):
+        failed = failed_checks(Gate(plan), cells)
+        error = refusal(plan.study, failed, STOPPED) if failed else error
+    if error is not None:
+        raise error
+
+
+def _make(
     context: dg.AssetExecutionContext, plan: Plan, stage: str, cells: Sequence[Cell]
 ) -> Iterator[object]:
     inputs = input_tags(context.instance, parents_of(plan.study, stage))
@@ -159,21 +199,6 @@ def _run(
         n_reused += outcome.is_reused
         yield materialization(stage, cell, outcome, describe(plan, stage, cell), inputs)
     context.log.info(f"{stage}: {len(cells)} cells, {n_reused} reused from the store")
-    for name, check in CHECKS.get(stage, {}).items():
-        faults = [f"{'|'.join(cell)}: {fault}" for cell in cells for fault in check(plan, cell)]
-        yield dg.AssetCheckResult(
-            asset_key=stage,
-            check_name=name,
-            passed=not faults,
-            severity=(
-                dg.AssetCheckSeverity.WARN if name in WARNINGS else dg.AssetCheckSeverity.ERROR
-            ),
-            metadata={
-                "n_cells": len(cells),
-                "n_faults": len(faults),
-                "faults": "\n".join(faults[:20]) or "none",
-            },
-        )
 
 
 def _as_failures(events: Iterator[object]) -> Iterator[object]:

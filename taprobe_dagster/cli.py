@@ -6,21 +6,34 @@ import logging
 import os
 import sys
 import time
+from contextlib import suppress
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from taprobe_core.cli import app, guarded
-from taprobe_core.cli.app import StudyArgument, err, out, print_leaderboard, show_progress
-from taprobe_core.errors import ConfigError
+from taprobe_core.cli.app import (
+    StudyArgument,
+    err,
+    out,
+    print_leaderboard,
+    print_skipped,
+    show_progress,
+)
+from taprobe_core.errors import ConfigError, FailedCheckError
 from taprobe_core.pipeline import (
     STAGES,
     CellFilter,
+    Gate,
     Plan,
     cells_of,
     check_stage,
     dimension_keys,
+    failed_checks,
     open_plan,
+    refusal,
+    split_stopped,
     stages_of,
 )
 
@@ -56,6 +69,7 @@ def run(
         # the whole study, so a part does not make them.
         stages = frozenset(stages_of(plan.study)) - OF_THE_WHOLE
     _materialize(plan, chosen, stages)
+    print_skipped(plan)
     if stages is None or "leaderboard" in stages:
         print_leaderboard(plan)
     if stages is None or "study_report" in stages:
@@ -73,15 +87,35 @@ def demo() -> None:
 @app.command()
 def ui(
     study: StudyArgument = None,
-    port: Annotated[int, typer.Option(help="Port on the loopback address.")] = 3000,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port on the loopback address.")
+    ] = 3000,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Show everything, let nothing be changed.")
+    ] = False,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="TAPROBE_UI_TOKEN",
+            show_envvar=True,
+            help="What opens the UI; default: a new one each start. Other users of the machine "
+            "read it on a command line, not in the variable.",
+        ),
+    ] = None,
 ) -> None:
     """Open Dagster's UI on this study: web server and daemon, on the loopback address only."""
+    if find_spec("dagster_webserver") is None:
+        raise ConfigError(
+            "the UI is not installed", "this environment", "pip install 'taprobe[ui]'"
+        )
+    from taprobe_dagster.access import checked_token, new_token
     from taprobe_dagster.serve import serve
 
+    token = new_token() if token is None else checked_token(token)
     if study is not None:
         os.environ["TAPROBE_STUDY"] = str(study.absolute())
     open_plan(study)
-    serve(port)
+    serve(port, token, is_read_only=read_only)
 
 
 def _known(chosen: ListOption, known: tuple[str, ...], noun: str) -> frozenset[str] | None:
@@ -97,10 +131,20 @@ def _known(chosen: ListOption, known: tuple[str, ...], noun: str) -> frozenset[s
 
 def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) -> None:
     # Dagster takes two seconds to import, which `taprobe --help` need not pay.
+    from dagster._core.utils import make_new_run_id
+
     from taprobe_dagster.assets import ops_of
     from taprobe_dagster.definitions import build_defs
+    from taprobe_dagster.events import refresh_checks
     from taprobe_dagster.home import open_instance
-    from taprobe_dagster.launch import execute, fail_abandoned_runs, launches_of, stages_in
+    from taprobe_dagster.launch import (
+        execute,
+        launches_of,
+        n_computed_in,
+        stages_in,
+        who_holds_pool,
+    )
+    from taprobe_dagster.recovery import watched
     from taprobe_dagster.resources import Workbench
 
     show_progress()
@@ -110,23 +154,35 @@ def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) 
     start = time.monotonic()
     n_computed, n_runs = 0, 0
     selected = {op: stages_in(plan.study, op, stages) for op in ops_of(plan.study)}
-    with open_instance() as instance:
-        if n_abandoned := fail_abandoned_runs(instance):
-            err.print(f"{n_abandoned} run(s) whose process is gone are now marked as failed")
+    with open_instance() as instance, watched(instance, err.print):
         defs = build_defs(plan.study, {"workbench": Workbench(plan.study, plan.data_root)})
         for op, of_op in selected.items():
             for launch in launches_of(instance, plan, op, of_op, chosen):
                 first, last = "|".join(launch.first), "|".join(launch.last)
                 err.print(f"[bold]{op}[/] {first} … {last}" if first else f"[bold]{op}[/]")
-                n_computed += execute(defs, instance, launch)
+                if holders := who_holds_pool(instance, launch):
+                    err.print(f"waiting for run {', '.join(holders)}, which extracts already")
+                run_id = make_new_run_id()
+                # A failed check stops what comes after it and nothing else: it is told at the end.
+                with suppress(FailedCheckError):
+                    execute(defs, instance, launch, run_id)
+                n_computed += n_computed_in(instance, run_id)
                 n_runs += 1
-    n_cells = sum(
-        len(cells_of(plan.study, stage, chosen)) for of_op in selected.values() for stage in of_op
-    )
+        refresh_checks(instance, plan)
+    cells = {
+        stage: cells_of(plan.study, stage, chosen) for of_op in selected.values() for stage in of_op
+    }
+    gate = Gate(plan)
+    stopped = [cell for stage in cells for cell in split_stopped(gate, stage, cells[stage])[1]]
+    n_cells = sum(map(len, cells.values()))
+    n_reused = n_cells - n_computed - len(stopped)
     err.print(
-        f"{n_cells} artifacts: {n_computed} computed, {n_cells - n_computed} reused; "
+        f"{n_cells} artifacts: {n_computed} computed, {n_reused} reused; "
         f"{n_runs} Dagster run(s), {time.monotonic() - start:.0f} s"
     )
+    if failed := failed_checks(gate, cells):
+        n = len(stopped)
+        raise refusal(plan.study, failed, f"{n} of {n_cells} artifacts are stopped" if n else "")
 
 
 def main() -> None:

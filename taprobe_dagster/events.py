@@ -10,7 +10,8 @@ Concept: https://docs.dagster.io/guides/build/assets/asset-versioning-and-cachin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import dagster as dg
 import polars as pl
@@ -22,8 +23,21 @@ from dagster._core.definitions.data_version import (
     INPUT_DATA_VERSION_TAG_PREFIX,
     INPUT_EVENT_POINTER_TAG_PREFIX,
 )
+from dagster._core.events import DagsterEventType
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
 
-from taprobe_core.pipeline import CODE_VERSIONS, Cell, Description, Outcome
+from taprobe_core.pipeline import (
+    CHECKS,
+    CODE_VERSIONS,
+    WARNINGS,
+    Cell,
+    Description,
+    Outcome,
+    Plan,
+    Verdict,
+    stage_verdicts,
+    stages_of,
+)
 from taprobe_dagster.partitions import partition_key
 
 _SHOWN_INPUTS = 20
@@ -105,6 +119,102 @@ def cell_metadata(outcome: Outcome, description: Description) -> dict[str, dg.Me
     upstream = list(artifact.manifest.upstream)
     metadata["upstream"] = dg.MetadataValue.json(upstream[:_SHOWN_INPUTS])
     return metadata
+
+
+def check_result(stage: str, check: str, verdicts: Sequence[Verdict]) -> dg.AssetCheckResult:
+    """What one check says of an asset: of all its stored cells, whichever run made them.
+
+    To Dagster a check has one state for all partitions, so a cell that fails keeps it red, however
+    many others pass, until it is mended or waived.
+
+    Args:
+        stage: asset name.
+        check: name of the check.
+        verdicts: what it says of each stored cell.
+    """
+    red = [each for each in verdicts if each.is_red]
+    waived = [each for each in verdicts if each.status == "failed" and each.waiver]
+    n_passed = sum(each.status == "passed" for each in verdicts)
+    metadata: dict[str, Any] = {
+        "n_cells": len(verdicts),
+        "n_passed": n_passed,
+        "n_failed": len(red),
+        "n_waived": len(waived),
+        "n_not_run": len(verdicts) - n_passed - len(red) - len(waived),
+        "n_faults": sum(len(each.faults) for each in red),
+        "faults": _lines(f"{each.place}: {fault}" for each in red for fault in each.faults),
+    }
+    if red:
+        metadata["failing_cells"] = dg.MetadataValue.json([each.place for each in red])
+        metadata["fix"] = _lines(dict.fromkeys(each.fix for each in red))
+        metadata["artifacts"] = _lines(each.path for each in red)
+    if waived:
+        metadata["waivers"] = _lines(
+            f"{each.place}: {each.waiver.reason} (found: {'; '.join(each.faults)})"
+            for each in waived
+            if each.waiver
+        )
+    if notes := dict.fromkeys(each.note for each in verdicts if each.note):
+        metadata["not_run"] = _lines(filter(None, notes))
+    # The figures of the cell to look at: of the first that fails, else of the first.
+    for name, value in next((each.numbers for each in [*red, *verdicts]), {}).items():
+        metadata[name] = float(value)
+    warns = check in WARNINGS
+    return dg.AssetCheckResult(
+        asset_key=stage,
+        check_name=check,
+        passed=not red,
+        severity=dg.AssetCheckSeverity.WARN if warns else dg.AssetCheckSeverity.ERROR,
+        description=None if verdicts else "no stored cell that this check looks at",
+        metadata=metadata,
+    )
+
+
+def _lines(texts: Iterable[str]) -> str:
+    return "\n".join(list(texts)[:_SHOWN_INPUTS]) or "none"
+
+
+def refresh_checks(instance: dg.DagsterInstance, plan: Plan) -> None:
+    """Tell the event log what the checks say now, where it says otherwise.
+
+    A waiver changes what a check says without a run of its asset, and so does a store that somebody
+    mended.
+    """
+    stages = [stage for stage in stages_of(plan.study) if stage in CHECKS]
+    keys = {
+        dg.AssetCheckKey(dg.AssetKey(stage), name): stage
+        for stage in stages
+        for name in CHECKS[stage]
+    }
+    logged = instance.event_log_storage.get_latest_asset_check_execution_by_key(list(keys))
+    for key, stage in keys.items():
+        verdicts = stage_verdicts(plan, stage, key.name, looks=False)
+        now = check_result(stage, key.name, verdicts)
+        if verdicts and _said(logged.get(key)) != (now.passed, _counts(now.metadata)):
+            instance.report_runless_asset_event(
+                dg.AssetCheckEvaluation(
+                    asset_key=key.asset_key,
+                    check_name=key.name,
+                    passed=now.passed,
+                    metadata=now.metadata,
+                    severity=now.severity,
+                    description=now.description,
+                    blocking=CHECKS[stage][key.name].is_blocking,
+                )
+            )
+
+
+def _said(record: AssetCheckExecutionRecord | None) -> tuple[bool, list[object]] | None:
+    event = record.event.dagster_event if record and record.event else None
+    if event is None or event.event_type != DagsterEventType.ASSET_CHECK_EVALUATION:
+        return None
+    evaluation = event.asset_check_evaluation_data
+    return evaluation.passed, _counts(evaluation.metadata)
+
+
+def _counts(metadata: Mapping[str, Any]) -> list[object]:
+    named = ("n_cells", "n_passed", "n_failed", "n_waived", "n_not_run", "faults", "waivers")
+    return [getattr(metadata.get(name), "value", metadata.get(name)) for name in named]
 
 
 def _table(frame: pl.DataFrame) -> dg.TableMetadataValue:

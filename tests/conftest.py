@@ -141,3 +141,54 @@ def taprobe(
     for logger, level, propagate, handlers in before:
         logger.setLevel(level)
         logger.propagate, logger.handlers = propagate, handlers
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A study on a folder of rollouts, in one of whose settings a trace can stand twice."""
+
+    study: Path
+    data: Path
+    folder: Path
+
+    @property
+    def _problems(self) -> tuple[Path, Path]:
+        setting = next(self.folder.glob("tiny/*/correct_base_solution"))
+        one, two = sorted(each for each in setting.iterdir() if each.is_dir())[1:3]
+        return one, two
+
+    def copy_trace(self) -> tuple[str, str]:
+        """Let a problem hold another's rollouts; returns the ids of the two."""
+        one, two = self._problems
+        two.rename(self.folder / "kept")
+        shutil.copytree(one, two)
+        return one.name.removeprefix("problem_"), two.name.removeprefix("problem_")
+
+    def mend(self) -> None:
+        """Put the problem's own rollouts back."""
+        two = self._problems[1]
+        shutil.rmtree(two)
+        (self.folder / "kept").rename(two)
+
+    def waive(self, *waived: tuple[str, str]) -> None:
+        """Let the study go on in spite of failed checks: (check, cell) each."""
+        values = yaml.safe_load(self.study.read_text())
+        waivers = [
+            {"check": check, "cell": cell, "reason": "both are <kept> on purpose"}
+            for check, cell in waived
+        ]
+        self.study.write_text(yaml.safe_dump({**values, "waivers": waivers}))
+
+
+@pytest.fixture
+def mirror(built: Built, tmp_path: Path) -> Mirror:
+    """The small study's first model on a copy of its rollouts, with nothing computed yet."""
+    (world,) = [each for each in (built.data / "demo").iterdir() if each.is_dir()]
+    folder = Path(shutil.copytree(world / "rollouts", tmp_path / "rollouts"))
+    values = yaml.safe_load(built.study.read_text())
+    values["rollouts"] = {"source": {"kind": "mirror", "folder": str(folder)}}
+    values["models"]["tiny"]["tokenizer"] = str(world / "tokenizer")
+    values["seeds"] = [0]
+    made = Mirror(tmp_path / "mirror.yaml", tmp_path / "data", folder)
+    made.study.write_text(yaml.safe_dump(values))
+    return made

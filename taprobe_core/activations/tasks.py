@@ -19,7 +19,7 @@ class TextTask:
 
     Attributes:
         problem_id: the problem.
-        token_ids: BOS first, [token].
+        token_ids: BOS first where the model has one, [token].
         spans: half-open token range of each sentence, in sentence_idx order.
         layers: blocks whose pooled output is wanted, in any order.
         attention_layers: blocks whose vertical attention is wanted.

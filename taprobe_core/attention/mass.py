@@ -38,7 +38,8 @@ class SentenceMass(NamedTuple):
     Attributes:
         mass: float32 [head, sentence, sentence]; [h, i, j] is the sum over query tokens of
             sentence i and key tokens of sentence j of head h's softmax weight.
-        bos_mass: float32 [head, sentence]; the same sum with token 0 alone as key.
+        bos_mass: float32 [head, sentence]; the same sum with token 0 alone as key, which is BOS, or
+            in a text without one its first token.
     """
 
     mass: torch.Tensor

@@ -1,7 +1,8 @@
 """Look at a checkpoint folder before anything in it is loaded, and refuse what must not be.
 
-Refused: weights that are pickles, configurations that name code, files that lead out of the folder,
-Git LFS pointers and error pages in place of weights, incomplete sets. Nothing of the folder is run
+Refused: weights that are pickles, configurations that name code or an impossible model, files that
+lead out of the folder or are no files, Git LFS pointers and error pages in place of weights, sets
+that are incomplete or hold a tensor twice. Nothing of the folder is run
 to find out. What the model is belongs in `loading`; the invariant here is that a folder which
 passes holds one JSON configuration and whole safetensors files, inside itself or its hub cache.
 """
@@ -9,20 +10,23 @@ passes holds one JSON configuration and whole safetensors files, inside itself o
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from taprobe_core.checkpoints.memory import is_out_of_memory
+from taprobe_core.checkpoints.reading import check_regular, read_json, refuse_pointer
+from taprobe_core.checkpoints.sanity import check_config
 from taprobe_core.errors import ModelError, ModelMissingError, UnsafeModelError
 from taprobe_core.store.integrity import file_sha256
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors")
 _LFS_POINTER = b"version https://git-lfs"
@@ -71,16 +75,44 @@ def stated_number(config: Mapping[str, Any], *names: str) -> int | None:
 
 
 def read_config(path: Path, remedy: str) -> Mapping[str, Any]:
-    """Return a folder's `config.json`, which must name no code.
+    """Return a folder's `config.json`, which must name no code and be of a model that can exist.
 
     Raises:
         UnsafeModelError: it names code.
         ModelMissingError: no such file.
-        ModelError: not a JSON object.
+        ModelError: not a JSON object, or a number or a dtype in it that no model has.
     """
-    config = read_json(path / "config.json", remedy)
-    refuse_code(config, path / "config.json")
+    config = read_json(path / CONFIG, remedy)
+    refuse_code(config, path / CONFIG)
+    check_config(config, path / CONFIG)
     return config
+
+
+def files_to_load(
+    path: Path, remedy: str, listed: Collection[str] = frozenset()
+) -> tuple[str, ...]:
+    """Return the names of the files of a folder that are loaded, and of no others.
+
+    The configuration, and `model.safetensors` or else the index with the shards that it names: the
+    choice that transformers makes. Second copies of the weights (`consolidated.safetensors`,
+    `original/`, `onnx/`, pickles) are none of them.
+
+    Args:
+        path: the folder; of the files named only the index is read.
+        remedy: what repairs missing or damaged files.
+        listed: names that the folder's origin holds besides.
+
+    Raises:
+        UnsafeModelError: weights as pickles only, or a shard that is no file of this folder.
+        ModelMissingError: neither weights nor an index.
+        ModelError: the index cannot be read.
+    """
+    names = {file.name for file in path.iterdir()} | set(listed)
+    if WEIGHTS in names:
+        return (CONFIG, WEIGHTS)
+    if INDEX in names:
+        return (CONFIG, INDEX, *_shards(path / INDEX, remedy))
+    raise _no_weights(path, names, remedy)
 
 
 def inspect_folder(
@@ -99,23 +131,25 @@ def inspect_folder(
         ModelError: a file is not what its name says.
     """
     config = read_config(path, remedy)
-    names = {file.name for file in path.iterdir()}
-    if "adapter_config.json" in names:
+    if (path / "adapter_config.json").exists():
         raise ModelError(
             "an adapter, which is no whole model",
             str(path / "adapter_config.json"),
             "merge the adapter into its base model and name the merged folder",
         )
-    if _WEIGHTS in names:
-        files: tuple[str, ...] = ("config.json", _WEIGHTS)
-    elif _INDEX in names:
-        files = ("config.json", _INDEX, *_shards(path / _INDEX, remedy))
-    else:
-        raise _no_weights(path, names | set(listed), remedy)
+    files = files_to_load(path, remedy, listed)
+    _check_present(path, files, remedy)
+    tensors: dict[str, str] = {}
     for name in files:
         _check_inside(path, name)
+        check_regular(path / name, remedy)
         if name.endswith(".safetensors"):
-            _check_safetensors(path / name, remedy)
+            for tensor in _tensor_names(path / name, remedy):
+                other = tensors.setdefault(tensor, name)
+                if other != name:
+                    raise ModelError(
+                        f"tensor {tensor} a second time, after {other}", str(path / name), remedy
+                    )
     return CheckpointFolder(path, config, files)
 
 
@@ -130,26 +164,6 @@ def folder_digest(folder: CheckpointFolder, hashes: Mapping[str, str] | None = N
         hashes = {name: file_sha256(folder.path / name) for name in folder.files}
     listed = "".join(f"{hashes[name]}  {name}\n" for name in folder.files)
     return hashlib.sha256(listed.encode()).hexdigest()
-
-
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Return the JSON object of a file.
-
-    Raises:
-        ModelMissingError: no such file.
-        ModelError: a Git LFS pointer, or not a JSON object.
-    """
-    if not path.is_file():
-        raise ModelMissingError(f"no {path.name}", str(path.parent), remedy)
-    try:
-        content = path.read_bytes()
-        _refuse_pointer(content, path)
-        found = json.loads(content)
-    except (ValueError, RecursionError, OSError) as error:
-        raise ModelError(f"a file that is not JSON ({error})", str(path), remedy) from error
-    if not isinstance(found, dict):
-        raise ModelError(f"a JSON {type(found).__name__}, not an object", str(path), remedy)
-    return found
 
 
 def refuse_code(config: Mapping[str, Any], where: Path) -> None:
@@ -192,11 +206,17 @@ def _shards(index: Path, remedy: str) -> list[str]:
                 f"{index}, weight_map",
                 "get the checkpoint from a source that you trust",
             )
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if missing:
-        what = f"{len(missing)} of {len(shards)} shards missing: {', '.join(missing[:3])}"
-        raise ModelMissingError(what, str(index), remedy)
     return shards
+
+
+def _check_present(path: Path, files: Sequence[str], remedy: str) -> None:
+    missing = [name for name in files if not (path / name).exists()]
+    shards = [name for name in files if name.endswith(".safetensors")]
+    if missing and INDEX in files:
+        what = f"{len(missing)} of {len(shards)} shards missing: {', '.join(missing[:3])}"
+        raise ModelMissingError(what, str(path / INDEX), remedy)
+    if missing:
+        raise ModelMissingError(f"no {', '.join(missing)}", str(path), remedy)
 
 
 def _no_weights(path: Path, names: Collection[str], remedy: str) -> ModelError:
@@ -208,7 +228,7 @@ def _no_weights(path: Path, names: Collection[str], remedy: str) -> ModelError:
             "use a revision with safetensors weights, or convert them where running code is safe",
         )
     found = ", ".join(sorted(names)[:5])
-    return ModelMissingError(f"no {_WEIGHTS} and no index, only {found}", str(path), remedy)
+    return ModelMissingError(f"no {WEIGHTS} and no index, only {found}", str(path), remedy)
 
 
 def _check_inside(folder: Path, name: str) -> None:
@@ -224,22 +244,20 @@ def _check_inside(folder: Path, name: str) -> None:
         )
 
 
-def _check_safetensors(path: Path, remedy: str) -> None:
+def _tensor_names(path: Path, remedy: str) -> list[str]:
     with path.open("rb") as file:
         head = file.read(64)
-    _refuse_pointer(head, path)
+    refuse_pointer(head, path)
     try:
-        with safe_open(path, framework="numpy"):  # reads the header and compares it with the size
-            pass
+        # Opening reads the header and compares it with the size.
+        with safe_open(path, framework="numpy") as weights:
+            return list(weights.keys())
     except (SafetensorError, OSError) as error:
+        if is_out_of_memory(error):
+            raise ModelError(
+                f"no memory to map a file of {path.stat().st_size / 2**30:.1f} GiB",
+                str(path),
+                "raise the process's memory limit, or use a smaller model",
+            ) from error
         what = f"a file that is not whole safetensors ({error}); it begins with {head[:24]!r}"
         raise ModelError(what, str(path), remedy) from error
-
-
-def _refuse_pointer(head: bytes, path: Path) -> None:
-    if head.startswith(_LFS_POINTER):
-        raise ModelError(
-            "a Git LFS pointer in place of the file",
-            str(path),
-            f"run `git lfs pull` in {path.parent}, or fetch the model with `hf download`",
-        )

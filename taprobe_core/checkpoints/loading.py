@@ -2,19 +2,24 @@
 
 No language-model head, no gradients, no code of the checkpoint's author, no network. Several GPUs
 hold a copy each; a model larger than one of them is spread over all. Invariant: a loaded model has
-every weight from its files; none is left at a random start.
+every weight from its files, none is left at a random start, and no weight of its files is left out
+that belongs to the decoder.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from taprobe_core.checkpoints.folder import CheckpointFiles
-from taprobe_core.checkpoints.quiet import quiet_transformers
+from taprobe_core.checkpoints.folder import CheckpointFiles, files_to_load, read_config
+from taprobe_core.checkpoints.memory import is_out_of_memory
+from taprobe_core.checkpoints.quiet import quiet_transformers, reason_of
+from taprobe_core.checkpoints.unread import Stored, refuse_unread, stored_tensors
 from taprobe_core.errors import ConfigError, ModelError, ModelMismatchError
 from taprobe_core.study import Model
 
@@ -22,7 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 ATTENTION = "sdpa"
-"""The attention implementation that a loaded model has; extraction puts its own in its place."""
+"""The attention implementation that a loaded model has, or `eager` where its architecture lacks it;
+extraction puts its own in its place where it understands the model's."""
 
 _ROOM_FOR_STATES = 0.85
 """Share of a device that weights may take: the rest is for the states of a pass."""
@@ -110,21 +116,30 @@ def load_base_model(
         modules: tuple[Any, ...] = (module if is_spread else module.to(devices[0]),)
         if not is_spread:
             modules += tuple(replicate(module, device) for device in devices[1:])
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"a model that does not fit on {devices[0]}",
-            where,
-            "use bfloat16, set device to cpu, or make more GPUs visible",
-        ) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _too_large(where, devices[0]) from error
     config = module.config.get_text_config()
     return LoadedModel(
         modules=modules,
         devices=tuple(devices),
         dtype=dtype,
-        d_model=int(config.hidden_size),
-        n_layers=int(config.num_hidden_layers),
+        d_model=_size(config, "hidden_size", where),
+        n_layers=_size(config, "num_hidden_layers", where),
         n_positions=getattr(config, "max_position_embeddings", None),
     )
+
+
+def _size(config: Any, name: str, where: str) -> int:
+    found = getattr(config, name, None)
+    if not isinstance(found, int):
+        raise ModelError(
+            f"an architecture that does not state its {name} ({type(config).__name__})",
+            where,
+            "use a decoder-only checkpoint with one stack of blocks",
+        )
+    return found
 
 
 def _room(device: torch.device) -> float:
@@ -143,17 +158,13 @@ def weight_bytes(files: CheckpointFiles, dtype: torch.dtype) -> int:
         files: from `resolve_checkpoint`.
         dtype: what they are loaded as.
     """
-    from safetensors import safe_open
+    sizes = (math.prod(tensor.shape) for tensor in _stored(files).values())
+    return sum(sizes) * dtype.itemsize
 
-    n_values = 0
-    for path in sorted(files.folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  (not a mapping)
-                size = 1
-                for length in weights.get_slice(name).get_shape():
-                    size *= length
-                n_values += size
-    return n_values * dtype.itemsize
+
+def _stored(files: CheckpointFiles) -> dict[str, Stored]:
+    names = files_to_load(files.folder, "fetch the checkpoint again")
+    return stored_tensors([files.folder / name for name in names if name.endswith(".safetensors")])
 
 
 def replicate(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -176,33 +187,40 @@ def replicate(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 
 def _read(files: CheckpointFiles, dtype: torch.dtype, device_map: str | None) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModel
 
     where = str(files.folder)
+    config = read_config(files.folder, "fetch the checkpoint again")
     try:
+        load = partial(
+            AutoModel.from_pretrained,
+            files.folder,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
         with quiet_transformers():
-            module, report = AutoModel.from_pretrained(
-                files.folder,
-                dtype=dtype,
-                device_map=device_map,
-                attn_implementation=ATTENTION,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (
-        *(OSError, ValueError, KeyError, RuntimeError, ImportError),
-        StrictDataclassError,  # a configuration at odds with itself
-    ) as error:
-        said = error.__cause__ if isinstance(error, StrictDataclassError) else error
-        reason = (str(said).strip().splitlines() or [type(error).__name__])[0]
+            try:
+                module, report = load(attn_implementation=ATTENTION)
+            except ValueError as error:
+                # Attention with sinks or capped scores, say, which PyTorch's function lacks.
+                if "scaled_dot_product_attention" not in str(error):
+                    raise
+                module, report = load(attn_implementation="eager")
+    except Exception as error:  # another's configuration makes the library raise anything
+        if is_out_of_memory(error):
+            raise _too_large(where, "this machine") from error
         raise ModelError(
-            f"a checkpoint that transformers cannot load ({reason})",
+            f"a checkpoint that transformers cannot load ({reason_of(error)})",
             where,
             "check that config.json and the weights belong together, and the transformers version",
         ) from error
+    stored = _stored(files)
+    refuse_unread(report["unexpected_keys"], stored, config, module.base_model_prefix, where)
     lacking = sorted({str(name) for name in report["missing_keys"]})
     if lacking:
         raise ModelMismatchError(
@@ -210,4 +228,22 @@ def _read(files: CheckpointFiles, dtype: torch.dtype, device_map: str | None) ->
             where,
             "check that config.json and the weights belong together",
         )
+    others = sorted(report["mismatched_keys"])
+    if others:
+        name, found, expected = others[0]
+        raise ModelMismatchError(
+            f"a checkpoint that transformers cannot load: {len(others)} weights have another shape "
+            f"than config.json says ({name} is {list(found)}, not {list(expected)})",
+            where,
+            "check that config.json and the weights belong together",
+        )
     return module
+
+
+def _too_large(where: str, device: object) -> ModelError:
+    return ModelError(
+        f"a model that does not fit on {device}",
+        where,
+        "use bfloat16, set device to cpu, make more GPUs visible, or use a machine with more "
+        "memory",
+    )

@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_cached_repo_tree,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     CachedRepoTreeNotFoundError,
     HFValidationError,
@@ -31,8 +37,8 @@ from taprobe_core.errors import ConfigError, DiskFullError, ModelMissingError
 from taprobe_core.study import DemoCheckpoint, PretrainedCheckpoint, resolve_folder
 
 CONFIG_FILES = ("config.json",)
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""The first holds the tokenizer; the others may be absent."""
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<sha>[0-9a-f]{40}))?")
 
@@ -43,9 +49,9 @@ class LocalFolder:
 
     path: Path
 
-    def fetch(self, patterns: Sequence[str]) -> Path:
-        """Return the folder; `patterns` matter to a hub only."""
-        del patterns
+    def fetch(self, names: Sequence[str], optional: Sequence[str] = ()) -> Path:
+        """Return the folder; which files are wanted matters to a hub only."""
+        del names, optional
         return self.path
 
     def listing(self) -> frozenset[str]:
@@ -65,20 +71,60 @@ class HubRepository:
     repo: str
     revision: str
 
-    def fetch(self, patterns: Sequence[str]) -> Path:
-        """Return the cache's snapshot folder, after fetching what it lacks.
+    def fetch(self, names: Sequence[str], optional: Sequence[str] = ()) -> Path:
+        """Return the cache's snapshot folder, after fetching what it lacks of these files.
+
+        Nothing is asked of the network if nothing is lacking. A file that the repository is known
+        not to hold is not lacking: whoever needs it says so.
 
         Args:
-            patterns: names of the files that are needed.
+            names: files that are needed.
+            optional: files that are fetched where they are to be had.
 
         Raises:
             ModelMissingError: not in the cache, and offline, cut off, unknown or not accessible.
             DiskFullError: no space left for the cache.
         """
         with _translated(self.repo, self.revision):
-            return Path(
-                snapshot_download(self.repo, revision=self.revision, allow_patterns=list(patterns))
-            )
+            lacking = self._lacking((*names, *optional))
+            folder = self._folder(names)
+        if not lacking and folder is not None:
+            return folder
+        missing = [name for name in names if name in lacking]
+        try:
+            with _translated(self.repo, self.revision, missing if folder else ()):
+                folder = Path(
+                    snapshot_download(
+                        self.repo, revision=self.revision, allow_patterns=[*names, *optional]
+                    )
+                )
+        except ModelMissingError:
+            if folder is None or missing:
+                raise
+        else:
+            # Offline the client does not know what a snapshot should hold, if nobody listed it.
+            missing = [name for name in names if name in self._lacking(names)]
+            if missing:
+                raise _absent(self.repo, self.revision, missing, "it is offline")
+        return folder
+
+    def _folder(self, names: Sequence[str]) -> Path | None:
+        """The snapshot folder, if it holds one of the files."""
+        for name in names:
+            found = try_to_load_from_cache(self.repo, name, revision=self.revision)
+            if isinstance(found, str):
+                return Path(found).parent
+        return None
+
+    def _lacking(self, names: Sequence[str]) -> list[str]:
+        """Those that the cache lacks, but for those that the repository is known not to hold."""
+        listing = self.listing()
+        return [
+            name
+            for name in names
+            if not isinstance(try_to_load_from_cache(self.repo, name, revision=self.revision), str)
+            and (not listing or name in listing)
+        ]
 
     def listing(self) -> frozenset[str]:
         """Names of the files that the repository is known to hold, fetched or not."""
@@ -155,7 +201,7 @@ def _main_revision(repo: str) -> str:
 
 
 @contextmanager
-def _translated(repo: str, revision: str) -> Iterator[None]:
+def _translated(repo: str, revision: str, missing: Sequence[str] = ()) -> Iterator[None]:
     try:
         yield
     except RepositoryNotFoundError as error:
@@ -179,15 +225,21 @@ def _translated(repo: str, revision: str) -> Iterator[None]:
                 "free space there, or set HF_HOME to a larger disk",
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ModelMissingError(
-            f"not in the hub cache and cannot be fetched ({reason})",
-            f"{repo}@{revision}",
-            _remedy(repo, revision),
-        ) from error
+        raise _absent(repo, revision, missing, reason) from error
 
 
-def _remedy(repo: str, revision: str) -> str:
-    command = f"hf download {repo} --revision {revision}"
+def _absent(repo: str, revision: str, missing: Sequence[str], reason: str) -> ModelMissingError:
+    named = [*missing[:3], *(["..."] if len(missing) > 3 else [])]
+    return ModelMissingError(
+        f"{'no ' + ', '.join(named) if named else 'not'} in the hub cache and cannot be fetched "
+        f"({reason})",
+        f"{repo}@{revision}",
+        _remedy(repo, revision, missing),
+    )
+
+
+def _remedy(repo: str, revision: str, names: Sequence[str] = ()) -> str:
+    command = " ".join(["hf download", repo, "--revision", revision, *names])
     if constants.is_offline_mode():
         return f"unset HF_HUB_OFFLINE, or where there is a network run `{command}`"
     return f"check the connection and HF_ENDPOINT, or run `{command}`"

@@ -1,4 +1,4 @@
-"""Keep transformers from writing to the terminal while it loads; its errors still raise."""
+"""Keep transformers from writing to the terminal while it loads; put what it raises in one line."""
 
 from __future__ import annotations
 
@@ -20,3 +20,16 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if has_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line that an error says for itself; its class where that says little.
+
+    A configuration at odds with itself is told by the error that caused it.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    said = error.__cause__ if isinstance(error, StrictDataclassError) else error
+    line = (str(said).strip().splitlines() or [""])[0]
+    is_sentence = " " in line.strip()
+    return line if is_sentence else f"{type(error).__name__}: {line}".rstrip(": ")

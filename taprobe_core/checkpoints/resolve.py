@@ -13,8 +13,11 @@ from typing import Any
 from huggingface_hub import constants
 
 from taprobe_core.checkpoints.folder import (
+    INDEX,
+    WEIGHTS,
     CheckpointFiles,
     CheckpointFolder,
+    files_to_load,
     folder_digest,
     inspect_folder,
     read_config,
@@ -23,13 +26,13 @@ from taprobe_core.checkpoints.folder import (
 from taprobe_core.checkpoints.origin import (
     CONFIG_FILES,
     TOKENIZER_FILES,
-    WEIGHT_FILES,
     HubRepository,
     LocalFolder,
+    Origin,
     checkpoint_origin,
 )
 from taprobe_core.checkpoints.pinned import pinned_origin, pinned_stand_in
-from taprobe_core.checkpoints.quiet import quiet_transformers
+from taprobe_core.checkpoints.quiet import quiet_transformers, reason_of
 from taprobe_core.checkpoints.stand_in import (
     build_stand_in,
     embedding_rows,
@@ -68,8 +71,7 @@ def resolve_checkpoint(model: Model, build_root: Path, pins: Pins = UNPINNED) ->
         identity = _stand_in_identity(checkpoint, rows, build_root, pins)
     else:
         origin = checkpoint_origin(checkpoint, model.rollouts_dir)
-        path = origin.fetch((*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES))
-        folder = inspect_folder(path, origin.remedy, origin.listing())
+        folder = inspect_folder(_fetch(origin), origin.remedy, origin.listing())
         if isinstance(origin, HubRepository):
             source = pinned_origin(origin, "checkpoint")
             pins.check(source, {name: folder.path / name for name in folder.files})
@@ -94,8 +96,7 @@ def check_present(model: Model) -> None:
         return
     origin = checkpoint_origin(model.checkpoint, model.rollouts_dir)
     if isinstance(origin, HubRepository):
-        path = origin.fetch((*CONFIG_FILES, *WEIGHT_FILES, *TOKENIZER_FILES))
-        inspect_folder(path, origin.remedy, origin.listing())
+        inspect_folder(_fetch(origin), origin.remedy, origin.listing())
 
 
 def checkpoint_identity(
@@ -146,7 +147,6 @@ def checkpoint_config(model: Model) -> Any:
     origin = checkpoint_origin(checkpoint, model.rollouts_dir)
     folder = origin.fetch(CONFIG_FILES)
     read_config(folder, origin.remedy)
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
@@ -154,13 +154,24 @@ def checkpoint_config(model: Model) -> Any:
             return AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # whatever another's numbers make the library raise
         raise ModelError(
-            f"a configuration that transformers cannot read ({reason})",
+            f"a configuration that transformers cannot read ({reason_of(error)})",
             str(folder / "config.json"),
             "check the file, and the transformers version",
         ) from error
+
+
+def _fetch(origin: Origin) -> Path:
+    """Return the folder with the files that are loaded; no other file of a hub is fetched."""
+    folder = origin.fetch(CONFIG_FILES, optional=TOKENIZER_FILES)
+    read_config(folder, origin.remedy)  # refused before gigabytes are fetched for it
+    names = {file.name for file in folder.iterdir()} | origin.listing()
+    if WEIGHTS not in names and INDEX in names:
+        origin.fetch((INDEX,))
+    if WEIGHTS in names or INDEX in names:
+        origin.fetch(files_to_load(folder, origin.remedy, names))
+    return folder
 
 
 def _hub_identity(origin: HubRepository, pins: Pins) -> dict[str, str]:

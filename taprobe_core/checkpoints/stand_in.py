@@ -17,6 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from taprobe_core.checkpoints.memory import is_out_of_memory
 from taprobe_core.checkpoints.quiet import quiet_transformers
 from taprobe_core.errors import DiskFullError, ModelError
 from taprobe_core.store.sealed import seal_folder
@@ -69,7 +70,7 @@ def build_stand_in(spec: StandInCheckpoint, rows: int, build_root: Path) -> Path
 
     Raises:
         DiskFullError: no space left.
-        ModelError: the folder cannot be written.
+        ModelError: the folder cannot be written, or the memory does not suffice.
     """
     folder = stand_in_folder(spec, rows, build_root)
     if folder.is_dir():
@@ -118,6 +119,20 @@ def stand_in_config(spec: StandInCheckpoint, rows: int) -> Any:
 
 
 def _save(spec: StandInCheckpoint, rows: int, folder: Path) -> None:
+    try:
+        _draw_and_save(spec, rows, folder)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"no memory to build a stand-in of d_model {spec.d_model}, {spec.n_layers} layers and "
+            f"{rows:,} embedding rows in float32",
+            str(folder.parent.parent),
+            "give the stand-in a smaller d_model or n_layers, or the process more memory",
+        ) from error
+
+
+def _draw_and_save(spec: StandInCheckpoint, rows: int, folder: Path) -> None:
     import torch
     from transformers import AutoModel
 

@@ -1,7 +1,7 @@
 """The `taprobe` command: everything that needs no Dagster. `taprobe_dagster.cli` adds the rest.
 
 Exit codes: 0 done; 1 a defect of ours (with its traceback); 2 something you can fix (one message,
-no traceback); 3 verification found an unsound artifact; 130 interrupted.
+no traceback); 3 an artifact is unsound or a check failed; 130 interrupted.
 """
 
 from taprobe_core.cli.app import EXIT_FIXABLE, EXIT_INTERRUPTED, EXIT_UNSOUND, app, guarded

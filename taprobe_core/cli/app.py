@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,21 +16,22 @@ from typing import Annotated, Any
 import polars as pl
 import typer
 from rich import box
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from taprobe_core.cli.console import err, out, print_defect
 from taprobe_core.cli.costs import render_check, render_storage
+from taprobe_core.cli.skips import render_skips
 from taprobe_core.cli.verdicts import acceptance_line, verify_document, verify_lines
-from taprobe_core.errors import ConfigError, TaprobeError
+from taprobe_core.errors import ConfigError, FailedCheckError, TaprobeError, visible
 from taprobe_core.leaderboard import render_text
-from taprobe_core.pipeline import DIMENSIONS, Cell, Plan, dimension_keys, open_plan
+from taprobe_core.pipeline import DIMENSIONS, Cell, Plan, dimension_keys, open_plan, run_stage
 from taprobe_core.pipeline.cells import check_stage, key_of
 from taprobe_core.pipeline.forecast import Assumptions, forecast, model_shapes
 from taprobe_core.pipeline.input_faults import input_faults
-from taprobe_core.pipeline.publish import ensure_study_report
+from taprobe_core.pipeline.skips import foreseen_skips, stored_skips
 from taprobe_core.pipeline.speed import measure_speed
 from taprobe_core.pipeline.summary import plan_summary
 from taprobe_core.store import ArtifactKey
@@ -43,23 +45,10 @@ app = typer.Typer(
     help="Predict which sentences of a reasoning trace matter, from a model's activations.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    epilog="Exit codes: 0 done, 1 defect, 2 fixable by you, 3 unsound artifact, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 defect, 2 fixable by you, 3 unsound artifact or failed check, "
+    "130 interrupted.",
 )
-WIDTH_IN_FILES = 140
-"""Columns of a table that goes to a file or a pipe."""
-
-
-def _console(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return (
-        console
-        if console.is_terminal
-        else Console(stderr=stderr, highlight=False, soft_wrap=True, width=WIDTH_IN_FILES)
-    )
-
-
-out = _console()
-err = _console(stderr=True)
+_SKIPS_IN_CHECK, _SKIPS_IN_RUN = 50, 10
 
 StudyArgument = Annotated[
     Path | None,
@@ -79,17 +68,30 @@ def guarded(command: Callable[[], Any]) -> int:
         command: the typer application, in its standalone mode: it prints wrong arguments itself
             and ends by SystemExit, with 130 where it was interrupted.
     """
+    sys.excepthook = print_defect
     try:
+        _check_arguments(sys.argv[1:])
         command()
     except TaprobeError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}")
-        return EXIT_FIXABLE
+        return EXIT_UNSOUND if isinstance(error, FailedCheckError) else EXIT_FIXABLE
     except SystemExit as stop:
         code = int(stop.code or 0)
         if code == EXIT_INTERRUPTED:
             err.print("interrupted; everything finished is kept, run the same command to go on")
         return code
     return 0
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    # Before anything reads them: the parser of arguments repeats them as they are.
+    for argument in arguments:
+        if visible(argument) != argument:
+            raise ConfigError(
+                f"control characters, or no UTF-8, in {argument}",
+                "the command's arguments",
+                "write it without; rename a file of this name",
+            )
 
 
 def show_progress() -> None:
@@ -151,9 +153,17 @@ def check(
     blocks = {model: shape.block for model, shape in shapes.items() if shape.block}
     speed = measure_speed(plan, blocks, is_measured=measure)
     rows = forecast(plan, assumptions, shapes, speed)
+    skipped, unknown = foreseen_skips(plan)
     if as_json:
-        said = [{"what": each.what, "where": each.where, "fix": each.fix} for each in faults]
-        found = {**summary, "speed": asdict(speed), "forecast": rows.to_dicts(), "faults": said}
+        found = {
+            **summary,
+            "speed": asdict(speed),
+            "forecast": rows.to_dicts(),
+            "skipped": skipped.to_dicts(),
+            "faults": [
+                {"what": each.what, "where": each.where, "fix": each.fix} for each in faults
+            ],
+        }
         out.print_json(json.dumps(found, default=str))
         raise typer.Exit(EXIT_FIXABLE if faults else 0)
     verdict = f"cannot run yet, {len(faults)} input(s) as said below" if faults else "is valid"
@@ -163,7 +173,11 @@ def check(
     print_frame(stages.drop("note"), "cells (present = at today's fingerprint)")
     for part in render_check(models, rows, speed, assumptions):
         out.print(part)
-    notes = [*stages["note"], *(model["note"] for model in models), speed.note]
+    for line in render_skips(
+        skipped, _SKIPS_IN_CHECK, is_fatal=plan.study.rollouts.on_bad_problem == "fail"
+    ):
+        out.print(line)
+    notes = [*stages["note"], *(model["note"] for model in models), speed.note, *unknown]
     for note in dict.fromkeys(note for note in notes if note):
         out.print(f"note: {escape(note)}")
     for fault in faults:
@@ -283,7 +297,7 @@ def prune(
 @app.command()
 def report(study: StudyArgument = None) -> None:
     """Build the study's report if it is not there, and print its path."""
-    outcome = ensure_study_report(open_plan(study))
+    ((_, outcome),) = run_stage(open_plan(study), "study_report", [()])
     out.print(str(outcome.artifact.path / "report.html"))
 
 
@@ -310,6 +324,12 @@ def checked_cell(plan: Plan, stage: str, keys: Sequence[str]) -> Cell:
 
 def _name(key: ArtifactKey) -> str:
     return "/".join((key.stage, *key.partition, key.fingerprint))
+
+
+def print_skipped(plan: Plan) -> None:
+    """Print the problems that the study's artifacts leave out, as far as they are there."""
+    for line in render_skips(stored_skips(plan), _SKIPS_IN_RUN):
+        err.print(line)
 
 
 def print_leaderboard(plan: Plan) -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 from taprobe_core.activations.cost import EFFICIENCY
 from taprobe_core.activations.quantities import bytes_text, duration_text, flop_text
 from taprobe_core.pipeline.forecast import Assumptions
+from taprobe_core.pipeline.sources import NO_BOS
 from taprobe_core.pipeline.speed import Speed
 from taprobe_core.study import Activations, Attention
 
@@ -51,7 +52,8 @@ def render_check(
         own = rows.filter(model=model["model"]).to_dicts()
         absent = "" if model["is_present"] else ", not here"
         yield f"[bold]{escape(model['model'])}[/]: {escape(model['checkpoint'])}{absent}"
-        yield f"{_layers(model, own[0])}, {model['dtype']} on {_device(speed, model['model'])}"
+        bos = ", no BOS" if model["bos"] == NO_BOS else ""
+        yield f"{_layers(model, own[0])}, {model['dtype']} on {_device(speed, model['model'])}{bos}"
         yield _table(own, columns)
         yield ""
     yield f"in all: {_total(rows)}"

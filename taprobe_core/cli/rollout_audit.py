@@ -48,6 +48,7 @@ def audit_rollouts_(
         model_dirs,
         plan.study.settings,
         trigram_masked_dissimilar if is_own else None,
+        plan.study.labels.field,
     )
     if as_json:
         parts = {name: frame.to_dicts() for name, frame in audit._asdict().items()}

@@ -10,7 +10,13 @@ from taprobe_core.importance.similarity import (
     trigram_cosine,
     trigram_masked_dissimilar,
 )
-from taprobe_core.importance.solutions import Rollout, Solutions, parse_solutions, read_solutions
+from taprobe_core.importance.solutions import (
+    Rollout,
+    Solutions,
+    parse_solutions,
+    read_solutions,
+    states_failure,
+)
 
 __all__ = [
     "MIN_SENTENCE_CHARS",
@@ -21,6 +27,7 @@ __all__ = [
     "parse_solutions",
     "published_measures",
     "read_solutions",
+    "states_failure",
     "trigram_cosine",
     "trigram_masked_dissimilar",
 ]

@@ -7,6 +7,7 @@ a row is either kept, counted as an error or ungraded row, or named in the error
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Solutions:
 
     Attributes:
         rollouts: graded rows, in file order.
-        n_errors: rows with an `error` key, left out.
+        n_errors: rows that state a failure, left out; see `states_failure`.
         n_ungraded: rows whose `is_correct` is null, left out.
         prefixes: number of rows by `prefix_without_chunk`; rows without that key do not count.
     """
@@ -53,7 +54,24 @@ class Solutions:
 
 
 _PREFIX = "prefix_without_chunk"
-_FIX = "fetch the file again, or leave the problem out with rollouts.problem_ids"
+_FIX = "fetch the file again, or leave the problem out with rollouts.exclude_ids"
+
+
+def states_failure(row: Mapping[str, Any]) -> bool:
+    """Return whether a record of the generator says that its request failed.
+
+    It does by an `error` that says something. Clients with a fixed record write the key beside
+    every answer; then it holds null, false, or an empty text, list or object, or NaN, which some
+    writers of tables put for null.
+
+    Args:
+        row: a base solution, or a row of a `solutions.json`.
+    """
+    error = row.get("error")
+    if isinstance(error, str):
+        return bool(error.strip())
+    is_nan = getattr(error, "is_nan", False) or (isinstance(error, float) and math.isnan(error))
+    return bool(error) and not is_nan
 
 
 def parse_solutions(text: str, where: str) -> Solutions:
@@ -90,7 +108,7 @@ def read_solutions(rows: Any, where: str) -> Solutions:
     faults = [fault for row, value in enumerate(rows) for fault in _row_faults(row, value)]
     if faults:
         raise SchemaError("rollouts have unreadable rows", where, _FIX, faults)
-    kept = [row for row in rows if "error" not in row]
+    kept = [row for row in rows if not states_failure(row)]
     graded = [row for row in kept if row["is_correct"] is not None]
     return Solutions(
         rollouts=[
@@ -106,7 +124,7 @@ def read_solutions(rows: Any, where: str) -> Solutions:
 def _row_faults(row: int, value: Any) -> list[str]:
     if not isinstance(value, dict):
         return [f"row {row} is a {type(value).__name__}, not an object"]
-    if "error" in value:
+    if states_failure(value):
         return []
     wanted: dict[str, tuple[type, ...]] = {
         "answer": (str, type(None)),
@@ -114,7 +132,12 @@ def _row_faults(row: int, value: Any) -> list[str]:
         "chunk_resampled": (str,),
     }
     return [
-        f"row {row}: {key} is {type(value[key]).__name__ if key in value else 'absent'}"
+        f"row {row}: {key} is {_kind(value[key]) if key in value else 'absent'}"
         for key, types in wanted.items()
         if key not in value or not isinstance(value[key], types)
     ]
+
+
+def _kind(value: Any) -> str:
+    # What is not one JSON value says itself what it is.
+    return getattr(value, "found", type(value).__name__)

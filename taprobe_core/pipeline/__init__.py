@@ -20,11 +20,19 @@ from taprobe_core.pipeline.checks import CHECKS, WARNINGS
 from taprobe_core.pipeline.describe import describe
 from taprobe_core.pipeline.description import Description
 from taprobe_core.pipeline.fit import read_scores
+from taprobe_core.pipeline.gate import (
+    Gate,
+    failed_checks,
+    refusal,
+    split_stopped,
+    stage_verdicts,
+)
 from taprobe_core.pipeline.inputs import read_activations, read_probe_data
 from taprobe_core.pipeline.opening import data_root, open_plan
 from taprobe_core.pipeline.outcome import Outcome
 from taprobe_core.pipeline.plan import CODE_VERSIONS, Plan
 from taprobe_core.pipeline.run import run_stage
+from taprobe_core.pipeline.verdicts import Verdict, verdicts_of
 
 __all__ = [
     "CHECKS",
@@ -36,13 +44,16 @@ __all__ = [
     "Cell",
     "CellFilter",
     "Description",
+    "Gate",
     "Outcome",
     "Plan",
+    "Verdict",
     "cells_of",
     "check_stage",
     "data_root",
     "describe",
     "dimension_keys",
+    "failed_checks",
     "is_complete",
     "key_of",
     "missing_cells",
@@ -52,6 +63,10 @@ __all__ = [
     "read_attention",
     "read_probe_data",
     "read_scores",
+    "refusal",
     "run_stage",
+    "split_stopped",
+    "stage_verdicts",
     "stages_of",
+    "verdicts_of",
 ]

@@ -22,8 +22,8 @@ from taprobe_core.keys import Site
 from taprobe_core.pipeline.extract import extract_missing, shard_keys
 from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.skips import folds_of
 from taprobe_core.pipeline.text import dataset_provenance
-from taprobe_core.splits import make_folds
 from taprobe_core.store import ArtifactKey, write_table
 
 Cell = tuple[Site, str]
@@ -153,8 +153,8 @@ def ensure_receiver_heads(plan: Plan, model: str, setting: str) -> Outcome:
 
     def write(folder: Path) -> None:
         kurtosis = read_kurtosis(plan, model, setting)
-        present = kurtosis["problem_id"].unique()
-        folds = make_folds(plan.problem_ids(), plan.study.splits, present=present)
+        present = tuple(kurtosis["problem_id"].unique())
+        folds = folds_of(plan, model, setting, present)
         tables = receiver_tables(kurtosis, read_vertical, folds, attention)
         for name, table in tables.items():
             write_table(folder / f"{name}.parquet", table)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from taprobe_core.errors import ConfigError
 from taprobe_core.keys import parse_site, parse_trial
 from taprobe_core.pipeline.plan import Plan
-from taprobe_core.store import ArtifactKey
+from taprobe_core.store import ArtifactKey, Manifest
 from taprobe_core.study import Study
 
 Cell = tuple[str, ...]
@@ -118,6 +118,39 @@ def parents_of(study: Study, stage: str) -> tuple[str, ...]:
     return tuple(parent for parent in PARENTS[stage] if parent in known)
 
 
+def parent_cells(study: Study, stage: str, cell: Cell) -> Iterator[tuple[str, Cell]]:
+    """Yield stage and cell of everything that a cell reads directly, in data-path order."""
+    own = dict(zip(DIMENSIONS[stage], cell, strict=True))
+    for parent in parents_of(study, stage):
+        grid: list[Cell] = [()]
+        for dimension in DIMENSIONS[parent]:
+            grid = [(*each, key) for each in grid for key in _related(study, dimension, own)]
+        for each in grid:
+            yield parent, each
+
+
+def _related(study: Study, dimension: str, own: Mapping[str, str]) -> tuple[str, ...]:
+    """The keys of a dimension that stand for a cell with these keys."""
+    if dimension in own:
+        return (own[dimension],)
+    if dimension == "model" and "site" in own:
+        return (parse_site(own["site"]).model,)
+    if dimension == "setting" and "trial" in own:
+        return (parse_trial(own["trial"]).setting,)
+    keys = dimension_keys(study, dimension)
+    if dimension == "site" and "model" in own:
+        return tuple(key for key in keys if parse_site(key).model == own["model"])
+    if dimension == "trial" and "setting" in own:
+        return tuple(key for key in keys if parse_trial(key).setting == own["setting"])
+    return keys
+
+
+def part_keys(manifest: Manifest) -> list[ArtifactKey]:
+    """Keys of the parts that an index lists; none for an artifact that is no index."""
+    part = _PARTS.get(manifest.stage)
+    return [key for key in manifest.upstream_keys if key.stage == part]
+
+
 def check_stage(study: Study, stage: str) -> str:
     """Return `stage` if the study has it.
 
@@ -211,9 +244,7 @@ def is_complete(plan: Plan, stage: str, cell: Cell) -> bool:
     artifact = plan.store.find(key_of(plan, stage, cell))
     if artifact is None:
         return False
-    if stage not in _PARTS:
-        return True
-    parts = [key for key in artifact.manifest.upstream_keys if key.stage == _PARTS[stage]]
+    parts = part_keys(artifact.manifest)
     return all(plan.store.backend.sizes(key) is not None for key in parts)
 
 

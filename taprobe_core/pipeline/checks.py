@@ -1,235 +1,136 @@
-"""What must hold of a stored artifact: read it back, hash and all, and look.
+"""Every check of every stage: what it reads, what decides it, whether it stops what comes after.
 
-Stages refuse to commit what breaks these, so a fault here means that something else changed the
-store or that a stage is defective. Each check returns its faults in words; none is an empty list.
+The checks themselves are in `stage_checks` (does an artifact hold what it should?) and
+`tripwire_checks` (is the pipeline of probes sound?).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
-import polars as pl
-import torch
-
-from taprobe_core.activations import finite_faults, mass_faults, shape_faults
-from taprobe_core.attention_tables import VERTICAL_TABLES
-from taprobe_core.errors import TaprobeError
 from taprobe_core.keys import parse_site, parse_trial
-from taprobe_core.pipeline.attention import read_attention, read_kurtosis
 from taprobe_core.pipeline.cells import Cell
-from taprobe_core.pipeline.fit import read_scores
-from taprobe_core.pipeline.inputs import read_shards
+from taprobe_core.pipeline.looking import Check
 from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.stage_checks import (
+    activations_finite,
+    labels_schema,
+    receiver_heads_from_training,
+    rollouts_schema,
+    spans_cover,
+    split_coverage,
+    vertical_attention_sound,
+)
 from taprobe_core.pipeline.tripwire_checks import (
+    is_looked_at,
     no_trace_on_two_sides,
     one_problem_is_memorised,
     passages_differ_across_problems,
+    pooling_read,
     shuffled_labels_at_chance,
 )
-from taprobe_core.spans import cover_faults
-from taprobe_core.splits import check_no_leakage, make_folds
-from taprobe_core.store import Artifact
-from taprobe_core.tables import (
-    LABELS,
-    PROBLEMS,
-    RECEIVER_HEADS,
-    RECEIVER_SCORES,
-    SENTENCES,
-    SPANS,
-    SPLITS,
-    TEXTS,
-    check_table,
-)
-
-Check = Callable[[Plan, Cell], list[str]]
+from taprobe_core.store import ArtifactKey
 
 
-def rollouts_schema(plan: Plan, cell: Cell) -> list[str]:
-    """Problems and sentences keep their contracts; every problem has its sentences."""
-    artifact = plan.store.open(plan.rollouts(*cell))
-    problems = artifact.read_table("problems.parquet")
-    sentences = artifact.read_table("sentences.parquet")
-    faults = [
-        *_contract(problems, PROBLEMS, "problems"),
-        *_contract(sentences, SENTENCES, "sentences"),
-    ]
-    counted = sentences.group_by("problem_id").agg(found=pl.len().cast(pl.Int64))
-    wrong = problems.join(counted, on="problem_id", how="left").filter(
-        pl.col("n_sentences") != pl.col("found").fill_null(0)
-    )
-    return faults + [
-        f"problem_{row['problem_id']}: {row['found']} sentences, {row['n_sentences']} stated"
-        for row in wrong.iter_rows(named=True)
-    ]
+def _nothing(plan: Plan, cell: Cell) -> list[ArtifactKey]:
+    return []
 
 
-def labels_schema(plan: Plan, cell: Cell) -> list[str]:
-    """Labels keep their contract."""
-    labels = plan.store.open(plan.labels(*cell)).read_table("labels.parquet")
-    return _contract(labels, LABELS, "labels")
+def _rollouts(plan: Plan, cell: Cell) -> list[ArtifactKey]:
+    return [plan.rollouts(*cell)]
 
 
-def spans_cover(plan: Plan, cell: Cell) -> list[str]:
-    """Every sentence has its span, and the spans' text is the sentence, blanks apart."""
-    artifact = plan.store.open(plan.spans(*cell))
-    texts, spans = artifact.read_table("texts.parquet"), artifact.read_table("spans.parquet")
-    sentences = plan.store.open(plan.rollouts(*cell)).read_table("sentences.parquet")
-    return [
-        *_contract(texts, TEXTS, "texts"),
-        *_contract(spans, SPANS, "spans"),
-        *cover_faults(texts, spans, sentences),
-    ]
+def _spans(plan: Plan, cell: Cell) -> list[ArtifactKey]:
+    return [plan.spans(parse_site(cell[0]).model, cell[1])]
 
 
-def activations_finite(plan: Plan, cell: Cell) -> list[str]:
-    """Every activation that is kept is a number, one row per sentence (or token) of every text."""
-    site, setting = parse_site(cell[0]), cell[1]
-    spans = plan.store.open(plan.spans(site.model, setting)).read_table("spans.parquet")
-    of_problem = spans.group_by("problem_id").agg(sentence=pl.len(), token=pl.col("n_tokens").sum())
-    shapes: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
-    faults: list[str] = []
-    for problem_id, tensors in read_shards(plan, site, setting):
-        for pooling in plan.study.activations.poolings:
-            rows = tensors[pooling]
-            found = finite_faults({problem_id: rows}, _unit(pooling))
-            faults += [f"{pooling}: {fault}" for fault in found]
-            shapes[pooling][problem_id] = rows.to("meta")
-    for name, rows_of in shapes.items():
-        expected = dict(of_problem.select("problem_id", _unit(name)).iter_rows())
-        found = shape_faults(rows_of, expected, _unit(name))
-        faults += [f"{name}: {fault}" for fault in found]
-    return faults
-
-
-def _unit(pooling: str) -> str:
-    return "token" if pooling == "tokens" else "sentence"
-
-
-def vertical_attention_sound(plan: Plan, cell: Cell) -> list[str]:
-    """Attention is finite, looks back alone, is at most all of it, and has a row per sentence."""
-    site, setting = parse_site(cell[0]), cell[1]
-    artifact = plan.store.open(plan.spans(site.model, setting))
-    n_tokens = dict(artifact.read_table("texts.parquet").select("problem_id", "n_tokens").rows())
-    ranges = {
-        problem_id: rows.select("start_token", "end_token").rows()
-        for (problem_id,), rows in artifact.read_table("spans.parquet")
-        .sort("problem_id", "sentence_idx")
-        .group_by("problem_id", maintain_order=True)
-    }
-    found = {
-        problem_id: mass_faults(tensors, ranges.get(problem_id, []), n_tokens.get(problem_id, 0))
-        for problem_id, tensors in read_attention(plan, site, setting)
-    }
-    return [
-        *(f"problem {problem_id}: no shard" for problem_id in sorted({*ranges} - {*found})),
-        *(f"problem {problem_id}: {fault}" for problem_id in found for fault in found[problem_id]),
-        *_vertical_tables(plan.store.open(plan.vertical_attention(site, setting))),
-    ]
-
-
-def _vertical_tables(artifact: Artifact) -> list[str]:
-    """Every table that there is keeps its contract."""
-    return [
-        fault
-        for name, contract in VERTICAL_TABLES.items()
-        if f"{name}.parquet" in artifact.manifest.files
-        for fault in _contract(artifact.read_table(f"{name}.parquet"), contract, name)
-    ]
-
-
-def receiver_heads_from_training(plan: Plan, cell: Cell) -> list[str]:
-    """Each fold's heads have the kurtosis of its training problems; no problem is on two sides."""
+def _attention(plan: Plan, cell: Cell) -> list[ArtifactKey]:
     model, setting = cell
-    artifact = plan.store.open(plan.receiver_heads(model, setting))
-    heads = artifact.read_table("heads.parquet")
-    scores = artifact.read_table("receiver_scores.parquet")
-    kurtosis = read_kurtosis(plan, model, setting)
-    first = kurtosis.filter(proximity=plan.study.attention.proximity[0])
-    on = ["layer", "head"]
-    faults = [
-        *_contract(heads, RECEIVER_HEADS, "heads"),
-        *_contract(scores, RECEIVER_SCORES, "receiver_scores"),
-    ]
-    present = first["problem_id"].unique()
-    for fold in make_folds(plan.problem_ids(), plan.study.splits, present=present):
-        check_no_leakage(fold)
-        mine = heads.filter(protocol=fold.protocol, fold=fold.index)
-        trained = (
-            first.filter(pl.col("problem_id").is_in(fold.train))
-            .group_by(on)
-            .agg(expected=pl.col("kurtosis").mean())
-        )
-        wrong = mine.join(trained, on=on, how="left").filter(
-            ((pl.col("kurtosis") - pl.col("expected")).abs() > 1e-9).fill_null(value=True)
-        )
-        if wrong.height or mine.is_empty():
-            faults.append(f"{fold}: {wrong.height} of {mine.height} heads are not of its training")
-        sides = scores.filter(protocol=fold.protocol, fold=fold.index)
-        for split in SPLITS:
-            found = set(sides.filter(split=split)["problem_id"])
-            if found != set(getattr(fold, split)):
-                faults.append(f"{fold}: {split} has problems {sorted(found)}")
-    return faults
+    return [plan.vertical_attention(site, setting) for site in plan.sites(model)]
 
 
-def split_coverage(plan: Plan, cell: Cell) -> list[str]:
-    """No problem stands on two sides; under LOPO every problem is test exactly once."""
-    site, trial = parse_site(cell[0]), parse_trial(cell[1])
-    spans = plan.store.open(plan.spans(site.model, trial.setting)).read_table("spans.parquet")
-    problem_ids = spans["problem_id"].unique().sort().to_list()
-    scores = read_scores(plan, site, trial)
-    faults = []
-    splits = plan.study.splits
-    for fold in make_folds(plan.problem_ids(), splits, present=problem_ids):
-        check_no_leakage(fold)
-        scored = scores.filter(protocol=fold.protocol, fold=fold.index)
-        val = fold.train if splits.inner_folds else fold.val
-        for split, side in (("val", val), ("test", fold.test)):
-            found = set(scored.filter(split=split)["problem_id"])
-            if found != set(side):
-                faults.append(
-                    f"{fold.protocol} fold {fold.index}: {split} has problems {sorted(found)}, "
-                    f"the split says {sorted(side)}"
-                )
-    tested = (
-        scores.filter(protocol="lopo", split="test")
-        .group_by("recipe")
-        .agg(n=pl.col("problem_id").n_unique())
-    )
-    return faults + [
-        f"recipe {recipe}: {n} of {len(problem_ids)} problems are test under LOPO"
-        for recipe, n in tested.iter_rows()
-        if n != len(problem_ids)
+def _problems_of_trial(plan: Plan, cell: Cell) -> list[ArtifactKey]:
+    of_trial = parse_site(cell[0]).model, parse_trial(cell[1]).setting
+    return [plan.spans(*of_trial), plan.labels(*of_trial)]
+
+
+def _rows(plan: Plan, cell: Cell) -> list[ArtifactKey]:
+    site, setting = parse_site(cell[0]), cell[1]
+    model = site.model
+    return [
+        plan.rollouts(model, setting),
+        plan.labels(model, setting),
+        plan.spans(model, setting),
+        plan.activations(site, setting),
     ]
 
+
+def _folds(plan: Plan) -> dict[str, Any]:
+    return {"folds": plan.folds_config()}
+
+
+def _seeded_folds(plan: Plan) -> dict[str, Any]:
+    return {**_folds(plan), "seed": plan.study.seeds[0], "pooling": pooling_read(plan)}
+
+
+_CHANGED = (
+    "the stage refuses to store this, so something else changed the store: remove the folder and "
+    "run again; if it comes back, the stage is defective"
+)
+_TRIPPED = "docs/tripwires.md says where to look, under 'When one trips'"
 
 CHECKS: Mapping[str, Mapping[str, Check]] = {
     "rollouts": {
-        "rollouts_schema": rollouts_schema,
-        "no_trace_on_two_sides": no_trace_on_two_sides,
-        "passages_differ_across_problems": passages_differ_across_problems,
+        "rollouts_schema": Check(rollouts_schema, _nothing, _CHANGED),
+        "no_trace_on_two_sides": Check(
+            no_trace_on_two_sides,
+            _nothing,
+            "keep one of the problems with rollouts.problem_ids",
+            settings=_folds,
+        ),
+        "passages_differ_across_problems": Check(
+            passages_differ_across_problems,
+            _nothing,
+            "look whether one of the two problems is a copy of the other in part",
+            is_blocking=False,
+            settings=_folds,
+        ),
     },
-    "labels": {"labels_schema": labels_schema},
-    "spans": {"spans_cover": spans_cover},
-    "activations": {"activations_finite": activations_finite},
-    "vertical_attention": {"vertical_attention_sound": vertical_attention_sound},
-    "receiver_heads": {"receiver_heads_from_training": receiver_heads_from_training},
-    "probe_fits": {"split_coverage": split_coverage},
+    "labels": {"labels_schema": Check(labels_schema, _nothing, _CHANGED)},
+    "spans": {"spans_cover": Check(spans_cover, _rollouts, _CHANGED)},
+    "activations": {"activations_finite": Check(activations_finite, _spans, _CHANGED)},
+    "vertical_attention": {
+        "vertical_attention_sound": Check(vertical_attention_sound, _spans, _CHANGED)
+    },
+    "receiver_heads": {
+        "receiver_heads_from_training": Check(
+            receiver_heads_from_training, _attention, _CHANGED, settings=_folds
+        )
+    },
+    "probe_fits": {
+        "split_coverage": Check(split_coverage, _problems_of_trial, _CHANGED, settings=_folds)
+    },
     "evaluation": {
-        "shuffled_labels_at_chance": shuffled_labels_at_chance,
-        "one_problem_is_memorised": one_problem_is_memorised,
+        "shuffled_labels_at_chance": Check(
+            shuffled_labels_at_chance,
+            _rows,
+            _TRIPPED,
+            settings=_seeded_folds,
+            looks_at=is_looked_at,
+        ),
+        "one_problem_is_memorised": Check(
+            one_problem_is_memorised,
+            _rows,
+            _TRIPPED,
+            settings=_seeded_folds,
+            looks_at=is_looked_at,
+        ),
     },
 }
 """Stage -> check name -> check."""
 
-WARNINGS = frozenset({"passages_differ_across_problems"})
+WARNINGS = frozenset(
+    name for checks in CHECKS.values() for name, check in checks.items() if not check.is_blocking
+)
 """Checks whose faults may be how the data is: they warn, and stop nothing."""
-
-
-def _contract(frame: pl.DataFrame, schema: object, name: str) -> list[str]:
-    try:
-        check_table(frame, schema, name)  # type: ignore[arg-type]
-    except TaprobeError as error:
-        return [str(error)]
-    return []

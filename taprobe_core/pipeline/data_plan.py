@@ -11,6 +11,7 @@ from typing import Any
 
 from taprobe_core.keys import Site
 from taprobe_core.pipeline.keyed import KeyedSources
+from taprobe_core.rollouts.parse import SHARES
 from taprobe_core.store import ArtifactKey
 from taprobe_core.study import SPEED_ONLY
 
@@ -20,8 +21,11 @@ class DataPlan(KeyedSources):
 
     @cache
     def rollouts(self, model: str, setting: str) -> ArtifactKey:
-        """Key of the rollout tables of one model and setting."""
-        rollouts = self.study.rollouts
+        """Key of the rollout tables of one model and setting.
+
+        Where the label is a measure that is not read otherwise, it decides which are sound.
+        """
+        rollouts, field = self.study.rollouts, self.study.labels.field
         return self._key(
             "rollouts",
             (model, setting),
@@ -30,6 +34,7 @@ class DataPlan(KeyedSources):
                 "rollouts_dir": self.model(model).rollouts_dir,
                 "setting": setting,
                 "on_bad_problem": rollouts.on_bad_problem,
+                **({} if field == SHARES[-1] else {"label_field": field}),
             },
         )
 
@@ -45,7 +50,11 @@ class DataPlan(KeyedSources):
 
     @cache
     def spans(self, model: str, setting: str) -> ArtifactKey:
-        """Key of the texts and spans of one model and setting."""
+        """Key of the texts and spans of one model and setting.
+
+        The model's context decides which texts are too long.
+        """
+        n_positions = self.context_length(model)
         return self._key(
             "spans",
             (model, setting),
@@ -54,6 +63,7 @@ class DataPlan(KeyedSources):
                 "tokenizer_sha256": self.checkpoint(model)["tokenizer_sha256"],
                 "special_tokens": self.special_tokens(model),
                 "on_bad_problem": self.study.rollouts.on_bad_problem,
+                **({} if n_positions is None else {"n_positions": n_positions}),
             },
             self.rollouts(model, setting),
         )

@@ -70,9 +70,11 @@ def _repeated(sentences: pl.DataFrame) -> int:
 
 
 def _labels(plan: Plan, cell: Cell) -> Description:
-    labels = plan.store.open(plan.labels(*cell)).read_table("labels.parquet")
+    artifact = plan.store.open(plan.labels(*cell))
+    labels = artifact.read_table("labels.parquet")
     metrics = {
         "n_sentences": labels.height,
+        "n_skipped": artifact.read_table("skipped.parquet").height,
         "n_anchors": int(labels["is_anchor"].sum()),
         "mean_importance_abs": mean(labels["importance_abs"]),
         "median_importance_se": median(labels["importance_se"]),

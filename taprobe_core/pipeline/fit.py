@@ -27,11 +27,11 @@ from taprobe_core.pipeline.attention import read_attention
 from taprobe_core.pipeline.inputs import read_probe_data
 from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.skips import folds_of
 from taprobe_core.pipeline.twins import find_twin, take_over
 from taprobe_core.pipeline.view import WHOLE, View, kept_rows, take_rows, with_attention
 from taprobe_core.probes import Contents, Design, Fit, RecipeFit, fit_batches, save_probes
 from taprobe_core.probes.threads import side_by_side
-from taprobe_core.splits import make_folds
 from taprobe_core.store import ArtifactKey, write_table
 from taprobe_core.study import ProbeRecipe
 from taprobe_core.tables import SCORES, schema_of
@@ -197,7 +197,7 @@ class _Bench:
             data = with_attention(data, variant_scores(masses, view.attention))
         data = take_rows(data, kept_rows(data, view))
         splits = self.plan.study.splits
-        folds = make_folds(self.plan.problem_ids(), splits, present=data.problems)
+        folds = folds_of(self.plan, self.site.model, self.setting, data.problems)
         return Design(data, tuple(folds), splits, self.plan.study.labels)
 
     def make(self, view: View, keys: Mapping[Fit, ArtifactKey]) -> None:

@@ -8,27 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from taprobe_core.pipeline.sources import Sources
 from taprobe_core.store import Artifact, ArtifactKey, Store, fingerprint
-from taprobe_core.study import Study
+from taprobe_core.study import CheckName, Study
 
 CODE_VERSIONS: Mapping[str, str] = {
-    "rollouts": "2",
+    "rollouts": "3",
     "labels": "2",
     "spans": "1",
-    "activation_shards": "3",
-    "activations": "2",
-    "attention_shards": "2",
-    "vertical_attention": "1",
+    "activation_shards": "4",
+    "activations": "3",
+    "attention_shards": "3",
+    "vertical_attention": "2",
     "receiver_heads": "2",
     "fits": "4",
     "probe_fits": "2",
     "deferral_plans": "1",
     "evaluation": "4",
     "leaderboard": "2",
-    "study_report": "4",
+    "study_report": "5",
     "sweep_stage1": "1",
     "sweep_shortlist_stage2": "1",
     "sweep_stage2": "1",
@@ -39,6 +39,9 @@ CODE_VERSIONS: Mapping[str, str] = {
     "sweep_stability": "1",
 }
 """Raised by hand when a stage's results change; every fingerprint below it then changes too."""
+
+CHECK_VERSIONS: Mapping[str, str] = dict.fromkeys(get_args(CheckName), "1")
+"""Raised by hand when a check finds other things: what is stored is then looked at again."""
 
 
 class KeyedSources(Sources):

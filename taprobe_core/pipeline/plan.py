@@ -18,7 +18,7 @@ from functools import cache
 
 from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline.data_plan import DataPlan
-from taprobe_core.pipeline.keyed import CODE_VERSIONS
+from taprobe_core.pipeline.keyed import CHECK_VERSIONS, CODE_VERSIONS
 from taprobe_core.pipeline.view import WHOLE, View
 from taprobe_core.store import ArtifactKey
 from taprobe_core.study import SPEED_ONLY, ProbeRecipe
@@ -131,7 +131,10 @@ class Plan(DataPlan):
         return self._key(
             "study_report",
             (self.study.name,),
-            self.study.model_dump(mode="json", exclude={"activations": set(SPEED_ONLY)}),
+            {
+                **self.study.model_dump(mode="json", exclude={"activations": set(SPEED_ONLY)}),
+                "checks": CHECK_VERSIONS,
+            },
             self.leaderboard(),
         )
 

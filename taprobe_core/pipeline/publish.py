@@ -10,6 +10,7 @@ from taprobe_core import plots
 from taprobe_core.diagnostics import diagnose
 from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline.cells import cells_of, key_of
+from taprobe_core.pipeline.check_summary import summarise_checks
 from taprobe_core.pipeline.fit import read_scores
 from taprobe_core.pipeline.judge import read_evaluation
 from taprobe_core.pipeline.outcome import Outcome, commit_once
@@ -72,6 +73,7 @@ def _gather(plan: Plan) -> ReportData:
         diagnostics=diagnose(evaluations, recipes=study.recipes),
         versions=library_versions(),
         fingerprints=_fingerprints(plan),
+        checks=summarise_checks(plan),
     )
 
 
@@ -104,12 +106,12 @@ def _plans(plan: Plan, cells: list[tuple[Site, str]]) -> pl.DataFrame:
 
 
 def _skipped(plan: Plan) -> pl.DataFrame:
-    """Problems left out by rollouts and by spans."""
+    """Problems left out by rollouts, labels and spans."""
     return pl.concat(
         plan.store.open(key_of(plan, stage, cell))
         .read_table("skipped.parquet")
         .with_columns(model=pl.lit(cell[0]), setting=pl.lit(cell[1]))
-        for stage in ("rollouts", "spans")
+        for stage in ("rollouts", "labels", "spans")
         for cell in cells_of(plan.study, stage)
     )
 

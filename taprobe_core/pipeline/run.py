@@ -9,6 +9,7 @@ from taprobe_core.pipeline.attention import ensure_receiver_heads, ensure_vertic
 from taprobe_core.pipeline.cells import Cell, check_stage
 from taprobe_core.pipeline.extract import ensure_activations
 from taprobe_core.pipeline.fit import ensure_probe_fits
+from taprobe_core.pipeline.gate import Gate, failed_checks, refusal, split_stopped
 from taprobe_core.pipeline.judge import (
     ensure_deferral_plans,
     ensure_evaluation,
@@ -58,8 +59,20 @@ def run_stage(plan: Plan, stage: str, cells: Sequence[Cell]) -> Iterator[tuple[C
     Raises:
         ConfigError: the study has no such stage.
         MissingArtifactError: an upstream stage has not run.
+        FailedCheckError: a blocking check of what a cell is made from failed, in this run or an
+            earlier one; raised after all cells that this does not concern.
     """
     check_stage(plan.study, stage)
+    free, stopped = split_stopped(Gate(plan), stage, cells)
+    yield from _run(plan, stage, free)
+    if stopped:
+        failed = failed_checks(Gate(plan), {stage: stopped})
+        cells_said = ", ".join("/".join(cell) for cell in stopped if cell)
+        of_cells = f" of {cells_said}" if cells_said else ""
+        raise refusal(plan.study, failed, f"{stage}{of_cells} cannot be made")
+
+
+def _run(plan: Plan, stage: str, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Outcome]]:
     if stage in ("activations", "vertical_attention"):
         # Cells that share passes through the model go in together.
         sites = [(parse_site(site), setting) for site, setting in cells]

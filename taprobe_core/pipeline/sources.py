@@ -15,7 +15,13 @@ from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
-from taprobe_core.checkpoints import checkpoint_identity, special_tokens, tokenizer_sha256
+from taprobe_core.checkpoints import (
+    bos_token,
+    checkpoint_identity,
+    context_length,
+    special_tokens,
+    tokenizer_sha256,
+)
 from taprobe_core.demo import DemoWorld
 from taprobe_core.errors import ConfigError, DataError, ModelError, TaprobeError
 from taprobe_core.keys import Site
@@ -32,6 +38,9 @@ from taprobe_core.store import PinnedSource, Pins
 from taprobe_core.study import DemoSource, Model, PolicySource, Study
 
 T = TypeVar("T")
+
+NO_BOS = "none"
+"""What an identity and a description say of a model whose texts begin with no BOS token."""
 
 
 def _asked_once(method: Callable[..., T]) -> Callable[..., T]:
@@ -111,7 +120,10 @@ class Sources:
 
     @_asked_once
     def checkpoint(self, model: str) -> Mapping[str, str]:
-        """Identity of the model's checkpoint and tokenizer, without loading weights."""
+        """Identity of the model's checkpoint and tokenizer, without loading weights.
+
+        `bos` is there, as `none`, for a model whose texts begin with no BOS token.
+        """
         return self._checkpoint(model)
 
     @_asked_once
@@ -141,7 +153,21 @@ class Sources:
         # The tokenizer first: a stand-in is made to fit it.
         tokenizer = tokenizer_sha256(spec, self.pins)
         identity = checkpoint_identity(spec, self.checkpoints_root, self.pins)
-        return {**identity, "tokenizer_sha256": tokenizer}
+        return {
+            **identity,
+            "tokenizer_sha256": tokenizer,
+            **({"bos": NO_BOS} if self.bos_token(model) is None else {}),
+        }
+
+    @_asked_once
+    def context_length(self, model: str) -> int | None:
+        """The most tokens of a text that the model takes; None where it does not say."""
+        return context_length(self.model(model))
+
+    @_asked_once
+    def bos_token(self, model: str) -> str | None:
+        """The token that each text of the model begins with; None where it has none."""
+        return bos_token(self.model(model))
 
     @_asked_once
     def dataset_version(self, model: str, setting: str) -> str:

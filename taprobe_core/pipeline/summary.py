@@ -11,6 +11,7 @@ from typing import Any
 from taprobe_core.errors import TaprobeError
 from taprobe_core.pipeline.cells import cells_of, missing_cells, stages_of
 from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.sources import NO_BOS
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
@@ -51,10 +52,11 @@ def _model_summary(plan: Plan, model: str) -> dict[str, Any]:
     }
     try:
         summary["tokenizer"] = plan.checkpoint(model)["tokenizer_sha256"][:12]
+        summary["bos"] = plan.bos_token(model) or NO_BOS
         summary["is_present"] = True
         summary["note"] = None
     except TaprobeError as error:
-        summary["tokenizer"] = None
+        summary["tokenizer"] = summary["bos"] = None
         summary["is_present"] = False
         summary["note"] = error.what
     return summary

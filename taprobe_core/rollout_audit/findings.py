@@ -41,6 +41,7 @@ to labels that were made here.
 
 Kind: TypeAlias = Literal[
     "unreadable",
+    "unusable_values",
     "gap",
     "missing_block",
     "error_rows",
@@ -51,8 +52,9 @@ Kind: TypeAlias = Literal[
     "broken_identity",
 ]
 
-NOTED: frozenset[Kind] = frozenset({"empty_answers"})
-"""Kinds that are told but no damage: a rollout may end without an answer, and measures drop it."""
+NOTED: frozenset[Kind] = frozenset({"empty_answers", "unusable_values"})
+"""Kinds that are told but no damage: a rollout may end without an answer, and measures drop it; a
+value that no stage reads may be anything."""
 
 Bank: TypeAlias = Solutions | DataError | None
 """Rollouts of one sentence; the error that reading them raised; None where they are absent."""
@@ -129,6 +131,16 @@ def unreadable(file: str, error: DataError) -> Finding:
     """Return the finding for a file whose reading raised `error`."""
     faults = error.faults[:3] if isinstance(error, SchemaError) else ()
     return Finding("unreadable", file, "; ".join([error.what, *faults]), 1)
+
+
+def unusable(notes: Sequence[str]) -> list[Finding]:
+    """Return a finding per file for values that no stage reads; `ProblemRecord.notes`."""
+    found = []
+    for file, own in groupby(notes, key=lambda note: note.split(": ", 1)[0]):
+        first, *others = (note.split(": ", 1)[1] for note in own)
+        more = f"; and {len(others)} more" if others else ""
+        found.append(Finding("unusable_values", file, f"{first}{more}", 1 + len(others)))
+    return found
 
 
 def _bank_findings(

@@ -20,6 +20,7 @@ from taprobe_core.rollout_audit.findings import (
     audit_problem,
     cut_prefix,
     unreadable,
+    unusable,
 )
 from taprobe_core.rollouts import (
     FILE_NAMES,
@@ -29,6 +30,7 @@ from taprobe_core.rollouts import (
     choose_problems,
     parse_problem,
 )
+from taprobe_core.rollouts.parse import SHARES
 from taprobe_core.rollouts.sources import problem_path
 from taprobe_core.rollouts.strict_json import load_json
 from taprobe_core.study.config import Rollouts
@@ -81,6 +83,7 @@ def audit_rollouts(
     model_dirs: Sequence[str],
     settings: Sequence[str],
     is_dissimilar: IsDissimilar | None = None,
+    label_field: str = SHARES[-1],
 ) -> RolloutAudit:
     """Audit the problems that a study reads.
 
@@ -92,6 +95,7 @@ def audit_rollouts(
         model_dirs: model folders.
         settings: folders below the sampling folder.
         is_dissimilar: the similarity that the labels were made with, where it is known.
+        label_field: the measure that becomes the label; see `parse_problem`.
 
     Raises:
         ConfigError: the source is no local folder.
@@ -110,7 +114,7 @@ def audit_rollouts(
         for setting in settings:
             place = (model, rollouts.sampling, setting)
             problem_ids = choose_problems(source.list_problems(*place), rollouts)
-            found, covered = _audit_place(source, place, problem_ids, is_dissimilar)
+            found, covered = _audit_place(source, place, problem_ids, is_dissimilar, label_field)
             findings += found
             coverage.append({"model": model, "setting": setting, **covered})
     return RolloutAudit(
@@ -123,6 +127,7 @@ def _audit_place(
     place: _Place,
     problem_ids: Sequence[int],
     is_dissimilar: IsDissimilar | None,
+    label_field: str,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     model, _, setting = place
     has_rollouts = any(_has_rollouts(source, place, problem_id) for problem_id in problem_ids)
@@ -130,10 +135,11 @@ def _audit_place(
     rows = []
     for problem_id in problem_ids:
         covered["n_problems"] += 1
-        record = _read_problem(source, place, problem_id)
+        record = _read_problem(source, place, problem_id, label_field)
         if isinstance(record, ProblemRecord):
             banks = _read_banks(source, place, record) if has_rollouts else None
-            found = audit_problem(record.sentences, banks, is_dissimilar)
+            found = unusable(record.notes)
+            found += audit_problem(record.sentences, banks, is_dissimilar)
             _count(covered, record, banks or [])
         else:
             found = record
@@ -168,7 +174,7 @@ def _count(covered: dict[str, int], record: ProblemRecord, banks: Sequence[Bank]
 
 
 def _read_problem(
-    source: FolderRollouts, place: _Place, problem_id: int
+    source: FolderRollouts, place: _Place, problem_id: int, label_field: str
 ) -> ProblemRecord | list[Finding]:
     """Read as the loader does; of several files that cannot be parsed it names the first."""
     files, absent = {}, []
@@ -180,7 +186,7 @@ def _read_problem(
     if absent:
         return absent
     try:
-        return parse_problem(files, problem_id)
+        return parse_problem(files, problem_id, label_field)
     except DataError as error:
         where = error.where or ""
         named = (name for name, path in files.items() if where.startswith(str(path)))

@@ -1,7 +1,8 @@
 """Typed access to one JSON object of a dataset file: every fault is noted, none stops the reading.
 
 A null counts as absent. A value of the wrong type or out of range is a fault: it is neither
-repaired nor dropped. Which fields a file has belongs in `parse`.
+repaired nor dropped. Only what rounding did to a number is undone: one that is beyond its range by
+`ROUNDING` at most is taken for the bound. Which fields a file has belongs in `parse`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from taprobe_core.errors import SchemaError
+from taprobe_core.rollouts.strict_json import Unusable
 
 ABSENT = object()
 """Stands for a key that an object lacks, as opposed to null."""
+
+ROUNDING = 1e-6
+"""How far beyond its range a number may be by rounding, even if it was computed in float32.
+
+A share of at most a thousand rollouts that is wrong by a rollout is wrong by 1e-3 or more."""
 
 _LISTED = 20
 _INDEX = re.compile(r"[0-9]{1,9}")
@@ -79,12 +86,12 @@ class Fields:
         return None
 
     def number(self, key: str, low: float, high: float) -> float | None:
-        """Return an optional number in [low, high]."""
+        """Return an optional number in [low, high]; beyond by rounding alone it is the bound."""
         value = self.row.get(key)
         if value is None:
             return None
-        if _is_number(value) and low <= value <= high:
-            return float(value)
+        if _is_number(value) and low - ROUNDING <= value <= high + ROUNDING:
+            return min(max(float(value), low), high)
         bounds = f"in [{low:g}, {high:g}]" if high < sys.float_info.max else f"of at least {low:g}"
         self.fault(key, value, f"a number {bounds} or null")
         return None
@@ -123,9 +130,14 @@ def shown(value: Any) -> str:
         return "nothing"
     if value is None:
         return "null"
+    if isinstance(value, Unusable):
+        return value.found
     if isinstance(value, dict):
         return "an object"
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:  # what can just be read may nest too deeply to be shown
+        return "a list"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -141,7 +153,7 @@ def raise_faults(faults: Sequence[str], path: Path) -> None:
     raise SchemaError(
         f"{len(faults)} field(s) break the dataset's layout",
         str(path),
-        "correct the file or fetch it again, or leave its problem out with rollouts.problem_ids",
+        "correct the file or fetch it again, or leave its problem out with rollouts.exclude_ids",
         [*faults[:_LISTED], *([f"... and {more} more"] if more > 0 else [])],
     )
 

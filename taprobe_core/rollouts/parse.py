@@ -1,25 +1,27 @@
 """From the three JSON files of one problem to rows that keep the tables' contracts.
 
 Lenient in what may be absent: a nickname, tags, a summary, forced measures, any measure at all
-(null). Strict in what is present: a value of the wrong type or out of range is a fault, never
-repaired and never dropped. All faults of a file come in one error, each with its JSON path, what
-was found and what is wanted. Whether the sentences tile the text belongs in `spans`.
+(null). Strict in what is read: a value of the wrong type or out of range is a fault, never repaired
+and never dropped; all faults of a file come in one error, each with its JSON path, what was found
+and what is wanted. What no stage reads is worth no problem: where it is not usable it is null in
+the table, and a note says so. Keys that are not of the layout are not looked at. Whether the
+sentences tile the text belongs in `spans`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from taprobe_core.errors import DataError
+from taprobe_core.importance import states_failure
 from taprobe_core.rollouts.fields import ABSENT, Fields, raise_faults, read_object, shown
 from taprobe_core.rollouts.strict_json import load_json
-
-THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+from taprobe_core.rollouts.thinking import THINK_OPEN, find_thinking
 
 MEASURES: Mapping[str, tuple[float, float]] = {
     "accuracy": (0.0, 1.0),
@@ -34,88 +36,133 @@ MEASURES: Mapping[str, tuple[float, float]] = {
 }
 """Published measures of a sentence and their ranges; KL in nats, all others shares."""
 
+SHARES = (
+    "accuracy",
+    "different_trajectories_fraction",
+    "overdeterminedness",
+    "counterfactual_importance_accuracy",
+)
+"""Measures that labels of every kind read, because the counts of rollouts follow from them."""
+
 
 @dataclass(frozen=True)
 class ProblemRecord:
-    """One problem: a row for `tables.PROBLEMS` and its rows for `tables.SENTENCES`."""
+    """One problem.
+
+    Attributes:
+        problem: a row for `tables.PROBLEMS`.
+        sentences: its rows for `tables.SENTENCES`.
+        notes: values that no stage reads and that are null in the rows because they are not
+            usable; each as `file: path: found X, want Y`.
+    """
 
     problem: dict[str, Any]
     sentences: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
 
 
-def parse_problem(files: Mapping[str, Path], problem_id: int) -> ProblemRecord:
+def parse_problem(
+    files: Mapping[str, Path], problem_id: int, label_field: str = SHARES[-1]
+) -> ProblemRecord:
     """Parse one problem.
 
     Args:
         files: path of each of `problem.json`, `base_solution.json`, `chunks_labeled.json`.
         problem_id: id from the folder's name; the files do not state one.
+        label_field: the measure that becomes the label; it and `SHARES` are read, others are not.
 
     Returns:
-        The record. `thinking_*_char` index code points of `base_text`: from behind the first
-        `<think>` to the next `</think>`, or to the end where the trace never closes it.
+        The record. `thinking_*_char` index code points of `base_text`; see `find_thinking`.
 
     Raises:
         SchemaError: a file breaks the dataset's layout; lists all faults of that file.
         DataError: a file is not JSON, or the base solution failed upstream.
     """
-    statement = _statement(files["problem.json"])
-    base = _base_solution(files["base_solution.json"], problem_id)
-    sentences = _sentences(files["chunks_labeled.json"], problem_id)
+    notes: list[str] = []
+    statement = _statement(files["problem.json"], notes)
+    base = _base_solution(files["base_solution.json"], problem_id, notes)
+    read = {*SHARES, label_field, "true_importance"}
+    sentences = _sentences(files["chunks_labeled.json"], problem_id, read, notes)
     texts = [row["sentence"] for row in sentences]
+    base |= _thinking(files["base_solution.json"], base, texts)
     problem = {
         "problem_id": problem_id,
         **statement,
-        **base,
+        **{name: base[name] for name in _BASE},
         "n_sentences": len(sentences),
         "text_sha256": _digest([base["base_text"], *texts]),
     }
-    return ProblemRecord(problem, sentences)
+    return ProblemRecord(problem, sentences, notes)
 
 
-def _statement(path: Path) -> dict[str, Any]:
+_BASE = (
+    "prompt",
+    "base_text",
+    "thinking_start_char",
+    "thinking_end_char",
+    "answer",
+    "is_correct",
+)
+
+
+def _statement(path: Path, notes: list[str]) -> dict[str, Any]:
     faults: list[str] = []
+    unread: list[str] = []
     fields = read_object(load_json(path), "$", faults)
+    spare = Fields(fields.row, "$", unread)
     row = {
         "problem": fields.required_text("problem"),
-        "gt_answer": fields.text("gt_answer"),
-        "subject": fields.text("type"),
-        "level": fields.text("level"),
-        "nickname": fields.text("nickname"),
+        "gt_answer": spare.text("gt_answer"),
+        "subject": spare.text("type"),
+        "level": spare.text("level"),
+        "nickname": spare.text("nickname"),
     }
     raise_faults(faults, path)
+    notes += _noted(path, unread)
     return row
 
 
-def _base_solution(path: Path, problem_id: int) -> dict[str, Any]:
+def _base_solution(path: Path, problem_id: int, notes: list[str]) -> dict[str, Any]:
     faults: list[str] = []
+    unread: list[str] = []
     fields = read_object(load_json(path), "$", faults)
-    failure = fields.row.get("error")
-    if failure is not None:
+    spare = Fields(fields.row, "$", unread)
+    if states_failure(fields.row):
         raise DataError(
-            f"the base solution failed upstream: {shown(failure)}",
+            f"the base solution failed upstream: {shown(fields.row['error'])}",
             f"{path}, $.error",
-            f"leave problem {problem_id} out with rollouts.problem_ids, or take another revision",
+            f"leave the problem out: rollouts.exclude_ids: [{problem_id}], or take another "
+            "revision",
         )
     prompt = fields.required_text("prompt")
-    base_text = _base_text(fields, prompt)
-    start = base_text.find(THINK_OPEN) + len(THINK_OPEN)
-    end = base_text.find(THINK_CLOSE, start)
-    end = len(base_text) if end < 0 else end
-    if not faults:
-        if THINK_OPEN not in base_text:
-            faults.append(f"$.prompt: found no {THINK_OPEN}, want it before the reasoning")
-        elif not base_text[start:end].strip():
-            faults.append(f"$.solution: found no text behind {THINK_OPEN}, want the reasoning")
     row = {
         "prompt": prompt,
-        "base_text": base_text,
-        "thinking_start_char": start,
-        "thinking_end_char": end,
-        "answer": fields.text("answer"),
-        "is_correct": fields.flag("is_correct"),
+        "base_text": _base_text(fields, prompt),
+        "answer": spare.text("answer"),
+        "is_correct": spare.flag("is_correct"),
     }
     raise_faults(faults, path)
+    notes += _noted(path, unread)
     return row
+
+
+def _thinking(path: Path, base: Mapping[str, Any], sentences: Sequence[str]) -> dict[str, int]:
+    text, n_prompt = base["base_text"], len(base["prompt"])
+    thinking = find_thinking(text, n_prompt, sentences)
+    faults = []
+    if not thinking.is_filled and not thinking.is_opened:
+        faults.append(
+            f"$.prompt: found no {THINK_OPEN} that opens the reasoning, want it at the end of the "
+            "prompt or in the solution"
+        )
+    elif not text[thinking.start : thinking.end].strip():
+        faults.append(f"$.solution: found no text behind {THINK_OPEN}, want the reasoning")
+    raise_faults(faults, path)
+    return {"thinking_start_char": thinking.start, "thinking_end_char": thinking.end}
+
+
+def _noted(path: Path, unread: Iterable[str]) -> list[str]:
+    return [f"{path.name}: {fault}" for fault in unread]
 
 
 def _base_text(fields: Fields, prompt: str) -> str:
@@ -133,21 +180,32 @@ def _base_text(fields: Fields, prompt: str) -> str:
     return full
 
 
-def _sentences(path: Path, problem_id: int) -> list[dict[str, Any]]:
+def _sentences(
+    path: Path, problem_id: int, read: Collection[str], notes: list[str]
+) -> list[dict[str, Any]]:
     faults: list[str] = []
+    unread: list[str] = []
     value = load_json(path)
     if not isinstance(value, list) or not value:
         faults.append(f"$: found {shown(value)}, want a list of at least one sentence")
         value = []
     rows = [
-        _sentence(read_object(item, f"$[{index}]", faults), problem_id, index)
+        _sentence(read_object(item, f"$[{index}]", faults), problem_id, index, read, unread)
         for index, item in enumerate(value)
     ]
     raise_faults(faults, path)
+    notes += _noted(path, unread)
     return rows
 
 
-def _sentence(fields: Fields, problem_id: int, index: int) -> dict[str, Any]:
+def _sentence(
+    fields: Fields, problem_id: int, index: int, read: Collection[str], unread: list[str]
+) -> dict[str, Any]:
+    spare = Fields(fields.row, fields.at, unread)
+
+    def measure(name: str, low: float, high: float) -> float | None:
+        return (fields if name in read else spare).number(name, low, high)
+
     text = fields.required_text("chunk")
     stated = fields.row.get("chunk_idx", ABSENT)
     if isinstance(stated, bool) or stated != index:
@@ -158,10 +216,10 @@ def _sentence(fields: Fields, problem_id: int, index: int) -> dict[str, Any]:
         "sentence_idx": index,
         "sentence": text,
         "function_tag": tags[0] if tags else "unknown",
-        "depends_on": fields.indices("depends_on"),
-        **{name: fields.number(name, *bounds) for name, bounds in MEASURES.items()},
-        "summary": fields.text("summary"),
-        "true_importance": fields.number("true_importance", -1.0, 1.0),
+        "depends_on": spare.indices("depends_on"),
+        **{name: measure(name, *bounds) for name, bounds in MEASURES.items()},
+        "summary": spare.text("summary"),
+        "true_importance": measure("true_importance", -1.0, 1.0),
     }
 
 

@@ -17,8 +17,8 @@ import pandera.polars as pa
 import polars as pl
 
 from taprobe_core import tables
-from taprobe_core.errors import DataError, NotEnoughDataError, SourceUnavailableError
-from taprobe_core.rollouts.parse import ProblemRecord, parse_problem
+from taprobe_core.errors import DataError, NotEnoughDataError, SchemaError, SourceUnavailableError
+from taprobe_core.rollouts.parse import SHARES, ProblemRecord, parse_problem
 from taprobe_core.rollouts.sources import FILE_NAMES, RolloutSource
 from taprobe_core.study.config import Model, Rollouts
 
@@ -29,26 +29,32 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RolloutTables:
-    """Tables of one model and setting, each keeping its contract in `tables`."""
+    """Tables of one model and setting, each keeping its contract in `tables`.
+
+    `notes` lists values of problems that are read, null because they are not usable and no stage
+    reads them.
+    """
 
     problems: pl.DataFrame
     sentences: pl.DataFrame
     skipped: pl.DataFrame
+    notes: pl.DataFrame
 
 
 def choose_problems(available: Sequence[int], rollouts: Rollouts) -> list[int]:
     """Return the problems to read, ascending.
 
-    The pool is `problem_ids` where given, else what is available. With `max_problems` below the
-    size of the pool, that many are drawn from the sorted pool without replacement by
-    `random.Random(sample_seed).sample`. A requested id that is not available stays in: reading it
-    says so.
+    The pool is `problem_ids` where given, else what is available, without `exclude_ids`. With
+    `max_problems` below the size of the pool, that many are drawn from the sorted pool without
+    replacement by `random.Random(sample_seed).sample`. A requested id that is not available stays
+    in: reading it says so.
 
     Args:
         available: problem ids of the source, in any order.
         rollouts: the study's `rollouts`.
     """
-    pool = sorted(set(available if rollouts.problem_ids is None else rollouts.problem_ids))
+    named = available if rollouts.problem_ids is None else rollouts.problem_ids
+    pool = sorted(set(named) - set(rollouts.exclude_ids))
     wanted = rollouts.max_problems
     if wanted is None or wanted >= len(pool):
         return pool
@@ -68,7 +74,11 @@ def listed_problems(
 
 
 def read_rollouts(
-    source: RolloutSource, model: Model, rollouts: Rollouts, setting: str
+    source: RolloutSource,
+    model: Model,
+    rollouts: Rollouts,
+    setting: str,
+    label_field: str = SHARES[-1],
 ) -> RolloutTables:
     """Read the chosen problems of one model and setting.
 
@@ -77,6 +87,7 @@ def read_rollouts(
         model: gives `rollouts_dir`.
         rollouts: the study's `rollouts`.
         setting: folder below the sampling folder.
+        label_field: the measure that becomes the label; see `parse_problem`.
 
     Returns:
         Tables sorted by problem_id and sentence_idx. `skipped` has a row per problem left out; it
@@ -99,7 +110,7 @@ def read_rollouts(
             if problem_id not in present:
                 raise _no_such_problem(problem_id, available, where)
             files = {name: source.fetch(*place, problem_id, name) for name in FILE_NAMES}
-            return parse_problem(files, problem_id)
+            return parse_problem(files, problem_id, label_field)
         except SourceUnavailableError:
             raise
         except DataError as error:
@@ -115,11 +126,17 @@ def read_rollouts(
         if isinstance(result, DataError)
     ]
     if not records:
-        raise _nothing_read(skipped, where)
+        raise _nothing_read(skipped, where, is_filtered=bool(rollouts.exclude_ids))
+    notes = [
+        {"problem_id": record.problem["problem_id"], "note": note}
+        for record in records
+        for note in record.notes
+    ]
     return RolloutTables(
         _table([record.problem for record in records], tables.PROBLEMS, where),
         _table([row for record in records for row in record.sentences], tables.SENTENCES, where),
         _table(skipped, tables.SKIPPED, where),
+        _table(notes, tables.NOTES, where),
     )
 
 
@@ -149,10 +166,16 @@ def _skipped_row(problem_id: int, error: DataError) -> dict[str, Any]:
         "problem_id": problem_id,
         "stage": "rollouts",
         "error": type(error).__name__,
-        "what": error.what,
+        "what": _reason(error),
         "where": error.where,
         "fix": error.fix,
     }
+
+
+def _reason(error: DataError) -> str:
+    # Faults stand under `where`; a list of reasons shows `what` alone.
+    faults = error.faults if isinstance(error, SchemaError) else ()
+    return f"{error.what}: {faults[0]}" if faults else error.what
 
 
 def _no_such_problem(problem_id: int, available: Sequence[int], where: str) -> DataError:
@@ -164,16 +187,22 @@ def _no_such_problem(problem_id: int, available: Sequence[int], where: str) -> D
     )
 
 
-def _nothing_read(skipped: Sequence[dict[str, Any]], where: str) -> NotEnoughDataError:
+def _nothing_read(
+    skipped: Sequence[dict[str, Any]], where: str, *, is_filtered: bool
+) -> NotEnoughDataError:
     if not skipped:
         return NotEnoughDataError(
-            "no problem_<id> folder", where, "point the study at a folder that holds problems"
+            "no problem_<id> folder" + (" that is not excluded" if is_filtered else ""),
+            where,
+            "point the study at a folder that holds problems"
+            + (", or shorten rollouts.exclude_ids" if is_filtered else ""),
         )
     reasons = "; ".join(
         f"problem {row['problem_id']}: {row['what']} in {row['where']}" for row in skipped[:3]
     )
+    more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
     return NotEnoughDataError(
-        f"none of {len(skipped)} problem(s) could be read ({reasons})",
+        f"none of {len(skipped)} problem(s) could be read ({reasons}{more})",
         where,
         f"problem {skipped[0]['problem_id']}: {skipped[0]['fix']}",
     )

@@ -87,8 +87,17 @@ class FolderRollouts:
     ) -> Path:
         """Return the path of one problem's file."""
         path = self.folder / problem_path(rollouts_dir, sampling, setting, problem_id, name)
-        if not path.exists():
-            raise absent_file(problem_id, name, str(path.parent))
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise absent_file(problem_id, name, str(path.parent)) from None
+        except OSError as error:  # no right to search the folder, links in a circle
+            raise DataError(
+                f"the file cannot be reached ({error.strerror})",
+                str(path),
+                "make its folder readable for this user, or leave the problem out: "
+                f"rollouts.exclude_ids: [{problem_id}]",
+            ) from error
         return path
 
     def _folders(self, path: PurePosixPath) -> list[str] | None:
@@ -180,7 +189,7 @@ def absent_file(problem_id: int, name: str, where: str) -> DataError:
     return DataError(
         f"problem {problem_id} has no {name}",
         where,
-        f"add the file, or leave problem {problem_id} out with rollouts.problem_ids",
+        f"add the file, or leave the problem out: rollouts.exclude_ids: [{problem_id}]",
     )
 
 

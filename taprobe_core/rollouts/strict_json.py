@@ -1,9 +1,10 @@
 """From the bytes of one dataset file to a JSON value, or to one error that names the cause.
 
 JSON as Python reads it is lax: it takes NaN and infinity, and of two equal keys silently the last.
-Both would reach the tables unnoticed, so both are refused here, as is anything that is not JSON at
-all (a web page, a Git LFS pointer, a cut download). Which fields a file must have belongs in
-`parse`.
+Neither may reach the tables unnoticed, and neither is worth a file where nobody reads the value: so
+an `Unusable` stands in its place, which no reader of a field takes for a value. What is not JSON at
+all (a web page, a Git LFS pointer, a cut download) is refused. Which fields a file must have
+belongs in `parse`.
 """
 
 from __future__ import annotations
@@ -11,27 +12,40 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from taprobe_core.errors import DataError
 
 MAX_BYTES = 64 * 2**20
 """The largest of the three files in the published dataset is below 1 MB."""
 
-_FETCH_AGAIN = "fetch the file again, or leave its problem out with rollouts.problem_ids"
+_FETCH_AGAIN = "fetch the file again, or leave its problem out with rollouts.exclude_ids"
 
 
-class _RefusedError(ValueError):
-    """Legal for Python's reader, not for ours."""
+@dataclass(frozen=True)
+class Unusable:
+    """Stands where a file has something that is not one JSON value.
+
+    It is true, equal to no JSON value and of no JSON type, so that whoever reads the field notices.
+
+    Attributes:
+        found: what stands there, in words.
+        is_nan: whether it is the token NaN, by which some writers mean null.
+    """
+
+    found: str
+    is_nan: bool = False
 
 
 def load_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
     """Read one JSON file strictly.
 
     A byte order mark is accepted. Refused are: files over `max_bytes`, other encodings than UTF-8,
-    NaN, infinity and numbers that overflow to it, repeated keys, and nesting beyond the
-    interpreter's recursion limit.
+    and nesting beyond the interpreter's recursion limit. An `Unusable` becomes of NaN, of infinity
+    and numbers that overflow to it, of whole numbers longer than Python converts, and of the value
+    of a key that an object repeats.
 
     Args:
         path: file to read.
@@ -48,16 +62,14 @@ def load_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
         return json.loads(
             text,
             object_pairs_hook=_unique_keys,
-            parse_constant=_refuse_constant,
+            parse_constant=_constant,
             parse_float=_finite,
+            parse_int=_whole,
         )
     except json.JSONDecodeError as error:
         raise _syntax_error(error, text, path) from None
     except RecursionError:
         raise DataError("JSON is nested too deeply to read", str(path), _FETCH_AGAIN) from None
-    except ValueError as error:
-        # Besides our refusals: an integer of more digits than Python converts.
-        raise DataError(f"JSON holds {error}", str(path), _FETCH_AGAIN) from None
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
@@ -116,17 +128,25 @@ def _syntax_error(error: json.JSONDecodeError, text: str, path: Path) -> DataErr
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        key = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-        raise _RefusedError(f"the key {key!r} twice in one object")
+        for key, n in Counter(key for key, _ in pairs).items():
+            if n > 1:
+                row[key] = Unusable(f"the key {key!a} {'twice' if n == 2 else f'{n} times'}")
     return row
 
 
-def _refuse_constant(token: str) -> NoReturn:
-    raise _RefusedError(f"the token {token}, which is not a number")
+def _constant(text: str) -> Unusable:
+    return Unusable(f"the token {text}, which is not a number", is_nan=text == "NaN")
 
 
-def _finite(token: str) -> float:
+def _finite(token: str) -> float | Unusable:
     value = float(token)
-    if not math.isfinite(value):
-        raise _RefusedError(f"the number {token[:40]}, which overflows to infinity")
-    return value
+    if math.isfinite(value):
+        return value
+    return Unusable(f"the number {token[:40]}, which overflows to infinity")
+
+
+def _whole(token: str) -> int | Unusable:
+    try:
+        return int(token)
+    except ValueError:
+        return Unusable(f"a whole number of {len(token):,} characters")

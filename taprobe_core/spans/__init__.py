@@ -1,6 +1,7 @@
 """Place every sentence in the text that the model reads: characters first, then tokens.
 
-In: problems and sentences. Out: one row per text (token ids, BOS first) and one row per sentence
+In: problems and sentences. Out: one row per text (token ids, BOS first
+where the tokenizer has one) and one row per sentence
 (half-open character and token ranges). What does not belong here: which sentences exist (rollouts)
 and what is measured on a span (activations).
 

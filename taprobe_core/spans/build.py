@@ -75,6 +75,7 @@ def make_spans(
     tokenizer: PreTrainedTokenizerFast,
     text_view: TextView,
     on_bad_problem: Literal["skip", "fail"],
+    max_tokens: int | None = None,
 ) -> SpanTables:
     """Place every sentence of every problem in the text that the model reads.
 
@@ -84,11 +85,13 @@ def make_spans(
         tokenizer: the model's own fast tokenizer.
         text_view: `base` or `flattened`, see `view_text`.
         on_bad_problem: leave a problem out that cannot be placed, or fail on the first.
+        max_tokens: the longest text that the model takes, BOS included; None for any. A longer one
+            is left out here, so that all later stages are of the same problems.
 
     Raises:
-        SpanError: a problem cannot be placed and `on_bad_problem` is `fail`.
+        SpanError: a problem cannot be placed, or is too long, and `on_bad_problem` is `fail`.
         NotEnoughDataError: no problem can be placed.
-        ModelError: the tokenizer has no BOS token, or gives no offsets.
+        ModelError: the tokenizer gives no offsets.
     """
     bos_id(tokenizer)
     own = _sentences_by_problem(sentences)
@@ -101,6 +104,7 @@ def make_spans(
             text, placed = _place_problem(
                 problem, own.get(problem_id, ([], [])), tokenizer, text_view
             )
+            _check_length(text, max_tokens)
         except SpanError as fault:
             where = f"problem {problem_id}, {fault.where}"
             if on_bad_problem == "fail":
@@ -161,7 +165,7 @@ def _place_problem(
         "text_view": text_view,
         "token_ids": token_ids,
         "n_tokens": len(token_ids),
-        "bos_token_id": token_ids[0],
+        "bos_token_id": bos_id(tokenizer),
         "input_sha256": input_sha256(token_ids, ranges),
     }
     spans = [
@@ -181,12 +185,24 @@ def _place_problem(
     return text, spans
 
 
+def _check_length(text: Mapping[str, Any], max_tokens: int | None) -> None:
+    if max_tokens is not None and text["n_tokens"] > max_tokens:
+        raise SpanError(
+            f"the text has {text['n_tokens']} tokens, but the model takes {max_tokens}",
+            "its text up to the last sentence",
+            "take a model with a longer context, or leave the problem out: "
+            f"rollouts.exclude_ids: [{text['problem_id']}], or rollouts.on_bad_problem: skip",
+        )
+
+
 def _nothing_placed(skipped: Sequence[_Skip]) -> NotEnoughDataError:
     if not skipped:
         return NotEnoughDataError("there is no problem", "table 'problems'", "build the rollouts")
     first = skipped[0]
+    reasons = "; ".join(f"problem {skip.problem_id}: {skip.what}" for skip in skipped[:3])
+    more = f"; and {len(skipped) - 3} more" if len(skipped) > 3 else ""
     return NotEnoughDataError(
-        f"no problem of {len(skipped)} can be placed in its text, the first because {first.what}",
+        f"none of {len(skipped)} problem(s) can be placed in its text ({reasons}{more})",
         first.where,
         first.fix,
     )

@@ -19,8 +19,8 @@ def cover_faults(texts: pl.DataFrame, spans: pl.DataFrame, sentences: pl.DataFra
 
     Checked for each text: every sentence has one span, in order and without gaps; the characters of
     the span are the sentence, whitespace aside; only whitespace lies between spans; token 0 is the
-    only BOS; token ranges are sorted, hold a token, lie behind BOS, share at most one token with
-    the next, and the text ends with the last; the hash is that of the content.
+    only BOS, where there is one; token ranges are sorted, hold a token, lie behind BOS, share at
+    most one token with the next, and the text ends with the last; the hash is that of the content.
 
     Args:
         texts: `tables.TEXTS`.
@@ -54,7 +54,8 @@ def _text_faults(
     chars = list(zip(spans["start_char"], spans["end_char"], strict=True))
     ranges = list(zip(spans["start_token"], spans["end_token"], strict=True))
     yield from _char_faults(text["text"], chars, sentences["sentence"].to_list())
-    yield from _range_faults(ranges, text["n_tokens"])
+    n_before = 0 if text["bos_token_id"] is None else 1
+    yield from _range_faults(ranges, text["n_tokens"], n_before)
     yield from _token_faults(text)
     if (spans["n_tokens"] != spans["end_token"] - spans["start_token"]).any():
         yield "n_tokens of a span is not the length of its token range"
@@ -82,11 +83,14 @@ def _same(one: str, other: str) -> bool:
     return "".join(one.split()) == "".join(other.split())
 
 
-def _range_faults(ranges: Sequence[tuple[int, int]], n_tokens: int) -> Iterator[str]:
-    reached = 1
+def _range_faults(ranges: Sequence[tuple[int, int]], n_tokens: int, n_before: int) -> Iterator[str]:
+    reached = n_before
     for index, (start, end) in enumerate(ranges):
-        if not 1 <= start < end <= n_tokens:
-            yield f"sentence {index}: token range [{start}, {end}) is not within [1, {n_tokens})"
+        if not n_before <= start < end <= n_tokens:
+            yield (
+                f"sentence {index}: token range [{start}, {end}) is not within "
+                f"[{n_before}, {n_tokens})"
+            )
         if start < reached - 1 or end < reached:
             yield f"sentence {index}: token range [{start}, {end}) runs back behind {reached}"
         reached = end
@@ -98,5 +102,7 @@ def _token_faults(text: Mapping[str, Any]) -> Iterator[str]:
     token_ids, bos = text["token_ids"], text["bos_token_id"]
     if len(token_ids) != text["n_tokens"]:
         yield f"{len(token_ids)} token ids, n_tokens is {text['n_tokens']}"
+    if bos is None:
+        return
     if token_ids[0] != bos or token_ids.count(bos) != 1:
         yield f"BOS {bos} stands {token_ids.count(bos)} times, token 0 is {token_ids[0]}"

@@ -20,7 +20,7 @@ TextView = Literal["base", "flattened"]
 _EXCERPT_CHARS = 24
 _FIX = (
     "compare chunks_labeled.json with base_solution.json, fetch both from one dataset revision, or "
-    "leave the problem out with rollouts.problem_ids"
+    "leave the problem out with rollouts.exclude_ids"
 )
 
 
@@ -55,10 +55,19 @@ def view_text(problem: Mapping[str, Any], sentences: Sequence[str], view: TextVi
         view: `base` is the trace as the model wrote it, `flattened` as the rollouts continued it.
 
     Raises:
-        SpanError: the thinking range does not lie in the base text.
+        SpanError: the thinking range does not lie in the base text, or it begins in the prompt,
+            behind which the flattened view would repeat it.
     """
     if view == "flattened":
         prompt = problem["prompt"]
+        begun = prompt[problem["thinking_start_char"] :].strip()
+        if begun:
+            raise SpanError(
+                f"the prompt already begins the reasoning ({_excerpt(begun)}), which the flattened "
+                "text would repeat",
+                f"prompt, character {problem['thinking_start_char']}",
+                "set spans.text_view to base, or leave the problem out with rollouts.exclude_ids",
+            )
         text = flatten_text(prompt, sentences)
         return TextPart(text, len(prompt), len(text))
     text = problem["base_text"]

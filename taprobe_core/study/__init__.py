@@ -41,6 +41,7 @@ from taprobe_core.study.controls import (
 )
 from taprobe_core.study.probes import TOKEN_ESTIMATORS, UNSIGNED_TARGETS, Precision, TokenProbe
 from taprobe_core.study.source import load_study, parse_study, shipped_studies
+from taprobe_core.study.waivers import CheckName, Waiver, checked_dimensions
 
 __all__ = [
     "ANY_ANCHOR_PROBE",
@@ -51,6 +52,7 @@ __all__ = [
     "UNSIGNED_TARGETS",
     "Activations",
     "Attention",
+    "CheckName",
     "Checkpoint",
     "ControlRecipe",
     "Deferral",
@@ -79,6 +81,8 @@ __all__ = [
     "Sweep",
     "Target",
     "TokenProbe",
+    "Waiver",
+    "checked_dimensions",
     "load_study",
     "parse_study",
     "resolve_folder",

@@ -49,6 +49,7 @@ from taprobe_core.study.probes import (
 from taprobe_core.study.splits import Splits
 from taprobe_core.study.sweep import Sweep
 from taprobe_core.study.sweep_faults import sweep_fault
+from taprobe_core.study.waivers import Waiver, waiver_fault
 
 __all__ = [
     "DEFAULT_RECIPES",
@@ -78,6 +79,7 @@ __all__ = [
     "Sweep",
     "Target",
     "TokenProbe",
+    "Waiver",
     "resolve_folder",
 ]
 
@@ -126,13 +128,17 @@ Source = Annotated[
 
 
 class Rollouts(StudyPart):
-    """Which rollouts, and what to do with a problem that cannot be read."""
+    """Which rollouts, and what to do with a problem that cannot be used.
+
+    `problem_ids` names what is read, `exclude_ids` what is not, whatever else chooses it.
+    """
 
     source: Source
     sampling: FolderName = "temperature_0.6_top_p_0.95"
     problem_ids: (
         Annotated[tuple[Index, ...], Field(min_length=1), AfterValidator(distinct)] | None
     ) = None
+    exclude_ids: Annotated[tuple[Index, ...], AfterValidator(distinct)] = ()
     max_problems: Count | None = None
     sample_seed: Seed = 0
     on_bad_problem: Literal["skip", "fail"] = "skip"
@@ -186,6 +192,7 @@ class Study(StudyPart):
     evaluation: Evaluation = Evaluation()
     deferral: Deferral = Deferral()
     sweep: Sweep | None = None
+    waivers: tuple[Waiver, ...] = ()
 
     @model_validator(mode="after")
     def _names_fit_into_the_store(self) -> Self:
@@ -255,6 +262,19 @@ class Study(StudyPart):
             )
             if fault is not None:
                 raise fault
+        return self
+
+    @model_validator(mode="after")
+    def _waivers_name_cells(self) -> Self:
+        keys = {
+            "model": tuple(self.models),
+            "setting": self.settings,
+            "site": tuple(map(str, self.sites)),
+            "trial": tuple(map(str, self.trials)),
+        }
+        fault = waiver_fault(self.waivers, keys)
+        if fault is not None:
+            raise fault
         return self
 
     @model_validator(mode="after")

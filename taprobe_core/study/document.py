@@ -18,10 +18,17 @@ from typing import Any
 import yaml
 
 from taprobe_core.errors import ConfigError
-from taprobe_core.study.environment import ExpansionError, expand
+from taprobe_core.study.environment import ExpansionError, expand, is_secret, variables
 from taprobe_core.study.faults import Fault, KeyPath, fault_error, key_name, shown
 
 MAX_CHARACTERS = 1_000_000
+LOCATIONS: tuple[KeyPath, ...] = (
+    ("rollouts", "source", "folder"),
+    ("models", "*", "checkpoint", "path"),
+    ("models", "*", "tokenizer"),
+)
+"""Values in which `${VAR}` stands for an environment variable; `*` is any key."""
+_LOCATION_NAMES = ", ".join(".".join(map(str, location)) for location in LOCATIONS)
 _MAX_NODES = 10_000
 _MAX_DEPTH = 20
 _MAX_DIGITS = 100
@@ -94,7 +101,7 @@ def read_document(text: str, where: str, environ: Mapping[str, str]) -> Document
     Args:
         text: YAML.
         where: the file, for messages.
-        environ: environment variables for `${VAR}` in text values.
+        environ: environment variables for `${VAR}` in locations.
 
     Returns:
         Values with their lines; faults that leave the rest readable are collected in it.
@@ -148,6 +155,14 @@ def _compose(text: str, where: str) -> yaml.Node | None:
         if loader is not None:
             loader.dispose()
     return node
+
+
+def _is_location(path: KeyPath) -> bool:
+    return any(
+        len(path) == len(location)
+        and all(part in {"*", found} for part, found in zip(location, path, strict=True))
+        for location in LOCATIONS
+    )
 
 
 class _Builder:
@@ -232,6 +247,15 @@ class _Builder:
         return value
 
     def _text(self, text: str, path: KeyPath) -> str | None:
+        names = variables(text)
+        if names and not _is_location(path):
+            fix = f"write the value; only {_LOCATION_NAMES} take variables; for a literal ${{ $${{"
+            self._fault(path, f"a variable in {shown(text)}, which is no location", fix)
+            return None
+        if secret := next(filter(is_secret, names), None):
+            fix = "reports show locations; put this one into a variable of another name"
+            self._fault(path, f"variable {secret}, which by its name holds a secret", fix)
+            return None
         try:
             value, unset = expand(text, self.environ)
         except ExpansionError as error:

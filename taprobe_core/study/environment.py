@@ -1,4 +1,7 @@
-"""Replace `${VAR}` and `${VAR:-default}` in a text by the values of environment variables.
+"""Replace `${VAR}` and `${VAR:-default}` in a location by the values of environment variables.
+
+A study is often somebody else's, and its texts end in manifests and reports. Variables therefore
+stand only where a location does, and never one that by its name holds a secret.
 
 As in a shell: the default is taken when the variable is unset or empty, and may itself hold
 variables. `$${` stands for a literal `${`. A replaced value is never expanded again, so a variable
@@ -12,11 +15,29 @@ from collections.abc import Mapping
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MAX_DEPTH = 10
+_SECRET = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASS|CREDENTIAL|AUTH(?!OR)", re.IGNORECASE)
+_OPENING = re.compile(r"\$\$\{|\$\{([A-Za-z0-9_]*)")
 _MARK = re.compile(r"\$\$\{|\$\{|\}")
 
 
 class ExpansionError(ValueError):
     """A text holds a `${...}` that has no end, no variable's name, or too many others in it."""
+
+
+def variables(text: str) -> list[str]:
+    """Return the names of a text's variables, those in defaults too, in the order met.
+
+    Example:
+        >>> variables("${ROOT:-${HOME}}/$${no}")
+        ['ROOT', 'HOME']
+    """
+    found = _OPENING.finditer(text)
+    return [mark.group(1) for mark in found if mark.group(1) is not None]
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable by its name holds something that no report may show."""
+    return _SECRET.search(name) is not None
 
 
 def expand(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:

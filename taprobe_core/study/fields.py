@@ -20,13 +20,13 @@ class StudyPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def study_fault(what: str, fix: str, at: tuple[str, ...] = ()) -> PydanticCustomError:
+def study_fault(what: str, fix: str, at: tuple[str | int, ...] = ()) -> PydanticCustomError:
     """Return a fault that keeps its remedy; `study.wording` reads both from the context.
 
     Args:
         what: what was found, in one sentence without a full stop.
         fix: the edit to make.
-        at: keys from the validated part down to the value in question.
+        at: keys and indices from the validated part down to the value in question.
     """
     return PydanticCustomError("study", "{what}: {fix}", {"what": what, "fix": fix, "at": at})
 

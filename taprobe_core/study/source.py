@@ -64,7 +64,7 @@ def load_study(
 def parse_study(text: str, where: str, *, environ: Mapping[str, str] | None = None) -> Study:
     """Read a study from YAML text.
 
-    Text values may hold `${VAR}` and `${VAR:-default}`; the result is text, never a number.
+    Locations (`LOCATIONS` in document) may hold `${VAR}` and `${VAR:-default}`.
 
     Args:
         text: YAML.

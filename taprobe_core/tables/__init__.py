@@ -22,6 +22,7 @@ from taprobe_core.tables.contract import check_table
 from taprobe_core.tables.dataset import (
     LABEL_STATUS,
     LABELS,
+    NOTES,
     PROBLEMS,
     SENTENCES,
     SKIPPED,
@@ -72,6 +73,7 @@ __all__ = [
     "HEAD_KURTOSIS",
     "LABELS",
     "LABEL_STATUS",
+    "NOTES",
     "NULLS",
     "NULL_KINDS",
     "OBJECTIVES",

@@ -56,7 +56,7 @@ def check_table(frame: pl.DataFrame, schema: pa.DataFrameSchema, where: str) -> 
         raise SchemaError(
             f"table {schema.name!r} breaks its contract",
             where,
-            "repair the source record, or leave the problem out with rollouts.problem_ids",
+            "repair the source record, or leave the problem out with rollouts.exclude_ids",
             _faults(error.failure_cases),
         ) from None
     return checked

@@ -78,6 +78,15 @@ SKIPPED = pa.DataFrameSchema(
 )
 """Problems left out, each with its reason."""
 
+NOTES = pa.DataFrameSchema(
+    {"problem_id": column(pl.Int64, at_least(0)), "note": column(pl.String)},
+    strict=True,
+    ordered=True,
+    name="notes",
+)
+"""Values of the dataset's files that no stage reads and that are null in the tables, because they
+are not usable: one row per value, with file, place, what was found and what was wanted."""
+
 LABELS = pa.DataFrameSchema(
     {
         **SENTENCE_KEY,
@@ -110,8 +119,8 @@ TEXTS = pa.DataFrameSchema(
         "text": column(pl.String),
         "text_view": column(pl.Enum(["base", "flattened"])),
         "token_ids": column(pl.List(pl.Int32)),
-        "n_tokens": column(pl.Int64, at_least(2)),
-        "bos_token_id": column(pl.Int64, at_least(0)),
+        "n_tokens": column(pl.Int64, at_least(1)),
+        "bos_token_id": column(pl.Int64, at_least(0), nullable=True),
         "input_sha256": column(pl.String),
     },
     strict=True,
@@ -120,6 +129,7 @@ TEXTS = pa.DataFrameSchema(
     name="texts",
 )
 """One row per problem: what the model reads, BOS first, cut after the last sentence's last token.
+`bos_token_id` is null where the model's tokenizer has none: then no token stands before the text.
 
 `input_sha256` identifies token ids and spans together: equal hash, equal activations."""
 
@@ -128,8 +138,8 @@ SPANS = pa.DataFrameSchema(
         **SENTENCE_KEY,
         "start_char": column(pl.Int64, at_least(0)),
         "end_char": column(pl.Int64, at_least(1)),
-        "start_token": column(pl.Int64, at_least(1)),
-        "end_token": column(pl.Int64, at_least(2)),
+        "start_token": column(pl.Int64, at_least(0)),
+        "end_token": column(pl.Int64, at_least(1)),
         "n_tokens": column(pl.Int64, at_least(1)),
     },
     strict=True,
@@ -138,4 +148,4 @@ SPANS = pa.DataFrameSchema(
     name="spans",
 )
 """One row per sentence: half-open character range in `texts.text`, half-open token range in
-`texts.token_ids` (so token 0 is BOS and no span holds it)."""
+`texts.token_ids` (no span holds BOS; without one the first may begin at token 0)."""

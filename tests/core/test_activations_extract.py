@@ -21,6 +21,7 @@ from taprobe_core.activations import (
     TextTask,
     extract,
     finite_faults,
+    mass_faults,
     pooled_layers,
     shape_faults,
     tasks_of,
@@ -347,9 +348,12 @@ def test_an_error_in_a_lane_ends_the_run_and_its_threads(model: nn.Module) -> No
     assert threading.active_count() == before
 
 
-def test_a_boundary_needs_a_token_before_the_sentence(model: nn.Module) -> None:
-    task = replace(many_tasks(layers=(1,))[0], spans=[(1, 3), (0, 4)])
-    with pytest.raises(SpanError, match="no token before the sentence") as caught:
-        extract(model, [task], ExtractOptions(("boundary",)))
-    assert caught.value.where == "problem 0, sentence 1"
-    assert len(list(extract(model, [task]))) == 1
+def test_the_boundary_of_a_sentence_at_token_0_is_the_state_of_token_0(model: nn.Module) -> None:
+    task = replace(many_tasks(layers=(1,), attention_layers=(1,))[0], spans=[(0, 3), (3, 4)])
+    options = ExtractOptions(("boundary", "tokens"), "float32", attention=AttentionMode("full"))
+    (item,) = extract(model, [task], options)
+    tensors = item.shards[1].tensors
+
+    assert torch.equal(tensors["boundary"], tensors["tokens"][[0, 2]])
+    # Token 0 is the first sentence's here, and counts once.
+    assert mass_faults(item.attention[1].tensors, task.spans, len(task.token_ids)) == []

@@ -16,6 +16,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 from safetensors.numpy import save
 
 from taprobe_core.checkpoints import (
@@ -25,6 +26,7 @@ from taprobe_core.checkpoints import (
     resolve_checkpoint,
     tokenizer_sha256,
 )
+from taprobe_core.checkpoints.folder import files_to_load
 from taprobe_core.errors import (
     ConfigError,
     DiskFullError,
@@ -73,7 +75,7 @@ class Hub(ThreadingHTTPServer):
     @property
     def downloaded(self) -> set[str]:
         lines = [line for line in self.asked if line.startswith(f"GET /{REPO}/resolve/")]
-        return {line.rpartition("/")[2] for line in lines}
+        return {line.partition(f"/{SHA}/")[2] for line in lines}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -101,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
             ]
             self.reply(200, data=json.dumps(listing).encode())
         else:
-            self.file(path.rpartition("/")[2])
+            self.file(path.partition(f"/{SHA}/")[2])
 
     def file(self, name: str) -> None:
         data = self.server.files[name]
@@ -178,6 +180,12 @@ def fill(cache: Path, *names: str, ref: bool = True) -> Path:
     return snapshot
 
 
+def know(cache: Path, *names: str) -> None:
+    """Write the listing of the repository that an earlier visit leaves."""
+    entry = TreeCacheEntry(size=1, blob_id="x", lfs_sha256=None, lfs_size=None, xet_hash=None)
+    write_tree_cache(str(cache / "models--owner--model"), SHA, dict.fromkeys(names, entry))
+
+
 class TestOnline:
     def test_it_fetches_what_a_model_without_code_needs(self, hub: Hub, tmp_path: Path) -> None:
         files = resolve_checkpoint(model(), tmp_path)
@@ -226,6 +234,61 @@ class TestOnline:
         with pytest.raises(UnsafeModelError, match=r"pickles only \(pytorch_model\.bin\)"):
             resolve_checkpoint(model(), tmp_path)
         assert "pytorch_model.bin" not in hub.downloaded
+
+    def test_second_copies_of_the_weights_stay_where_they_are(
+        self, hub: Hub, tmp_path: Path
+    ) -> None:
+        shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+        whole = hub.files.pop("model.safetensors")
+        index = {"weight_map": {"w": shards[0], "v": shards[1]}}
+        hub.files |= {
+            "model.safetensors.index.json": json.dumps(index).encode(),
+            shards[0]: whole,
+            shards[1]: save({"v": np.zeros(4, np.float32)}),
+            "special_tokens_map.json": b"{}",
+        }
+        wanted = hub.files.keys() - {"README.md", "pytorch_model.bin", "modeling_own.py"}
+        hub.files |= dict.fromkeys(
+            (
+                "consolidated.safetensors",
+                "model-fp8.safetensors",
+                "model-00003-of-00009.safetensors",
+                "onnx/model.safetensors",
+                "original/config.json",
+                "original/model-00001-of-00001.safetensors",
+                "original/tokenizer.json",
+                "model.gguf",
+                "generation_config.json",
+                "vocab.json",
+            ),
+            whole,
+        )
+        files = resolve_checkpoint(model(), tmp_path)
+
+        assert hub.downloaded == wanted
+        assert files_to_load(files.folder, "again") == (
+            "config.json",
+            "model.safetensors.index.json",
+            *shards,
+        )
+
+    def test_a_single_file_is_preferred_to_an_index(self, hub: Hub, tmp_path: Path) -> None:
+        index = {"weight_map": {"w": "model-00001-of-00001.safetensors"}}
+        hub.files["model.safetensors.index.json"] = json.dumps(index).encode()
+        hub.files["model-00001-of-00001.safetensors"] = hub.files["model.safetensors"]
+        files = resolve_checkpoint(model(), tmp_path)
+
+        assert files_to_load(files.folder, "again") == ("config.json", "model.safetensors")
+        assert not {name for name in hub.downloaded if "index" in name or "-of-" in name}
+
+    def test_a_configuration_is_judged_before_the_weights_are_fetched(
+        self, hub: Hub, tmp_path: Path
+    ) -> None:
+        hub.files["config.json"] = b'{"num_attention_heads": -4}'
+
+        with pytest.raises(ModelError, match="num_attention_heads: -4"):
+            resolve_checkpoint(model(), tmp_path)
+        assert "model.safetensors" not in hub.downloaded
 
     def test_code_is_refused_without_fetching_it(self, hub: Hub, tmp_path: Path) -> None:
         hub.files["config.json"] = b'{"auto_map": {"AutoModel": "modeling_own.Model"}}'
@@ -315,6 +378,47 @@ class TestOffline:
             "unset HF_HUB_OFFLINE, or where there is a network run "
             f"`hf download {REPO} --revision {named}`"
         )
+
+    @pytest.mark.parametrize(
+        "others",
+        [
+            ("consolidated.safetensors",),
+            ("onnx/model.safetensors", "original/model-00001-of-00001.safetensors"),
+            ("special_tokens_map.json", "chat_template.jinja", "model-00001-of-00002.safetensors"),
+        ],
+    )
+    def test_a_complete_cache_is_enough_whatever_else_the_repository_holds(
+        self, offline: Path, tmp_path: Path, others: tuple[str, ...]
+    ) -> None:
+        names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        snapshot = fill(offline, *names)
+        know(offline, *names, *others)
+        files = resolve_checkpoint(model(), tmp_path)
+
+        assert files.folder == snapshot
+        assert load_tokenizer(model(), files)[0].bos_token_id == 0
+
+    def test_a_file_that_decides_is_demanded_by_name(self, offline: Path, tmp_path: Path) -> None:
+        fill(offline, "config.json", "tokenizer.json")
+        know(offline, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+        with pytest.raises(ModelMissingError, match=r"no model\.safetensors in the hub") as caught:
+            resolve_checkpoint(model(), tmp_path)
+        assert f"`hf download {REPO} --revision {SHA} model.safetensors`" in str(caught.value.fix)
+        with pytest.raises(ModelMissingError, match=r"no tokenizer_config\.json, which says"):
+            load_tokenizer(model())
+
+    def test_a_shard_that_was_pruned_is_named(self, offline: Path, tmp_path: Path) -> None:
+        snapshot = fill(offline, "config.json")
+        index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+        (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+        (snapshot / "model-1.safetensors").write_bytes(repository()["model.safetensors"])
+        (snapshot / "model-2.safetensors").symlink_to("../../blobs/gone")
+
+        with pytest.raises(ModelMissingError, match=r"no model-2\.safetensors") as caught:
+            resolve_checkpoint(model(), tmp_path)
+        assert "model-2.safetensors`" in str(caught.value.fix)
+        assert "model-1" not in str(caught.value)
 
     def test_a_partial_cache_names_the_file_and_the_command(
         self, offline: Path, tmp_path: Path

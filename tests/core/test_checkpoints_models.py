@@ -24,6 +24,7 @@ from taprobe_core.checkpoints import (
     tokenizer_sha256,
 )
 from taprobe_core.checkpoints.loading import weight_bytes
+from taprobe_core.checkpoints.resolve import checkpoint_config
 from taprobe_core.errors import (
     ConfigError,
     DiskFullError,
@@ -187,6 +188,19 @@ class TestStandIn:
             resolve_checkpoint(stand_in_model(tokenizer), root)
         assert list(root.iterdir()) == []
 
+    def test_a_lack_of_memory_names_the_size_and_leaves_nothing(
+        self, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*args: object, **options: object) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+
+        monkeypatch.setattr("transformers.AutoModel.from_config", refuse)
+        with pytest.raises(
+            ModelError, match=r"no memory .* d_model 16, 2 layers[\s\S]*smaller d_m"
+        ):
+            resolve_checkpoint(stand_in_model(tokenizer), tmp_path)
+        assert list(tmp_path.iterdir()) == []
+
     def test_a_damaged_one_says_to_remove_it(self, tmp_path: Path, tokenizer: Path) -> None:
         files = resolve_checkpoint(stand_in_model(tokenizer), tmp_path)
         (files.folder / "model.safetensors").write_bytes(b"")
@@ -238,8 +252,8 @@ class TestTokenizer:
 
         assert load_tokenizer(pretrained_model(folder))[0].bos_token_id == 0
 
-    @pytest.mark.parametrize("bos", [None, "<other>", 3])
-    def test_one_without_bos_is_refused(self, tmp_path: Path, bos: object) -> None:
+    @pytest.mark.parametrize("bos", ["<other>", 3])
+    def test_a_bos_outside_the_vocabulary_is_refused(self, tmp_path: Path, bos: object) -> None:
         write_tokenizer(tmp_path, bos_token=bos)
 
         with pytest.raises(ModelMismatchError, match=rf"no BOS.*{tmp_path}\nFix: name one of its"):
@@ -368,6 +382,15 @@ class TestResolve:
         files = resolve_checkpoint(pretrained_model(folder, d_model=16), tmp_path)
 
         assert files.folder == folder
+
+    @pytest.mark.parametrize("changes", [{"rope_parameters": [1]}, {"layer_types": 3}])
+    def test_a_configuration_that_the_library_chokes_on(
+        self, folder: Path, changes: dict[str, Any]
+    ) -> None:
+        edit_json(folder / "config.json", **changes)
+
+        with pytest.raises(ModelError, match=r"that transformers cannot read[\s\S]*Fix: "):
+            checkpoint_config(pretrained_model(folder))
 
     def test_no_such_folder(self, tmp_path: Path) -> None:
         with pytest.raises(ModelMissingError, match=r"no such folder: .*/gone in model tiny, che"):

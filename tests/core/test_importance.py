@@ -204,6 +204,15 @@ def test_parse_solutions_keeps_graded_rows_and_counts_the_others() -> None:
     assert (found.n_errors, found.n_ungraded) == (1, 1)
 
 
+@pytest.mark.parametrize("nothing", [None, "", " ", False, [], {}, float("nan")])
+def test_a_row_whose_error_says_nothing_is_an_answer(nothing: object) -> None:
+    rows = [row(error=nothing), row(error="timeout"), {"error": {"code": 429}}]
+
+    found = parse_solutions(json.dumps(rows), "chunk_0/solutions.json")
+
+    assert (len(found.rollouts), found.n_errors) == (1, 2)
+
+
 def test_parse_solutions_lists_every_faulty_row() -> None:
     rows = [row(answer=7), row(), [], {"answer": "7", "is_correct": 1}]
     with pytest.raises(SchemaError, match=r"chunk_3/solutions\.json") as caught:

@@ -11,8 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from taprobe_core import tables
-from taprobe_core.errors import LabelError
-from taprobe_core.labels import anchors, make_labels
+from taprobe_core.errors import LabelError, NotEnoughDataError
+from taprobe_core.labels import anchors, make_labels, unlabelled
 from taprobe_core.rollouts import FolderRollouts, read_rollouts
 from taprobe_core.study.config import Labels, MirrorSource, Model, Rollouts, StandInCheckpoint
 
@@ -190,21 +190,50 @@ def test_the_last_sentence_is_dropped_unless_it_is_the_only_one() -> None:
     assert kept["n_sentences"].to_list() == [3, 3, 3, 1]
 
 
-def test_a_missing_measure_is_an_error_and_not_a_zero() -> None:
-    absent: dict[str, Any] = {"counterfactual_importance_accuracy": None}
+ABSENT: dict[str, Any] = {"counterfactual_importance_accuracy": None}
+
+
+def test_a_missing_measure_costs_its_problem_and_is_not_a_zero() -> None:
+    whole = [sentence(i, problem_id=5, **importance(0.1 * i)) for i in range(4)]
     sentences = frame(
-        sentence(0), sentence(1, **absent), sentence(2),
-        *(sentence(i, problem_id=9, **absent) for i in range(7)),
+        *whole,
+        sentence(0), sentence(1, **ABSENT), sentence(2),
+        *(sentence(i, problem_id=9, **ABSENT) for i in range(7)),
     )  # fmt: skip
 
-    with pytest.raises(LabelError) as caught:
+    labels, skipped = make_labels(sentences, Labels()), unlabelled(sentences, Labels())
+
+    assert labels.equals(make_labels(frame(*whole), Labels()))
+    assert skipped.select("problem_id", "stage", "error").rows() == [
+        (1, "labels", "LabelError"),
+        (9, "labels", "LabelError"),
+    ]
+    first = skipped.row(0, named=True)
+    assert first["what"].startswith(
+        "1 of 2 sentences have no counterfactual_importance_accuracy, first sentence 1"
+    )
+    assert first["where"] == "problem 1, sentence 1"
+    assert "rollouts.exclude_ids: [1]" in first["fix"]
+    with pytest.raises(LabelError, match=r"1 of 2 sentences have no .* in problem 1, sentence 1"):
+        make_labels(sentences, Labels(), on_bad_problem="fail")
+
+
+def test_a_measure_that_is_not_the_label_may_be_missing() -> None:
+    sentences = frame(*(sentence(i, **ABSENT, forced_importance_accuracy=0.1) for i in range(3)))
+
+    labels = make_labels(sentences, Labels(field="forced_importance_accuracy"))
+
+    assert labels["importance_signed"].to_list() == [0.1, 0.1]
+
+
+def test_no_measure_at_all_gives_the_first_reasons() -> None:
+    sentences = frame(*(sentence(0, problem_id=i, **ABSENT) for i in range(5)))
+
+    with pytest.raises(NotEnoughDataError) as caught:
         make_labels(sentences, Labels())
 
-    assert "7 of 8 sentences have no counterfactual_importance_accuracy" in caught.value.what
-    assert caught.value.where is not None
-    assert caught.value.where.startswith("problem 1 sentence 1, problem 9 sentence 0")
-    assert caught.value.where.endswith(", ...")
-    assert "leave problems [1, 9] out" in str(caught.value.fix)
+    assert "none of 5 problem(s) can be labelled (problem 0: 1 of 1" in caught.value.what
+    assert caught.value.what.endswith("; and 2 more)")
 
 
 def test_a_missing_measure_of_a_dropped_sentence_does_not_matter() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -113,27 +114,27 @@ def test_a_trace_that_never_closes_its_thinking_reaches_to_the_end(tmp_path: Pat
 
 def test_all_faults_of_a_file_come_at_once_with_their_path(tmp_path: Path) -> None:
     chunks = [
-        chunk(0, "First one.", accuracy=1.5, depends_on=["x"]),
-        chunk(2, "Then two.", function_tags="plan", resampling_importance_kl=-0.1),
+        chunk(0, "First one.", accuracy=1.5, overdeterminedness=[0.5]),
+        chunk(2, "Then two.", function_tags="plan", counterfactual_importance_accuracy=-1.1),
         chunk(2, " ", chunk=7, accuracy=True),
         "a sentence",
-        chunk(4, "Last.", summary=3, depends_on=[True], forced_importance_kl=10**400),
+        chunk(4, "Last.", different_trajectories_fraction=10**400),
     ]
 
     found = faults(tmp_path, chunks=chunks)
 
     assert found[:8] == [
-        "$[0].depends_on: found ['x'], want a list of sentence indices or null",
         "$[0].accuracy: found 1.5, want a number in [0, 1] or null",
+        "$[0].overdeterminedness: found [0.5], want a number in [0, 1] or null",
         "$[1].chunk_idx: found 2, want 1, the row's place",
         "$[1].function_tags: found 'plan', want a list of texts or null",
-        "$[1].resampling_importance_kl: found -0.1, want a number of at least 0 or null",
+        "$[1].counterfactual_importance_accuracy: found -1.1, want a number in [-1, 1] or null",
         "$[2].chunk: found 7, want a text that is not blank",
         "$[2].accuracy: found True, want a number in [0, 1] or null",
         "$[3]: found 'a sentence', want an object",
     ]
-    assert len(found) == 11
-    assert found[-1].startswith("$[4].summary: found 3")
+    assert len(found) == 9
+    assert found[-1].startswith("$[4].different_trajectories_fraction: found 1000")
 
 
 def test_many_faults_are_counted_not_listed(tmp_path: Path) -> None:
@@ -148,15 +149,15 @@ def test_many_faults_are_counted_not_listed(tmp_path: Path) -> None:
     ("changes", "fault"),
     [
         ({"prompt": None}, "$.prompt: found null, want a text that is not blank"),
-        ({"is_correct": "yes"}, "$.is_correct: found 'yes', want true, false or null"),
-        ({"answer": 2}, "$.answer: found 2, want a text or null"),
         ({"solution": "Other"}, "$.full_cot: found '...First one."),
         ({"solution": SOLUTION + "!"}, f"prompt + solution (char {len(PROMPT + SOLUTION)})"),
         ({"solution": None, "full_cot": "x"}, "want prompt + solution (char 0)"),
         ({"solution": None, "full_cot": None}, "$.solution: found nothing, want a text (or full"),
-        ({"prompt": "No tag.", "full_cot": None}, "$.prompt: found no <think>"),
+        (
+            {"prompt": "No tag.", "solution": "2", "full_cot": None},
+            "$.prompt: found no <think> that opens the reasoning",
+        ),
         ({"solution": "\n</think>", "full_cot": None}, "$.solution: found no text behind <think>"),
-        ({"answer": "\ud800"}, "$.answer: found '\\ud800', want whole characters"),
     ],
 )
 def test_faults_of_the_base_solution(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
@@ -170,7 +171,6 @@ def test_faults_of_the_base_solution(tmp_path: Path, changes: dict[str, Any], fa
     [
         ({"statement": [STATEMENT]}, "$: found [{'problem': '1 + 1'"),
         ({"statement": {**STATEMENT, "problem": " "}}, "$.problem: found ' '"),
-        ({"statement": {**STATEMENT, "level": {"a": 1}}}, "$.level: found an object"),
         ({"base": None}, "$: found null, want an object"),
         ({"chunks": []}, "$: found [], want a list of at least one sentence"),
         ({"chunks": {"0": {}}}, "$: found an object, want a list"),
@@ -180,6 +180,140 @@ def test_faults_of_the_base_solution(tmp_path: Path, changes: dict[str, Any], fa
 )
 def test_faults_of_the_other_files(tmp_path: Path, files: dict[str, Any], fault: str) -> None:
     assert any(line.startswith(fault) for line in faults(tmp_path, **files))
+
+
+def test_what_nothing_reads_costs_nothing_and_is_noted(tmp_path: Path) -> None:
+    chunks = [
+        chunk(0, "First one.", depends_on=["the start"], resampling_importance_kl=-math.inf),
+        chunk(1, "Then two.", summary=3, forced_importance_accuracy=True, reviewer={"ok": [{}]}),
+    ]
+    statement = {**STATEMENT, "level": 5, "note": math.nan}
+
+    record = parse(tmp_path, statement, {**BASE, "answer": 2, "is_correct": "yes"}, chunks)
+
+    assert record.notes == [
+        "problem.json: $.level: found 5, want a text or null",
+        "base_solution.json: $.answer: found 2, want a text or null",
+        "base_solution.json: $.is_correct: found 'yes', want true, false or null",
+        "chunks_labeled.json: $[0].depends_on: found ['the start'], want a list of sentence "
+        "indices or null",
+        "chunks_labeled.json: $[0].resampling_importance_kl: found the token -Infinity, which is "
+        "not a number, want a number of at least 0 or null",
+        "chunks_labeled.json: $[1].forced_importance_accuracy: found True, want a number in "
+        "[-1, 1] or null",
+        "chunks_labeled.json: $[1].summary: found 3, want a text or null",
+    ]
+    first, second = record.sentences
+    assert (first["depends_on"], first["resampling_importance_kl"]) == ([], None)
+    assert (second["summary"], second["forced_importance_accuracy"]) == (None, None)
+    assert first["accuracy"] == second["forced_importance_kl"] == 0.25
+
+
+def test_the_measure_that_becomes_the_label_is_read(tmp_path: Path) -> None:
+    parse(tmp_path, chunks=[chunk(0, "First one.", forced_importance_accuracy=1.3), CHUNKS[1]])
+    files = {name: tmp_path / name for name in FILE_NAMES}
+
+    with pytest.raises(SchemaError) as caught:
+        parse_problem(files, 7, "forced_importance_accuracy")
+
+    (fault,) = caught.value.faults
+    assert fault == "$[0].forced_importance_accuracy: found 1.3, want a number in [-1, 1] or null"
+
+
+@pytest.mark.parametrize(
+    ("name", "stated", "read"),
+    [
+        ("accuracy", 1.0000001, 1.0),
+        ("overdeterminedness", -3e-17, 0.0),
+        ("different_trajectories_fraction", 1 + 2**-52, 1.0),
+        ("counterfactual_importance_accuracy", -1.0000000000000002, -1.0),
+        ("counterfactual_importance_kl", -1e-8, 0.0),
+        ("accuracy", 0.9999999, 0.9999999),
+    ],
+)
+def test_rounding_beyond_a_bound_is_the_bound(
+    tmp_path: Path, name: str, stated: float, read: float
+) -> None:
+    record = parse(tmp_path, chunks=[chunk(0, "First one.", **{name: stated}), CHUNKS[1]])
+
+    assert record.sentences[0][name] == read
+    assert record.notes == []
+
+
+@pytest.mark.parametrize("value", [1.00001, -0.3, 1.2, -1e-5])
+def test_what_is_more_than_rounding_is_a_fault(tmp_path: Path, value: float) -> None:
+    (found,) = faults(tmp_path, chunks=[CHUNKS[0], chunk(1, "Then two.", accuracy=value)])
+
+    assert found == f"$[1].accuracy: found {value}, want a number in [0, 1] or null"
+
+
+@pytest.mark.parametrize("nothing", [None, "", "  ", False, [], {}, math.nan])
+def test_an_error_that_says_nothing_is_none(tmp_path: Path, nothing: Any) -> None:
+    assert parse(tmp_path, base={**BASE, "error": nothing}).problem["n_sentences"] == 2
+
+
+@pytest.mark.parametrize("error", ["timeout", {"code": 503}, ["a"], True, 1, math.inf])
+def test_an_error_that_says_something_fails_the_problem(tmp_path: Path, error: Any) -> None:
+    with pytest.raises(DataError, match="failed upstream"):
+        parse(tmp_path, base={**BASE, "error": error})
+
+
+def test_a_repeated_key_matters_where_it_is_read(tmp_path: Path) -> None:
+    parse(tmp_path)
+    path = tmp_path / "chunks_labeled.json"
+    text = path.read_text()
+    files = {name: tmp_path / name for name in FILE_NAMES}
+    path.write_text(text.replace('"summary": "add"', '"summary": "a", "summary": "b"', 1))
+    record = parse_problem(files, 7)
+    assert [note.split(": ", 1)[1] for note in record.notes] == [
+        "$[0].summary: found the key 'summary' twice, want a text or null"
+    ]
+
+    path.write_text(text.replace('"chunk_idx": 1', '"chunk_idx": 1, "chunk_idx": 1', 1))
+    with pytest.raises(SchemaError, match="the key 'chunk_idx' twice"):
+        parse_problem(files, 7)
+
+
+EXPLAINED = "Reason between <think> and </think>. Solve 1 + 1.\n"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "solution", "thinking"),
+    [
+        (EXPLAINED + "<think>\n", SOLUTION, "\nFirst one.\n\nThen two.\n"),
+        (EXPLAINED, "<think>" + SOLUTION, "First one.\n\nThen two.\n"),
+        (EXPLAINED, SOLUTION, "First one.\n\nThen two.\n"),
+        ("Solve.", SOLUTION, "First one.\n\nThen two.\n"),
+        ("Solve.", "First one. Then two.", "First one. Then two."),
+        ("Solve. <THINK>", "First one. Then two.</Think>2", "First one. Then two."),
+        (PROMPT, "<think>\n" + SOLUTION, "\nFirst one.\n\nThen two.\n"),
+        (PROMPT + "First", " one. Then two.</think>", "\nFirst one. Then two."),
+        (PROMPT, SOLUTION + "<think>And</think>", "\nFirst one.\n\nThen two.\n"),
+        ("E.g. <think>First one. Then two.</think>2. <think>", "First one. Then two.", None),
+    ],
+)
+def test_the_reasoning_is_where_the_sentences_are(
+    tmp_path: Path, prompt: str, solution: str, thinking: str | None
+) -> None:
+    row = parse(tmp_path, base={"prompt": prompt, "solution": solution}).problem
+
+    start, end = row["thinking_start_char"], row["thinking_end_char"]
+    assert row["base_text"][start:end] == (solution if thinking is None else thinking)
+    assert start >= len(prompt.rstrip()) or prompt.endswith("First") or "<think>\n" in prompt
+
+
+def test_tags_that_the_reasoner_writes_belong_to_the_reasoning(tmp_path: Path) -> None:
+    said = ["Use </think> to stop.", "Or <think> to go on."]
+    solution = " ".join(said) + "\n</think>\nSo </think> it is."
+
+    row = parse(
+        tmp_path,
+        base={"prompt": PROMPT, "solution": solution},
+        chunks=[chunk(index, text) for index, text in enumerate(said)],
+    ).problem
+
+    found = row["base_text"][row["thinking_start_char"] : row["thinking_end_char"]]
+    assert found == "\n" + " ".join(said) + "\n"
 
 
 def test_a_base_solution_that_failed_upstream_says_so(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from taprobe_core.pipeline import (
     cells_of,
     key_of,
     open_plan,
-    tripwire_checks,
 )
 from taprobe_core.splits import SIDES, make_folds
 from taprobe_core.store import ArtifactKey, write_table, write_tensors
@@ -164,8 +163,8 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], Callable[[Plan], None], list[str]
 def test_sound_artifacts_have_no_fault(built: Any, stage: str) -> None:
     plan = open_plan(built.study, built.data)
     for name, check in CHECKS[stage].items():
-        for cell in cells_of(plan.study, stage):
-            assert check(plan, cell) == [], name
+        for cell in filter(lambda cell: check.looks_at(plan, cell), cells_of(plan.study, stage)):
+            assert check.look(plan, cell).faults == (), name
 
 
 @pytest.mark.parametrize(("stage", "cell", "plant", "said"), PLANTED.values(), ids=PLANTED.keys())
@@ -178,17 +177,18 @@ def test_a_planted_fault_is_found_and_named(
 ) -> None:
     plant(own)
     check = next(iter(CHECKS[stage].values()))
-    faults = "\n".join(check(own, cell))
+    faults = "\n".join(check.look(own, cell).faults)
     for part in said:
         assert part in faults
     other = next(each for each in cells_of(own.study, stage) if "incorrect" in each[1])
-    assert check(own, other) == []
+    assert check.look(own, other).faults == ()
 
 
 def test_a_trace_under_two_ids_stops_the_study_before_anything_is_computed(own: Plan) -> None:
     one, two = first_two(own)
     copy_trace(own)
-    (fault,) = CHECKS["rollouts"]["no_trace_on_two_sides"](own, TEXT)
+    check = CHECKS["rollouts"]["no_trace_on_two_sides"]
+    (fault,) = check.look(own, TEXT).faults
     assert f"problems {one}, {two} have the same trace" in fault
     # In each fold that tests one of the two, and where one of them validates.
     n = sum(
@@ -196,6 +196,7 @@ def test_a_trace_under_two_ids_stops_the_study_before_anything_is_computed(own: 
         for fold in make_folds(own.problem_ids(), own.study.splits)
     )
     assert f"{n} of 6 folds, first lopo fold 0" in fault
+    assert check.is_blocking
     assert "no_trace_on_two_sides" not in WARNINGS
 
 
@@ -210,7 +211,7 @@ def test_copies_on_one_side_leak_nothing(own: Plan) -> None:
         plan = open_plan(study, own.data_root)
         (fold,) = make_folds(plan.problem_ids(), study.splits)
         together = any({one, two} <= set(getattr(fold, side)) for side in SIDES)
-        assert bool(check(plan, TEXT)) is not together
+        assert bool(check.look(plan, TEXT).faults) is not together
         sides.add(together)
     assert sides == {True, False}
 
@@ -219,7 +220,7 @@ def test_copies_on_one_side_leak_nothing(own: Plan) -> None:
 def test_a_trace_copied_in_part_is_a_warning(own: Plan, share: float, n_faults: int) -> None:
     one, two = first_two(own)
     copy_trace(own, share)
-    faults = CHECKS["rollouts"]["passages_differ_across_problems"](own, TEXT)
+    faults = CHECKS["rollouts"]["passages_differ_across_problems"].look(own, TEXT).faults
     assert len(faults) == n_faults
     for fault in faults:
         assert "held-out passages of three sentences stand in a training problem" in fault
@@ -227,22 +228,20 @@ def test_a_trace_copied_in_part_is_a_warning(own: Plan, share: float, n_faults: 
         table = own.store.open(own.rollouts(*TEXT)).read_table("sentences.parquet")
         first = table.filter(problem_id=one)["sentence"][0]
         assert " ".join(first.split())[:40] in fault
-    assert CHECKS["rollouts"]["no_trace_on_two_sides"](own, TEXT) == []
+    assert CHECKS["rollouts"]["no_trace_on_two_sides"].look(own, TEXT).faults == ()
     assert "passages_differ_across_problems" in WARNINGS
 
 
+@pytest.mark.parametrize("name", ["no_trace_on_two_sides", "passages_differ_across_problems"])
 def test_texts_are_not_looked_at_where_problems_are_too_few_to_be_divided(
-    own: Plan, caplog: pytest.LogCaptureFixture
+    own: Plan, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    copy_trace(own)
-    splits = own.study.splits.model_copy(update={"val_fraction": 0.29, "train_fraction": 0.7})
-    one, two = first_two(own)
-    rollouts = own.study.rollouts.model_copy(update={"problem_ids": (one, two)})
-    study = own.study.model_copy(update={"splits": splits, "rollouts": rollouts})
-    few = open_plan(study, own.data_root)
-    with caplog.at_level("WARNING"):
-        assert tripwire_checks._folds(few, TEXT, [one, two]) == []
-    assert "repeated texts not run for tiny" in caplog.text
+    one, _ = first_two(own)
+    monkeypatch.setattr(own, "problem_ids", lambda: (one,))
+    found = CHECKS["rollouts"][name].look(own, TEXT)
+    assert found.faults == ()
+    assert found.not_run is not None
+    assert "found n = 1" in found.not_run
 
 
 def test_a_tripwire_trips_where_rows_cannot_be_told_apart(own: Plan) -> None:
@@ -250,11 +249,13 @@ def test_a_tripwire_trips_where_rows_cannot_be_told_apart(own: Plan) -> None:
         falsify_shard(own, problem, lambda mean: mean[:1].expand(len(mean), -1).clone(), layer=1)
     checks = CHECKS["evaluation"]
 
-    (fault,) = checks["one_problem_is_memorised"](own, ("tiny@L01", CORRECT))
+    check = checks["one_problem_is_memorised"]
+    (fault,) = check.look(own, ("tiny@L01", CORRECT)).faults
 
     assert "repeat" in fault or "equal" in fault
     # Each model and setting is looked at once, at its middle layer.
-    assert checks["one_problem_is_memorised"](own, ("tiny@L00", CORRECT)) == []
+    assert check.looks_at(own, ("tiny@L01", CORRECT))
+    assert not check.looks_at(own, ("tiny@L00", CORRECT))
 
 
 @pytest.mark.parametrize("stage", [stage for stage in BUILT if stage != "evaluation"])
@@ -271,6 +272,6 @@ def test_one_flipped_byte_stops_the_check(own: Plan, stage: str) -> None:
         (artifact.path / name).write_bytes(bytes(raw))
     check = next(iter(CHECKS[stage].values()))
     with pytest.raises(CorruptArtifactError, match="sha256") as caught:
-        check(own, cell)
+        check.look(own, cell)
     assert str(artifact.path) in str(caught.value)
     assert "Fix: " in str(caught.value)

@@ -129,7 +129,13 @@ def test_a_bad_problem_is_skipped_with_its_reason_or_fails(mirror: FolderRollout
     skipped = tables.skipped.select("problem_id", "stage", "error", "what").rows()
     assert skipped == [
         (4, "rollouts", "DataError", "problem 4 has no chunks_labeled.json"),
-        (30, "rollouts", "SchemaError", "1 field(s) break the dataset's layout"),
+        (
+            30,
+            "rollouts",
+            "SchemaError",
+            "1 field(s) break the dataset's layout: $.problem: found 3, want a text that is not "
+            "blank",
+        ),
         (77, "rollouts", "DataError", "no problem 77 (there is: 4, 30, 100)"),
     ]
     assert "problem_30/problem.json" in tables.skipped["where"][1]

@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from taprobe_core.cli import EXIT_FIXABLE, EXIT_UNSOUND
 from taprobe_core.errors import ConfigError, DataError, SchemaError
 from taprobe_core.importance import Rollout, Solutions, published_measures
-from taprobe_core.rollout_audit import Finding, audit_problem, audit_rollouts, cut_prefix
+from taprobe_core.rollout_audit import (
+    NOTED,
+    Finding,
+    audit_problem,
+    audit_rollouts,
+    cut_prefix,
+)
 from taprobe_core.rollout_audit.findings import ALWAYS_RECOMPUTED, Bank, unreadable
 from taprobe_core.rollouts import FolderRollouts, open_source
 from taprobe_core.study.config import HubSource, MirrorSource, Rollouts
@@ -290,6 +296,26 @@ def test_files_that_stop_the_loader_are_all_named(tmp_path: Path, banks: list[Ba
         ],
     ]
     assert (covered["n_problems"], covered["n_readable"], covered["n_banks"]) == (5, 2, 8)
+
+
+def test_values_that_nothing_reads_are_told_and_are_no_damage(
+    tmp_path: Path, banks: list[Bank]
+) -> None:
+    place = write(tmp_path, 1, banks)
+    path = place / "chunks_labeled.json"
+    path.write_text(path.read_text().replace('"chunk"', '"summary": 1, "chunk"'))
+    (place / "problem.json").write_text('{"problem": "2 + 3", "level": NaN, "note": NaN}')
+    bank = place / "chunk_0" / "solutions.json"
+    bank.write_text(bank.read_text().replace('"answer"', '"error": null, "score": NaN, "answer"'))
+
+    found, covered = audit(tmp_path)
+
+    assert found == [
+        ("unusable_values", "problem_1/problem.json"),
+        ("unusable_values", "problem_1/chunks_labeled.json"),
+    ]
+    assert {kind for kind, _ in found} <= NOTED
+    assert covered["n_rollouts"] == 20
 
 
 def test_an_absent_folder_is_an_error_and_so_is_the_hub(tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from taprobe_core.errors import ModelError, NotEnoughDataError, SpanError
@@ -253,9 +262,51 @@ def test_bos_inside_a_text_is_refused(text: str, at: int, small: PreTrainedToken
         tokenize_text(text, small)
 
 
-def test_a_tokenizer_without_bos_is_refused() -> None:
-    with pytest.raises(ModelError, match="no BOS token"):
-        tokenize_text("So we.", small_tokenizer(nfc=False, bos=None))
+def test_without_a_bos_token_a_text_is_read_as_it_is(small: PreTrainedTokenizerFast) -> None:
+    plain = small_tokenizer(nfc=False, bos=None)
+    tokenized = tokenize_text("So we.", plain)
+    assert tokenized.token_ids == tokenize_text("So we.", small).token_ids[1:]
+    assert len(tokenized.offsets) == len(tokenized.token_ids)
+    made = make_spans(PROBLEMS, SENTENCES, plain, "base", "fail")
+    assert made.texts["bos_token_id"].to_list() == [None, None]
+    assert cover_faults(made.texts, made.spans, SENTENCES) == []
+    with_bos = make_spans(PROBLEMS, SENTENCES, small, "base", "fail").spans
+    assert (with_bos["start_token"] - made.spans["start_token"]).unique().to_list() == [1]
+
+
+def test_without_bos_and_prompt_the_first_sentence_begins_at_token_0() -> None:
+    problems = pl.DataFrame([problem_row(3, "Wait, 1+2=3.", prompt="")])
+    sentences = pl.DataFrame(sentence_rows(3, ["Wait,", "1+2=3."]))
+    made = make_spans(problems, sentences, small_tokenizer(nfc=False, bos=None), "base", "fail")
+    assert made.spans["start_token"][0] == 0
+    assert cover_faults(made.texts, made.spans, sentences) == []
+    early = made.spans.with_columns(start_token=pl.col("start_token") - 1)
+    assert any("is not within [0, " in line for line in cover_faults(made.texts, early, sentences))
+
+
+def test_a_text_that_the_tokenizer_fails_on_costs_itself() -> None:
+    tokenizer = small_tokenizer(nfc=False)
+    endless = Split(Regex(r"(b+)+$"), "isolated")  # gives up after steps that double with each b
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([endless, ByteLevel(False)])
+    thinking = "Wait, " + "b" * 60 + "."
+    problems = pl.DataFrame([problem_row(3, "Wait, 1+2=3."), problem_row(9, thinking)])
+    sentences = pl.DataFrame(sentence_rows(3, ["Wait, 1+2=3."]) + sentence_rows(9, [thinking]))
+    made = make_spans(problems, sentences, tokenizer, "base", "skip")
+    assert made.texts["problem_id"].to_list() == [3]
+    (skipped,) = made.skipped.iter_rows(named=True)
+    assert (skipped["problem_id"], skipped["error"]) == (9, "SpanError")
+    assert "fails on the text of" in skipped["what"]
+
+
+def test_an_interrupt_of_the_tokenizer_is_no_fault_of_the_text(
+    small: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(small), "__call__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_text("So we.", small)
 
 
 def test_a_tokenizer_without_offsets_is_refused() -> None:
@@ -328,6 +379,37 @@ def test_a_bad_problem_is_skipped_with_its_reason(small: PreTrainedTokenizerFast
     assert cover_faults(made.texts, made.spans, sentences) == []
     with pytest.raises(SpanError, match="problem 3, sentence 1"):
         make_spans(PROBLEMS, sentences, small, "base", "fail")
+
+
+def test_a_text_beyond_the_context_costs_its_problem(small: PreTrainedTokenizerFast) -> None:
+    whole = make_spans(PROBLEMS, SENTENCES, small, "base", "skip")
+    lengths = dict(whole.texts.select("problem_id", "n_tokens").rows())
+    short = min(lengths.values())
+    assert lengths[3] == short
+
+    made = make_spans(PROBLEMS, SENTENCES, small, "base", "skip", max_tokens=short)
+
+    assert made.texts.equals(whole.texts.filter(problem_id=3))
+    assert made.spans.equals(whole.spans.filter(problem_id=3))
+    (row,) = made.skipped.iter_rows(named=True)
+    assert row["what"] == f"the text has {lengths[7]} tokens, but the model takes {short}"
+    assert "rollouts.exclude_ids: [7]" in row["fix"]
+    with pytest.raises(SpanError, match=f"{lengths[7]} tokens, but the model takes {short}"):
+        make_spans(PROBLEMS, SENTENCES, small, "base", "fail", max_tokens=short)
+    with pytest.raises(NotEnoughDataError, match=r"none of 2 problem.*problem 3: .*problem 7: "):
+        make_spans(PROBLEMS, SENTENCES, small, "base", "skip", max_tokens=short - 1)
+
+
+def test_a_prompt_that_begins_the_reasoning_has_no_flattened_text(
+    small: PreTrainedTokenizerFast,
+) -> None:
+    begun = problem_row(3, " 1+2=3.", prompt="Solve. \n<think>\nWait,")
+    problem = pl.DataFrame([{**begun, "thinking_start_char": len("Solve. \n<think>")}])
+    own = SENTENCES.filter(problem_id=3)
+
+    assert make_spans(problem, own, small, "base", "fail").texts.height == 1
+    with pytest.raises(SpanError, match=r"already begins the reasoning .*text_view to base"):
+        make_spans(problem, own, small, "flattened", "fail")
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,9 @@ def test_where_nobody_is_left_to_validate_the_next_problem_does() -> None:
 
 
 def test_a_side_that_is_emptied_names_the_fold_and_who_is_missing() -> None:
-    with pytest.raises(PlanError, match=r"problems \[2\] have no rows.* empty in lopo fold 0"):
+    with pytest.raises(
+        PlanError, match=r"2 of 3 problems .*\[2\] have no rows.* empty in lopo fold 0"
+    ):
         make_folds(range(3), LOPO, present=[0, 1])
 
 

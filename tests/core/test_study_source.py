@@ -66,12 +66,13 @@ class TestWhichStudy:
     def test_the_process_environment_counts(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (tmp_path / "my.yaml").write_text(edited("name: tiny", "name: ${NAME}"))
+        text = edited("rollouts_dir: a", "rollouts_dir: a\n    tokenizer: ${PLACE}")
+        (tmp_path / "my.yaml").write_text(text)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("TAPROBE_STUDY", "my.yaml")
-        monkeypatch.setenv("NAME", "other")
+        monkeypatch.setenv("PLACE", "other")
 
-        assert load_study().name == "other"
+        assert load_study().models["a"].tokenizer == "other"
 
     def test_byte_order_mark_and_crlf_are_accepted(self, tmp_path: Path) -> None:
         file = tmp_path / "windows.yaml"
@@ -172,7 +173,7 @@ class TestValues:
 
         assert parse_study(text, "s.yaml").seeds == (3,)
 
-    def test_variables_are_replaced_in_text_values(self) -> None:
+    def test_variables_are_replaced_in_locations(self) -> None:
         text = edited("kind: policy", "kind: mirror\n    folder: ${ROOT:-/none}/x").replace(
             "rollouts_dir: a", "rollouts_dir: a\n    tokenizer: '${TOK}'"
         )
@@ -180,6 +181,15 @@ class TestValues:
 
         assert study.rollouts.source.model_dump() == {"kind": "mirror", "folder": "/data/x"}
         assert study.models["a"].tokenizer == "/tok"
+
+    def test_a_checkpoint_is_a_location_and_an_escaped_variable_is_text_anywhere(self) -> None:
+        text = edited("name: tiny", "name: tiny\ndescription: costs $${HF_TOKEN} and $5").replace(
+            "kind: stand_in\n      architecture: qwen2", "kind: pretrained\n      path: ${W}/$${x}"
+        )
+        study = parse_study(text, "s.yaml", environ={"W": "/v", "HF_TOKEN": "hf_1"})
+
+        assert study.models["a"].checkpoint.model_dump()["path"] == "/v/${x}"
+        assert study.description == "costs ${HF_TOKEN} and $5"
 
     @given(
         percentile=st.floats(0.001, 99.999),
@@ -262,8 +272,44 @@ class TestValues:
         ("name: tiny", "1: x\nname: tiny", 1, "", "not text: 1", "in quotes"),
         ("name: tiny", "? [a]\n: x\nname: tiny", 1, "", "a collection", "in quotes"),
         ("name: tiny", "name: tiny\nname: b", 2, "name", "again, first on line 1", "keep one"),
-        ("name: tiny", "name: ${GONE}", 1, "name", "GONE is not set", "export GONE=..."),
-        ("name: tiny", "name: ${a b}", 1, "name", "does not name a variable", "${VAR:-default}"),
+        (
+            "rollouts_dir: a",
+            "rollouts_dir: a\n    tokenizer: ${GONE}",
+            8,
+            "tokenizer",
+            "GONE is not set",
+            "export GONE=...",
+        ),
+        (
+            "rollouts_dir: a",
+            "rollouts_dir: a\n    tokenizer: ${a b}",
+            8,
+            "tokenizer",
+            "does not name a variable",
+            "${VAR:-default}",
+        ),
+        ("name: tiny", "name: ${HOME}", 1, "name", "a variable in '${HOME}'", "models.*.tokenizer"),
+        ("name: tiny", "name: x${A:-b}", 1, "name", "which is no location", "write the value"),
+        (
+            "name: tiny",
+            "name: tiny\ndescription: by ${USER}",
+            2,
+            "description",
+            "no location",
+            "$${",
+        ),
+        ("settings: [good]", "settings: ['${HF_TOKEN}']", 13, "settings[0]", "no location", "$${"),
+        *(
+            (
+                "rollouts_dir: a",
+                f"rollouts_dir: a\n    tokenizer: /x/${{{name}}}",
+                8,
+                "tokenizer",
+                "by its name holds a secret",
+                "another name",
+            )
+            for name in ("HF_TOKEN", "OPENAI_API_KEY", "aws_secret", "A:-${MY_PASSWORD}", "HFTOKEN")
+        ),
         ("rollouts_dir: a", "rollouts_dir: ../../etc", 7, "rollouts_dir", "etc", "folder name"),
         ("rollouts_dir: a", "rollouts_dir: /etc", 7, "rollouts_dir", "'/etc'", "folder name"),
         ("kind: policy", "kind: mirror\n    folder: ''", 5, "folder", "''", "1 character"),
@@ -419,13 +465,13 @@ class TestWholeFile:
         ]
 
     def test_one_unset_variable_is_one_fault(self) -> None:
-        text = edited("name: tiny", "name: tiny\ndescription: ${X} and ${X}").replace(
-            "rollouts_dir: a", "rollouts_dir: ${X}"
+        text = edited("kind: policy", "kind: mirror\n    folder: ${X} and ${X}").replace(
+            "rollouts_dir: a", "rollouts_dir: a\n    tokenizer: ${X}"
         )
         message = faults_of(text)
 
-        assert "X is not set (also models.a.rollouts_dir)" in message
-        assert "s.yaml:2, description" in message
+        assert "X is not set (also models.a.tokenizer)" in message
+        assert "s.yaml:5, rollouts.source.folder" in message
 
     def test_a_faulty_document_whose_values_pass_is_still_refused(self) -> None:
         assert "given again" in faults_of(TINY + "seeds: [0]\n")

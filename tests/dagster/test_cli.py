@@ -156,12 +156,31 @@ def test_the_demo_is_the_shipped_study_whatever_the_environment_says(
 def test_the_ui_serves_the_study_that_it_is_given(
     built: Any, taprobe: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served: list[object] = []
-    monkeypatch.setattr("taprobe_dagster.serve.serve", served.append)
+    served: list[tuple[int, str, bool]] = []
+
+    def serve(port: int, token: str, *, is_read_only: bool) -> None:
+        served.append((port, token, is_read_only))
+
+    monkeypatch.setattr("taprobe_dagster.serve.serve", serve)
     monkeypatch.setenv("TAPROBE_STUDY", "")
+    monkeypatch.delenv("TAPROBE_UI_TOKEN", raising=False)
     monkeypatch.chdir(built.study.parent)
     assert taprobe("ui", built.study.name, "--port", "3111").code == 0
-    assert served == [3111]
+    assert taprobe("ui", built.study.name, "--port", "3111").code == 0
     assert os.environ["TAPROBE_STUDY"] == str(built.study)
+    assert {(port, is_read_only) for port, _, is_read_only in served} == {(3111, False)}
+    # A new token each start.
+    assert len({token for _, token, _ in served if len(token) > 40}) == 2
+
+    chosen = "chosen-by-somebody"
+    assert taprobe("ui", built.study.name, "--read-only", "--token", chosen).code == 0
+    monkeypatch.setenv("TAPROBE_UI_TOKEN", chosen)
+    assert taprobe("ui", built.study.name).code == 0
+    assert served[2:] == [(3000, chosen, True), (3000, chosen, False)]
+    for bad in ("brief", "with a blank in it", "semicolon;in;a;cookie", "long" * 100):
+        said = taprobe("ui", built.study.name, "--token", bad)
+        assert said.code == 2
+        assert "--token or TAPROBE_UI_TOKEN" in said.err
+        assert bad not in said.err
     assert taprobe("ui", "gone.yaml").code == 2
-    assert served == [3111]
+    assert len(served) == 4

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 
 import dagster as dg
 import pytest
@@ -17,19 +17,26 @@ from dagster._core.definitions.data_version import (
     StaleStatus,
 )
 from dagster._core.definitions.events import AssetKeyPartitionKey
-from dagster._core.errors import DagsterAssetCheckFailedError
 from dagster._core.loader import LoadingContextForTest
 
-from taprobe_core.errors import MissingArtifactError
-from taprobe_core.pipeline import CHECKS, STAGES, CellFilter, Plan, cells_of, key_of, open_plan
+from taprobe_core.errors import FailedCheckError, MissingArtifactError
+from taprobe_core.pipeline import (
+    CHECKS,
+    STAGES,
+    CellFilter,
+    Plan,
+    cells_of,
+    key_of,
+    open_plan,
+    verdicts,
+)
+from taprobe_core.pipeline.looking import Found
+from taprobe_core.store import Store
 from taprobe_core.study import Study, parse_study
-from taprobe_dagster import assets
 from taprobe_dagster.assets import OPS, ops_of
 from taprobe_dagster.definitions import build_defs
 from taprobe_dagster.launch import (
-    PID_TAG,
     execute,
-    fail_abandoned_runs,
     interrupts_kept,
     launches_of,
     stages_in,
@@ -146,11 +153,19 @@ def test_a_repeated_passage_warns_and_a_repeated_trace_stops(
     n_computed: Mapping[str, int],
     name: str,
 ) -> None:
-    checks = {**CHECKS, "rollouts": {**CHECKS["rollouts"], name: lambda *_: ["a copy"]}}
-    monkeypatch.setattr(assets, "CHECKS", checks)
+    def look(plan: Plan, cell: tuple[str, ...]) -> Found:
+        return Found(("a copy",))
+
+    planted = replace(CHECKS["rollouts"][name], look=look)
+    checks = {**CHECKS, "rollouts": {**CHECKS["rollouts"], name: planted}}
+    monkeypatch.setattr(verdicts, "CHECKS", checks)
+    # What was found before stands elsewhere, and stays as it is.
+    monkeypatch.setattr(
+        verdicts, "checks_store", lambda plan: Store(plan.data_root / "checks of a copy")
+    )
     (launch,) = launches_of(fresh, plan, "read_rollouts", OPS["read_rollouts"])
     is_warning = name == "passages_differ_across_problems"
-    stops = pytest.raises(DagsterAssetCheckFailedError, match=name)
+    stops = pytest.raises(FailedCheckError, match=name)
     with nullcontext() if is_warning else stops:
         execute(defs, fresh, launch)
     key = dg.AssetCheckKey(dg.AssetKey("rollouts"), name)
@@ -285,27 +300,6 @@ def test_an_interrupt_that_comes_while_a_finalizer_runs_is_not_lost() -> None:
     finally:
         signal.signal(signal.SIGINT, handler)
     assert sys.unraisablehook is hook
-
-
-def test_a_run_whose_process_is_gone_is_failed(fresh: dg.DagsterInstance) -> None:
-    def started(pid: int) -> str:
-        tags = {PID_TAG: f"{os.uname().nodename}:{pid}"}
-        run = dg.DagsterRun(
-            job_name="j", run_id=f"run-{pid}", status=dg.DagsterRunStatus.STARTED, tags=tags
-        )
-        fresh.add_run(run)
-        return run.run_id
-
-    gone, here = started(2**22 + 7), started(os.getpid())
-    assert fail_abandoned_runs(fresh) == 1
-    assert _status(fresh, gone) == dg.DagsterRunStatus.FAILURE
-    assert _status(fresh, here) == dg.DagsterRunStatus.STARTED
-
-
-def _status(instance: dg.DagsterInstance, run_id: str) -> dg.DagsterRunStatus:
-    run = instance.get_run_by_id(run_id)
-    assert run is not None
-    return run.status
 
 
 def test_a_selection_keeps_the_order_of_the_op(study: Study) -> None:

@@ -7,6 +7,7 @@ fix; under `skip` the other problems must come through untouched.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -123,11 +124,23 @@ CASES: dict[str, tuple[Break, str, str]] = {
     "index repeats": (row(2, chunk_idx=1), CHUNKS, "$[2].chunk_idx: found 1, want 2"),
     "blank sentence": (row(1, chunk=" \n"), CHUNKS, "$[1].chunk: found ' \\n'"),
     "half a surrogate": (row(1, chunk="\ud83d"), CHUNKS, "$[1].chunk"),
-    "prose dependency": (row(1, depends_on=["the first"]), CHUNKS, "$[1].depends_on"),
     "text was edited": (
         edit(BASE, lambda v: {**v, "full_cot": v["full_cot"] + "."}), BASE, "$.full_cot: found"),
     "no reasoning": (
         edit(BASE, lambda v: {"prompt": "Solve.", "solution": "3"}), BASE, "no <think>"),
+    "links in a circle": (
+        lambda f: ((f / BASE).unlink(), (f / BASE).symlink_to(f / BASE)), BASE,
+        "cannot be reached (Too many levels"),
+    "a pipe": (lambda f: ((f / BASE).unlink(), os.mkfifo(f / BASE)), BASE, "special file"),
+    "huge": (
+        lambda f: os.truncate(f / CHUNKS, 65 * 2**20), CHUNKS, "larger than 67,108,864 bytes"),
+    "no files": (
+        lambda f: [path.unlink() for path in f.iterdir()], "problem_330", "has no problem.json"),
+    "a label twice": (
+        raw(CHUNKS, lambda data: data.replace(b'"accuracy": 0.5', b'"accuracy": 1, "accuracy": 0')),
+        CHUNKS, "$[0].accuracy: found the key 'accuracy' twice"),
+    "30 digits": (row(1, overdeterminedness=10**30), CHUNKS, "$[1].overdeterminedness: found 1000"),
+    "a text of lists": (row(1, chunk=[["First"]]), CHUNKS, "$[1].chunk: found [['First']]"),
     "failed upstream": (
         edit(BASE, lambda _: {"error": "API timeout"}), BASE, "failed upstream: 'API timeout'"),
 }  # fmt: skip
@@ -159,13 +172,13 @@ def test_a_broken_problem_says_where_what_and_how_to_fix(
 
 def test_one_error_lists_all_faults_of_the_file(mirror: Path) -> None:
     folder = mirror / "llama" / SAMPLING / SETTING / f"problem_{BAD}"
-    for break_it in (row(0, accuracy=2), row(1, chunk=None), row(2, summary=[])):
+    for break_it in (row(0, accuracy=2), row(1, chunk=None), row(2, function_tags={})):
         break_it(folder)
 
     with pytest.raises(DataError) as caught:
         read(mirror, on_bad_problem="fail")
 
-    for fault in ("$[0].accuracy", "$[1].chunk", "$[2].summary"):
+    for fault in ("$[0].accuracy", "$[1].chunk", "$[2].function_tags"):
         assert f"\n  - {fault}: found " in str(caught.value)
 
 
@@ -211,3 +224,56 @@ def test_a_folder_emptied_of_problems_is_not_enough_data(mirror: Path) -> None:
 
     with pytest.raises(NotEnoughDataError, match="no problem_<id> folder in llama/"):
         read(mirror)
+
+
+UNREAD = (
+    b'"loss": NaN, "author": "\\ud800", "tags": {"a": 1, "a": 2}, "seed": ' + b"7" * 5000,
+    b'"counterfactual_importance_kl": -Infinity',
+    b'"resampling_importance_accuracy": 1e400',
+    b'"forced_importance_kl": "none"',
+    b'"summary": {"by": [NaN]}, "summary": 2',
+    b'"depends_on": ["the first"]',
+)
+
+
+@pytest.mark.parametrize("unread", UNREAD)
+def test_what_nothing_reads_costs_no_problem(mirror: Path, unread: bytes) -> None:
+    sound = read(mirror)
+    path = mirror / "llama" / SAMPLING / SETTING / f"problem_{BAD}" / CHUNKS
+    path.write_bytes(path.read_bytes().replace(b'"accuracy"', unread + b', "accuracy"'))
+
+    tables = read(mirror, on_bad_problem="fail")
+
+    assert tables.skipped.is_empty()
+    assert tables.sentences.drop("depends_on").equals(sound.sentences.drop("depends_on"))
+    assert set(tables.notes["problem_id"]) <= {BAD}
+    n_noted = 0 if b"loss" in unread else 3
+    assert len(tables.notes) == n_noted
+
+
+def test_a_folder_that_may_not_be_searched_costs_its_problem(
+    mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.stat
+
+    def stat(self: Path, **options: Any) -> os.stat_result:
+        if f"problem_{BAD}/" in str(self):
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+
+    (row,) = read(mirror).skipped.iter_rows(named=True)
+
+    assert row["what"] == "the file cannot be reached (Permission denied)"
+    assert f"rollouts.exclude_ids: [{BAD}]" in row["fix"]
+
+
+def test_an_excluded_problem_is_not_read_whatever_names_it(mirror: Path) -> None:
+    (mirror / "llama" / SAMPLING / SETTING / f"problem_{BAD}" / CHUNKS).unlink()
+
+    for more in ({}, {"problem_ids": (BAD, GOOD)}, {"max_problems": 1}):
+        tables = read(mirror, exclude_ids=(BAD,), on_bad_problem="fail", **more)
+        assert tables.problems["problem_id"].to_list() == [GOOD]
+    with pytest.raises(NotEnoughDataError, match=r"not excluded .*\nFix: .*rollouts.exclude_ids"):
+        read(mirror, exclude_ids=(BAD, GOOD))
