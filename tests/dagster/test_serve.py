@@ -40,6 +40,16 @@ def _is_running(pid: int) -> bool:
     return state != "Z"
 
 
+def _left(path: Path) -> list[int]:
+    """Who still runs; the kernel may take a moment to end whom it was told to kill."""
+    deadline = time.monotonic() + 10
+    while left := [pid for pid in _numbers(path) if _is_running(pid)]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return left
+
+
 def _when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
     """Act from another thread as soon as a condition holds."""
 
@@ -63,7 +73,7 @@ def test_an_interrupt_of_the_command_alone_ends_all_that_was_started(
     stop = _when(lambda: len(_numbers(path)) == 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     watch_children({"family": ["-c", FAMILY, str(path)]})
     stop.join()
-    assert [pid for pid in _numbers(path) if _is_running(pid)] == []
+    assert _left(path) == []
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -82,7 +92,7 @@ def test_a_killed_child_is_said_and_started_again(
     assert "the daemon has ended (killed by SIGKILL) and is started again" in (
         capsys.readouterr().err
     )
-    assert [pid for pid in _numbers(path) if _is_running(pid)] == []
+    assert _left(path) == []
 
 
 def test_a_child_that_dies_again_and_again_ends_the_command_and_the_others(
@@ -93,7 +103,7 @@ def test_a_child_that_dies_again_and_again_ends_the_command_and_the_others(
     path = tmp_path / "numbers"
     with pytest.raises(TaprobeError, match=f"ended {MAX_RESTARTS + 1} times, at last with exit"):
         watch_children({"daemon": ["-c", FAMILY, str(path)], "web": ["-c", "raise SystemExit(3)"]})
-    assert [pid for pid in _numbers(path) if _is_running(pid)] == []
+    assert _left(path) == []
 
 
 def test_a_port_in_use_is_refused_before_anything_is_started(
