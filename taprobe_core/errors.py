@@ -8,6 +8,7 @@ a `TaprobeError` is a defect of ours and keeps its traceback.
     TaprobeError
       ConfigError                study file, key, environment variable
         PlanError                a budget or a split that nothing can satisfy
+        HomeError                Dagster's folder, its settings and its databases
       DataError                  dataset files and the tables made from them
         SourceUnavailableError   the dataset's place cannot be reached; says nothing about the data
         SchemaError              a table breaks its contract; lists every fault
@@ -79,6 +80,10 @@ class ConfigError(TaprobeError):
 
 class PlanError(ConfigError):
     """A budget, an objective or a split that no plan can satisfy."""
+
+
+class HomeError(ConfigError):
+    """The folder of Dagster's event log cannot be used; the artifacts are not concerned."""
 
 
 class DataError(TaprobeError):

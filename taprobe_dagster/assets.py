@@ -25,6 +25,7 @@ from taprobe_core.pipeline import (
 )
 from taprobe_core.study import Study
 from taprobe_dagster.events import input_tags, materialization
+from taprobe_dagster.home import GPU_POOL
 from taprobe_dagster.partitions import cell_of, grid_of, mapping_between
 from taprobe_dagster.resources import Workbench
 
@@ -43,6 +44,9 @@ OPS: dict[str, tuple[str, ...]] = {
     "publish_sweep": ("sweep_leaderboard", "sweep_paired_deltas", "sweep_stability"),
 }
 """Every op there is -> the stages it materializes; stages of one op share a grid."""
+
+POOLS = {"extract_activations": GPU_POOL}
+"""Op -> the pool of which it takes a slot while it works."""
 
 DESCRIPTIONS = {
     "rollouts": "Problems and sentences of one model and setting, as published, checked.",
@@ -97,7 +101,7 @@ def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
     optional (`skippable`) and never emitted; see `events` for why.
     """
     stages = ops_of(study)[op]
-    is_gpu = op == "extract_activations"
+    is_gpu = op in POOLS
     grid = grid_of(study, stages[0])
 
     @dg.multi_asset(
@@ -113,7 +117,7 @@ def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
         partitions_def=grid,
         backfill_policy=dg.BackfillPolicy.single_run(),
         can_subset=True,
-        pool="gpu" if is_gpu else None,
+        pool=POOLS.get(op),
         op_tags=GPU_TAGS if is_gpu else None,
     )
     def run(

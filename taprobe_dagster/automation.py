@@ -5,6 +5,9 @@
 - `launch_wanted_cells` (sensor): cells that are missing or stale at the present fingerprints, one
   op a tick, in data-path order, so that a downstream run never starts before its inputs exist.
 
+Dagster launches a run key once, so a key here names the attempt and the state of every cell of the
+run. How often a state has been tried is read from the tags of its runs and kept nowhere else.
+
 Concept: https://docs.dagster.io/guides/automate
 """
 
@@ -12,12 +15,21 @@ from collections.abc import Iterator, Mapping
 
 import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
+from dagster._time import get_current_timestamp
 
-from taprobe_core.pipeline import key_of
 from taprobe_core.study import Study
 from taprobe_dagster.assets import OPS, ops_of
 from taprobe_dagster.launch import Launch, launches_of
 from taprobe_dagster.resources import Workbench
+
+STATE_TAG = "taprobe/state"
+"""What the cells of an automatic run were like when it was asked for: `Launch.state`."""
+
+MAX_ATTEMPTS = 5
+"""Runs at one state, after which somebody has to look."""
+
+FIRST_WAIT_S = 60
+"""Time between the first and the second attempt; it doubles with each that follows."""
 
 Jobs = Mapping[str, UnresolvedAssetJobDefinition]
 
@@ -40,12 +52,12 @@ def op_jobs(study: Study) -> Jobs:
     }
 
 
-def _request(launch: Launch, run_key: str) -> dg.RunRequest:
+def _request(launch: Launch, n_before: int) -> dg.RunRequest:
     return dg.RunRequest(
-        run_key=run_key,
+        run_key=f"{launch.op}:{launch.first}:{launch.last}:{launch.state}:{n_before + 1}",
         job_name=f"{launch.op}_job",
         asset_selection=[dg.AssetKey(stage) for stage in launch.stages],
-        tags=launch.tags,
+        tags={**launch.tags, STATE_TAG: launch.state},
     )
 
 
@@ -115,9 +127,34 @@ def _next_requests(
     stages = ops_of(plan.study)
     for op in ops:
         launches = list(launches_of(instance, plan, op, stages[op]))
-        for launch in launches:
-            cell = key_of(plan, launch.stages[-1], launch.last)
-            yield _request(launch, f"{op}:{launch.first}:{launch.last}:{cell.fingerprint}")
-        if launches:
+        answers = [_attempt(instance, launch) for launch in launches]
+        requests = [each for each in answers if isinstance(each, dg.RunRequest)]
+        if requests:
+            yield from requests
+            return
+        if answers:
+            yield dg.SkipReason("; ".join(each for each in answers if isinstance(each, str)))
             return
     yield dg.SkipReason("every cell is present at its present fingerprint")
+
+
+def _attempt(instance: dg.DagsterInstance, launch: Launch) -> dg.RunRequest | str:
+    """The next attempt at a launch, or what it waits for."""
+    what = f"{launch.op} {'|'.join(launch.first)} … {'|'.join(launch.last)}".strip(" …")
+    runs = instance.get_run_records(dg.RunsFilter(tags={STATE_TAG: launch.state}))
+    if not runs:
+        return _request(launch, 0)
+    if any(not run.dagster_run.is_finished for run in runs):
+        return f"{what}: a run is queued or under way"
+    last = max(runs, key=lambda run: run.storage_id)
+    tried = f"{what}: tried {len(runs)} times, last by run {last.dagster_run.run_id[:8]}"
+    if len(runs) >= MAX_ATTEMPTS:
+        return (
+            f"{tried}; given up until a cell or its inputs change: see that run's log, mend the "
+            "cause, then materialize the cells by hand or by `taprobe run`"
+        )
+    ended = last.end_time or last.update_timestamp.timestamp()
+    wait_s = ended + FIRST_WAIT_S * 2 ** (len(runs) - 1) - get_current_timestamp()
+    if wait_s > 0:
+        return f"{tried}; tried again in {wait_s:.0f} s"
+    return _request(launch, len(runs))

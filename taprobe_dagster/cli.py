@@ -121,7 +121,8 @@ def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) 
     from taprobe_dagster.assets import ops_of
     from taprobe_dagster.definitions import build_defs
     from taprobe_dagster.home import open_instance
-    from taprobe_dagster.launch import execute, fail_abandoned_runs, launches_of, stages_in
+    from taprobe_dagster.launch import execute, launches_of, stages_in, who_holds_pool
+    from taprobe_dagster.recovery import watched
     from taprobe_dagster.resources import Workbench
 
     show_progress()
@@ -131,14 +132,14 @@ def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) 
     start = time.monotonic()
     n_computed, n_runs = 0, 0
     selected = {op: stages_in(plan.study, op, stages) for op in ops_of(plan.study)}
-    with open_instance() as instance:
-        if n_abandoned := fail_abandoned_runs(instance):
-            err.print(f"{n_abandoned} run(s) whose process is gone are now marked as failed")
+    with open_instance() as instance, watched(instance, err.print):
         defs = build_defs(plan.study, {"workbench": Workbench(plan.study, plan.data_root)})
         for op, of_op in selected.items():
             for launch in launches_of(instance, plan, op, of_op, chosen):
                 first, last = "|".join(launch.first), "|".join(launch.last)
                 err.print(f"[bold]{op}[/] {first} … {last}" if first else f"[bold]{op}[/]")
+                if holders := who_holds_pool(instance, launch):
+                    err.print(f"waiting for run {', '.join(holders)}, which extracts already")
                 n_computed += execute(defs, instance, launch)
                 n_runs += 1
     n_cells = sum(

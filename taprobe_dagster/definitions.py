@@ -15,6 +15,7 @@ import dagster as dg
 from taprobe_core.study import Study, load_study
 from taprobe_dagster.assets import ops_of, stage_assets
 from taprobe_dagster.automation import op_jobs, schedules, wanted_cells_sensor
+from taprobe_dagster.liveness import recorded_executor
 from taprobe_dagster.resources import Workbench
 from taprobe_dagster.sources import dataset_source
 
@@ -36,7 +37,7 @@ def build_defs(
         schedules=schedules(jobs),
         sensors=[wanted_cells_sensor(jobs)],
         resources={"workbench": Workbench(loaded), **(resources or {})},
-        executor=dg.in_process_executor,
+        executor=recorded_executor,
     )
 
 

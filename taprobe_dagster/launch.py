@@ -9,13 +9,15 @@ Concept: https://docs.dagster.io/guides/build/partitions-and-backfills/backfilli
 
 from __future__ import annotations
 
-import os
+import hashlib
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import dagster as dg
 from dagster._core.definitions.data_version import DATA_VERSION_TAG
@@ -25,16 +27,14 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_END_TAG,
     ASSET_PARTITION_RANGE_START_TAG,
 )
+from dagster._core.utils import make_new_run_id
 
 from taprobe_core.errors import TaprobeError
 from taprobe_core.pipeline import Cell, CellFilter, Plan, cells_of, is_complete, key_of
 from taprobe_core.study import Study
-from taprobe_dagster.assets import ops_of
-from taprobe_dagster.partitions import boxes, partition_key
-
-PID_TAG = "taprobe/pid"
-"""Process that executes a run in place; a run whose process is gone is failed at the next start."""
-
+from taprobe_dagster.assets import POOLS, ops_of
+from taprobe_dagster.liveness import recorded
+from taprobe_dagster.partitions import box_cells, boxes, partition_key
 
 _AGAIN_S = 0.05
 
@@ -47,6 +47,12 @@ class Launch:
     stages: tuple[str, ...]
     first: Cell
     last: Cell
+    state: str
+    """Digest of all its cells: fingerprints, which are wanted, what the event log has of these.
+
+    It is another one as soon as a wanted cell has been made, by whichever run, so that a cell
+    that is discarded afterwards is not taken for the attempt before.
+    """
 
     @property
     def tags(self) -> dict[str, str]:
@@ -95,12 +101,36 @@ def launches_of(
     """The runs that one op needs to give its stages every cell they lack."""
     if not stages:
         return
-    cells: dict[Cell, None] = {}
-    for stage in stages:
-        found = wanted_cells(instance, plan, stage, cells_of(plan.study, stage, chosen))
-        cells |= dict.fromkeys(found)
+    wanted = {
+        stage: wanted_cells(instance, plan, stage, cells_of(plan.study, stage, chosen))
+        for stage in stages
+    }
+    cells = dict.fromkeys(cell for found in wanted.values() for cell in found)
+    if not cells:
+        return
+    events = {stage: _last_events(instance, stage, set(found)) for stage, found in wanted.items()}
     for first, last in boxes(plan.study, stages[0], list(cells)):
-        yield Launch(op, tuple(stages), first, last)
+        state = [
+            (stage, cell, key_of(plan, stage, cell).fingerprint, events[stage].get(cell, "present"))
+            for stage in stages
+            for cell in box_cells(plan.study, stage, first, last)
+        ]
+        digest = hashlib.sha256(repr(state).encode()).hexdigest()[:20]
+        yield Launch(op, tuple(stages), first, last, digest)
+
+
+def _last_events(
+    instance: dg.DagsterInstance, stage: str, cells: AbstractSet[Cell]
+) -> Mapping[Cell, int | None]:
+    """Each cell -> the number of its latest event; None where there is none."""
+    asset = dg.AssetKey(stage)
+    if cells == {()}:
+        records = instance.get_asset_records([asset])
+        return {(): records[0].asset_entry.last_materialization_storage_id if records else None}
+    found = instance.event_log_storage.get_latest_storage_id_by_partition(
+        asset, DagsterEventType.ASSET_MATERIALIZATION
+    )
+    return {cell: found.get(str(partition_key(stage, cell))) for cell in cells}
 
 
 def execute(defs: dg.Definitions, instance: dg.DagsterInstance, launch: Launch) -> int:
@@ -113,12 +143,14 @@ def execute(defs: dg.Definitions, instance: dg.DagsterInstance, launch: Launch) 
         KeyboardInterrupt: Ctrl-C, which Dagster turns into an error of its own while a step runs.
     """
     job = defs.resolve_implicit_global_asset_job_def()
+    run_id = make_new_run_id()
     try:
-        with interrupts_kept():
+        with recorded(Path(instance.root_directory), run_id), interrupts_kept():
             result = job.execute_in_process(
                 asset_selection=[dg.AssetKey(stage) for stage in launch.stages],
                 instance=instance,
-                tags={**launch.tags, PID_TAG: f"{os.uname().nodename}:{os.getpid()}"},
+                run_id=run_id,
+                tags=launch.tags,
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )
     except dg.Failure as failure:
@@ -127,9 +159,25 @@ def execute(defs: dg.Definitions, instance: dg.DagsterInstance, launch: Launch) 
         raise
     except DagsterExecutionInterruptedError:
         raise KeyboardInterrupt from None
+    finally:
+        # An interrupted step keeps its slot, as Dagster has it.
+        instance.event_log_storage.free_concurrency_slots_for_run(run_id)
     return sum(
         not event.materialization.metadata["is_reused"].value for event in _materializations(result)
     )
+
+
+def who_holds_pool(instance: dg.DagsterInstance, launch: Launch) -> list[str]:
+    """The runs for which a launch has to wait, because they hold every slot of its pool.
+
+    The slot itself is claimed by Dagster, as the step begins; this is for telling why it takes
+    long.
+    """
+    pool = POOLS.get(launch.op)
+    if pool is None:
+        return []
+    info = instance.event_log_storage.get_concurrency_info(pool)
+    return sorted(info.active_run_ids) if info.active_slot_count >= info.slot_count > 0 else []
 
 
 @contextmanager
@@ -160,31 +208,6 @@ def _materializations(
 ) -> Iterator[StepMaterializationData]:
     for event in result.filter_events(lambda event: event.is_step_materialization):
         yield event.step_materialization_data
-
-
-def fail_abandoned_runs(instance: dg.DagsterInstance) -> int:
-    """Fail runs that this host's dead processes left as started; returns how many."""
-    abandoned = [
-        run
-        for run in instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
-        if _is_abandoned(run.tags.get(PID_TAG, ""))
-    ]
-    for run in abandoned:
-        instance.report_run_failed(run, "its process is gone; finished cells stay in the store")
-    return len(abandoned)
-
-
-def _is_abandoned(owner: str) -> bool:
-    host, _, pid = owner.rpartition(":")
-    if host != os.uname().nodename or not pid.isdigit():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
 
 
 def stages_in(study: Study, op: str, select: frozenset[str] | None) -> tuple[str, ...]:

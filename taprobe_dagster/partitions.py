@@ -101,6 +101,19 @@ def boxes(study: Study, stage: str, cells: Sequence[Cell]) -> Iterator[tuple[Cel
         row += height
 
 
+def box_cells(study: Study, stage: str, first: Cell, last: Cell) -> list[Cell]:
+    """Every cell of the rectangle between two corners, both included, in grid order."""
+    if not first:
+        return [()]
+    rows, columns = (
+        keys[keys.index(one) : keys.index(other) + 1]
+        for keys, one, other in zip(
+            (dimension_keys(study, name) for name in DIMENSIONS[stage]), first, last, strict=True
+        )
+    )
+    return [(row, column) for row in rows for column in columns]
+
+
 def _stretches(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
     for _, stretch in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]):
         members = [index for _, index in stretch]

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 import dagster as dg
 import pytest
+import yaml
 
-from taprobe_core.pipeline import Plan, open_plan
-from taprobe_core.study import Study
+from taprobe_core.pipeline import Plan, cells_of, key_of, open_plan
+from taprobe_core.study import Study, parse_study
+from taprobe_dagster import automation
 from taprobe_dagster.assets import ops_of
-from taprobe_dagster.automation import op_jobs, schedules, wanted_cells_sensor
+from taprobe_dagster.automation import (
+    FIRST_WAIT_S,
+    MAX_ATTEMPTS,
+    op_jobs,
+    schedules,
+    wanted_cells_sensor,
+)
 from taprobe_dagster.definitions import build_defs
+from taprobe_dagster.partitions import partition_key
 from taprobe_dagster.resources import Workbench
 
 
@@ -47,6 +57,89 @@ def test_the_sensor_launches_the_first_op_that_lacks_cells(
     again = _sensor_tick(fresh, plan)
     assert again.run_requests is not None
     assert again.run_requests[0].run_key == request.run_key
+
+
+def _end(
+    instance: dg.DagsterInstance, request: dg.RunRequest, status: dg.DagsterRunStatus, n: int
+) -> None:
+    instance.add_run(
+        dg.DagsterRun(job_name="j", run_id=f"run-{n}", status=status, tags=request.tags)
+    )
+
+
+@pytest.mark.parametrize("status", [dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED])
+def test_a_failed_launch_is_tried_again_under_another_key_later_and_later(
+    study: Study,
+    fresh: dg.DagsterInstance,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    status: dg.DagsterRunStatus,
+) -> None:
+    plan = open_plan(study, tmp_path_factory.mktemp("failing"))
+    now = time.time()
+    keys = []
+    for n in range(1, MAX_ATTEMPTS + 1):
+        monkeypatch.setattr(automation, "get_current_timestamp", lambda: now)
+        tick = _sensor_tick(fresh, plan)
+        assert tick.run_requests is not None
+        (request,) = tick.run_requests
+        keys.append(request.run_key)
+        _end(fresh, request, status, n)
+        if n < MAX_ATTEMPTS:
+            now += FIRST_WAIT_S * 2 ** (n - 1) - 20
+            tick = _sensor_tick(fresh, plan)
+            assert not tick.run_requests
+            assert f"tried {n} times, last by run run-{n}; tried again in" in str(tick.skip_message)
+            now = time.time() + FIRST_WAIT_S * 2 ** (n - 1) + 1
+    assert len(set(keys)) == MAX_ATTEMPTS
+    now += 10 * 24 * 3600
+    tick = _sensor_tick(fresh, plan)
+    assert not tick.run_requests
+    assert "given up until a cell or its inputs change" in str(tick.skip_message)
+
+    # Another dataset has other fingerprints, and nothing has been tried at these.
+    values = yaml.safe_load(study.model_dump_json())
+    values["rollouts"]["source"]["n_rollouts"] += 1
+    changed = open_plan(parse_study(yaml.safe_dump(values), "changed.yaml"), plan.data_root)
+    tick = _sensor_tick(fresh, changed)
+    assert tick.run_requests is not None
+    assert tick.run_requests[0].run_key not in keys
+
+
+def test_a_cell_that_was_made_and_then_discarded_is_launched_at_once_under_another_key(
+    study: Study, fresh: dg.DagsterInstance, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    plan = open_plan(study, tmp_path_factory.mktemp("discarded"))
+    keys = []
+    for n in range(3):
+        tick = _sensor_tick(fresh, plan)
+        assert tick.run_requests is not None
+        (request,) = tick.run_requests
+        keys.append(request.run_key)
+        _end(fresh, request, dg.DagsterRunStatus.SUCCESS, n)
+        # The event log says that one cell of the rectangle is there; the store has lost it.
+        cell = cells_of(study, "labels")[1]
+        fresh.report_runless_asset_event(
+            dg.AssetMaterialization(
+                "labels",
+                partition=partition_key("labels", cell),
+                tags={"dagster/data_version": key_of(plan, "labels", cell).fingerprint},
+            )
+        )
+    assert len(set(keys)) == 3
+
+
+def test_a_success_that_makes_nothing_is_not_repeated_without_end(
+    study: Study, fresh: dg.DagsterInstance, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    plan = open_plan(study, tmp_path_factory.mktemp("nothing"))
+    tick = _sensor_tick(fresh, plan)
+    assert tick.run_requests is not None
+    for n in range(MAX_ATTEMPTS):
+        _end(fresh, tick.run_requests[0], dg.DagsterRunStatus.SUCCESS, n)
+    tick = _sensor_tick(fresh, plan)
+    assert not tick.run_requests
+    assert "given up" in str(tick.skip_message)
 
 
 def test_the_sensor_skips_when_nothing_is_wanted(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -27,9 +26,7 @@ from taprobe_dagster import assets
 from taprobe_dagster.assets import OPS, ops_of
 from taprobe_dagster.definitions import build_defs
 from taprobe_dagster.launch import (
-    PID_TAG,
     execute,
-    fail_abandoned_runs,
     interrupts_kept,
     launches_of,
     stages_in,
@@ -285,27 +282,6 @@ def test_an_interrupt_that_comes_while_a_finalizer_runs_is_not_lost() -> None:
     finally:
         signal.signal(signal.SIGINT, handler)
     assert sys.unraisablehook is hook
-
-
-def test_a_run_whose_process_is_gone_is_failed(fresh: dg.DagsterInstance) -> None:
-    def started(pid: int) -> str:
-        tags = {PID_TAG: f"{os.uname().nodename}:{pid}"}
-        run = dg.DagsterRun(
-            job_name="j", run_id=f"run-{pid}", status=dg.DagsterRunStatus.STARTED, tags=tags
-        )
-        fresh.add_run(run)
-        return run.run_id
-
-    gone, here = started(2**22 + 7), started(os.getpid())
-    assert fail_abandoned_runs(fresh) == 1
-    assert _status(fresh, gone) == dg.DagsterRunStatus.FAILURE
-    assert _status(fresh, here) == dg.DagsterRunStatus.STARTED
-
-
-def _status(instance: dg.DagsterInstance, run_id: str) -> dg.DagsterRunStatus:
-    run = instance.get_run_by_id(run_id)
-    assert run is not None
-    return run.status
 
 
 def test_a_selection_keeps_the_order_of_the_op(study: Study) -> None:
