@@ -23,9 +23,14 @@ from taprobe_dagster.liveness import Life, life_of, record_path
 
 INTERVAL_S = 15
 START_S = 90
-"""How long a run may be on its way to a process of its own."""
+"""How long a run may be on its way before a process says that it takes it up."""
+
+_SLOW_S = 600
+"""How long that process may then take to load everything."""
 
 _SETTLING_S = 60
+"""How long it may take from starting the run to recording itself."""
+
 _ON_THE_WAY = (dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING)
 _UNDER_WAY = (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING)
 
@@ -64,27 +69,28 @@ def _reason(instance: dg.DagsterInstance, home: Path, record: dg.RunRecord) -> s
         return "the process that executed it is gone"
     if life is Life.ALIVE:
         return None
+    pids = _announced(instance, run.run_id)
+    is_there = any(_exists(pid) for pid in pids)
     if run.status in _ON_THE_WAY:
         waited_s = time.time() - record.update_timestamp.timestamp()
-        return f"no process took it up within {START_S} s" if waited_s > START_S else None
-    if _is_settling(instance, record):
+        if waited_s < (_SLOW_S if is_there else 0 if pids else START_S):
+            return None
+        return "no process took it up" if not pids else "the process that took it up is gone"
+    if is_there and record.start_time and time.time() - record.start_time < _SETTLING_S:
         return None
     return "no process executes it"
 
 
-def _is_settling(instance: dg.DagsterInstance, record: dg.RunRecord) -> bool:
-    """Whether a worker has just started the run and is about to record itself."""
-    if record.start_time is None or time.time() - record.start_time > _SETTLING_S:
-        return False
-    events = instance.all_logs(record.dagster_run.run_id, of_type=DagsterEventType.ENGINE_EVENT)
-    pids = {
-        str(data.metadata["pid"].value)
+def _announced(instance: dg.DagsterInstance, run_id: str) -> set[int]:
+    """The processes that have told the event log that they take up a run."""
+    events = instance.all_logs(run_id, of_type=DagsterEventType.ENGINE_EVENT)
+    found = {
+        str(event.dagster_event.engine_event_data.metadata["pid"].value)
         for event in events
         if event.dagster_event is not None
-        and (data := event.dagster_event.engine_event_data) is not None
-        and "pid" in data.metadata
+        and "pid" in event.dagster_event.engine_event_data.metadata
     }
-    return any(_exists(int(pid)) for pid in pids if pid.isdigit())
+    return {int(pid) for pid in found if pid.isdigit()}
 
 
 def _exists(pid: int) -> bool:

@@ -36,7 +36,7 @@ MAX_RESTARTS = 3
 
 RESTARTS_S = 600
 POLL_S = 0.5
-GRACE_S = 15
+GRACE_S = 8
 """How long a child and what it started may take to end, before they are killed."""
 
 

@@ -76,23 +76,27 @@ def test_a_failed_launch_is_tried_again_under_another_key_later_and_later(
     status: dg.DagsterRunStatus,
 ) -> None:
     plan = open_plan(study, tmp_path_factory.mktemp("failing"))
-    now = time.time()
+    clock = [time.time()]
+    monkeypatch.setattr(automation, "get_current_timestamp", lambda: clock[0])
     keys = []
     for n in range(1, MAX_ATTEMPTS + 1):
-        monkeypatch.setattr(automation, "get_current_timestamp", lambda: now)
         tick = _sensor_tick(fresh, plan)
         assert tick.run_requests is not None
         (request,) = tick.run_requests
         keys.append(request.run_key)
         _end(fresh, request, status, n)
+        (record,) = fresh.get_run_records(dg.RunsFilter(run_ids=[f"run-{n}"]))
+        due = record.update_timestamp.timestamp() + FIRST_WAIT_S * 2 ** (n - 1)
         if n < MAX_ATTEMPTS:
-            now += FIRST_WAIT_S * 2 ** (n - 1) - 20
+            clock[0] = due - 1
             tick = _sensor_tick(fresh, plan)
             assert not tick.run_requests
-            assert f"tried {n} times, last by run run-{n}; tried again in" in str(tick.skip_message)
-            now = time.time() + FIRST_WAIT_S * 2 ** (n - 1) + 1
+            assert f"tried {n} times, last by run run-{n}; tried again in 1 s" in str(
+                tick.skip_message
+            )
+        clock[0] = due + 1
     assert len(set(keys)) == MAX_ATTEMPTS
-    now += 10 * 24 * 3600
+    clock[0] += 10 * 24 * 3600
     tick = _sensor_tick(fresh, plan)
     assert not tick.run_requests
     assert "given up until a cell or its inputs change" in str(tick.skip_message)

@@ -60,11 +60,6 @@ def _worker(home: Path, run_id: str) -> Iterator[int]:
         process.join()
 
 
-def _kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
 def test_a_killed_worker_is_told_from_a_living_one(fresh: dg.DagsterInstance) -> None:
     home = _home(fresh)
     here, gone = _add(fresh, "here", STATUS.STARTED), _add(fresh, "gone", STATUS.STARTED)
@@ -134,6 +129,21 @@ def test_a_run_that_nobody_executes_is_failed_at_once(fresh: dg.DagsterInstance)
     run_id = _add(fresh, "nobody", STATUS.STARTED)
     assert fail_dead_runs(fresh) == [run_id]
     assert _status(fresh, run_id) == STATUS.FAILURE
+
+
+def test_a_worker_that_loads_slowly_is_waited_for_and_one_that_dies_meanwhile_is_not(
+    fresh: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run_id, pid in (("slow", os.getpid()), ("gone", 2**22 + 7)):
+        run = fresh.get_run_by_id(_add(fresh, run_id, STATUS.STARTING))
+        assert run is not None
+        fresh.report_engine_event("worker", run, EngineEventData.in_process(pid))
+    assert fail_dead_runs(fresh) == ["gone"]
+    later = time.time() + START_S + 5
+    monkeypatch.setattr(recovery.time, "time", lambda: later)
+    assert fail_dead_runs(fresh) == []
+    later += 600
+    assert fail_dead_runs(fresh) == ["slow"]
 
 
 def test_a_worker_that_starts_a_run_has_a_moment_to_record_itself(
