@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.markup import escape
+
 from taprobe_core.cli.app import EXIT_INTERRUPTED, err
 from taprobe_core.errors import ConfigError, TaprobeError
 from taprobe_dagster.access import TOKEN_VARIABLE, entry_url
@@ -59,7 +61,7 @@ def serve(port: int, token: str, *, is_read_only: bool = False) -> None:
     }
     with open_instance() as instance, watched(instance, err.print):
         home = os.environ["DAGSTER_HOME"]
-        err.print(f"{entry_url(port, token)}  (DAGSTER_HOME {home}; Ctrl-C stops)")
+        err.print(f"{entry_url(port, token)}  (DAGSTER_HOME {escape(home)}; Ctrl-C stops)")
         # No other user reads an environment, as they do a command line.
         watch_children(commands, {"web server": {TOKEN_VARIABLE: token}})
     raise SystemExit(EXIT_INTERRUPTED)

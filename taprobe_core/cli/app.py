@@ -21,7 +21,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from taprobe_core.cli.console import err, out, print_defect
+from taprobe_core.cli.console import err as err
+from taprobe_core.cli.console import out as out
+from taprobe_core.cli.console import print_defect
 from taprobe_core.cli.costs import render_check, render_storage
 from taprobe_core.cli.skips import render_skips
 from taprobe_core.cli.verdicts import acceptance_line, verify_document, verify_lines
