@@ -25,7 +25,7 @@ from taprobe_core.activations.cost import (
     pass_flop,
 )
 from taprobe_core.checkpoints.resolve import checkpoint_config
-from taprobe_core.errors import TaprobeError
+from taprobe_core.errors import ModelError, ModelMissingError, TaprobeError
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.speed import Speed
 from taprobe_core.study import PretrainedCheckpoint, resolve_folder
@@ -195,12 +195,22 @@ def _shape(plan: Plan, model: str) -> ModelShape:
     checkpoint = spec.checkpoint
     try:
         if isinstance(checkpoint, PretrainedCheckpoint) and not _is_folder(checkpoint.path):
-            plan.checkpoint(model)  # asked once: one wait for an unreachable hub is enough
+            _wait_once(plan, model)
         config = checkpoint_config(spec)
     except TaprobeError:
         block = BlockShape.assumed(spec.d_model) if spec.d_model else None
         return ModelShape(block, is_exact=False)
     return ModelShape(BlockShape.of(config), is_known(config))
+
+
+def _wait_once(plan: Plan, model: str) -> None:
+    """Raise if a hub was found unreachable: a plan asks once, and one wait is enough."""
+    try:
+        plan.checkpoint(model)
+    except ModelMissingError:
+        raise
+    except ModelError:
+        return  # of its tokenizer, which the blocks do not depend on
 
 
 def _is_folder(path: str) -> bool:
