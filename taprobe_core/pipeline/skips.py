@@ -112,7 +112,12 @@ def _foreseen(plan: Plan, model: str, setting: str) -> Iterator[pl.DataFrame]:
         problems, sentences = tables.problems, tables.sentences
         yield _placed(tables.skipped, model, setting)
     else:
-        raise DataError("not fetched yet, so it is not known which of them can be used")
+        raise DataError(
+            "not read yet, so it is not known which can be used; "
+            "`taprobe run --select rollouts --select labels --select spans` finds out",
+            "rollouts.source",
+            "run these stages, then check again",
+        )
     if stored["labels"] is None:
         yield _placed(unlabelled(sentences, study.labels), model, setting)
     if stored["spans"] is None:
