@@ -54,13 +54,14 @@ class DataPlan(KeyedSources):
 
         The model's context decides which texts are too long.
         """
+        tokenizer_sha256 = self.checkpoint(model)["tokenizer_sha256"]
         n_positions = self.context_length(model)
         return self._key(
             "spans",
             (model, setting),
             {
                 **self.study.spans.model_dump(mode="json"),
-                "tokenizer_sha256": self.checkpoint(model)["tokenizer_sha256"],
+                "tokenizer_sha256": tokenizer_sha256,
                 "special_tokens": self.special_tokens(model),
                 "on_bad_problem": self.study.rollouts.on_bad_problem,
                 **({} if n_positions is None else {"n_positions": n_positions}),

@@ -234,7 +234,7 @@ def _measured(plan: Plan, model: str, setting: str) -> list[TextSize] | None:
 def _assumed(plan: Plan, assumptions: Assumptions) -> list[TextSize]:
     rollouts = plan.study.rollouts
     known = getattr(rollouts.source, "n_problems", PUBLISHED_PROBLEMS)  # the demo states it
-    n_problems = len(rollouts.problem_ids or ()) or known
+    n_problems = len({*(rollouts.problem_ids or ())} - {*rollouts.exclude_ids}) or known
     n_problems = min(n_problems, rollouts.max_problems or n_problems)
     n_sentences = assumptions.sentences_per_problem
     n_tokens = n_sentences * assumptions.tokens_per_sentence

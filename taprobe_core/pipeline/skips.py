@@ -67,7 +67,8 @@ def foreseen_skips(plan: Plan) -> Foreseen:
     for model in plan.study.models:
         for setting in plan.study.settings:
             try:
-                parts += _foreseen(plan, model, setting)
+                # What is found before an error stays.
+                parts.extend(_foreseen(plan, model, setting))
             except TaprobeError as error:
                 notes.append(f"problems of {model}, {setting}: {error.what}")
     return Foreseen(pl.concat(parts), notes)
@@ -95,31 +96,36 @@ def folds_of(plan: Plan, model: str, setting: str, present: tuple[int, ...]) -> 
 
 
 def _foreseen(plan: Plan, model: str, setting: str) -> Iterator[pl.DataFrame]:
+    """Yield what each stage leaves out; one that cannot be told does not hide those before it."""
     study = plan.study
-    stored = {stage: _stored(plan, stage, model, setting) for stage in STAGES}
-    there = [each for each in stored.values() if each is not None]
-    yield from there
-    if len(there) == len(STAGES):
-        return
-    chosen = study.rollouts.model_copy(update={"on_bad_problem": "skip"})
-    rollouts = plan.store.find(plan.rollouts(model, setting))
-    if rollouts is not None:
+    found = _stored(plan, "rollouts", model, setting)
+    if found is not None:
+        artifact = plan.store.open(plan.rollouts(model, setting))
         problems, sentences = (
-            rollouts.read_table(f"{name}.parquet") for name in ("problems", "sentences")
+            artifact.read_table(f"{name}.parquet") for name in ("problems", "sentences")
         )
     elif isinstance(plan.source, FolderRollouts):
+        chosen = study.rollouts.model_copy(update={"on_bad_problem": "skip"})
         tables = read_rollouts(plan.source, plan.model(model), chosen, setting, study.labels.field)
         problems, sentences = tables.problems, tables.sentences
-        yield _placed(tables.skipped, model, setting)
+        found = _placed(tables.skipped, model, setting)
     else:
-        raise DataError("not fetched yet, so it is not known which of them can be used")
-    if stored["labels"] is None:
-        yield _placed(unlabelled(sentences, study.labels), model, setting)
-    if stored["spans"] is None:
+        raise DataError(
+            "not read yet, so it is not known which can be used; "
+            "`taprobe run --select rollouts --select labels --select spans` finds out",
+            "rollouts.source",
+            "run these stages, then check again",
+        )
+    yield found
+    found = _stored(plan, "labels", model, setting)
+    yield _placed(unlabelled(sentences, study.labels), model, setting) if found is None else found
+    found = _stored(plan, "spans", model, setting)
+    if found is None:
         tokenizer, _ = load_tokenizer(plan.model(model))
         view, limit = study.spans.text_view, plan.context_length(model)
         spans = make_spans(problems, sentences, tokenizer, view, "skip", limit)
-        yield _placed(spans.skipped, model, setting)
+        found = _placed(spans.skipped, model, setting)
+    yield found
 
 
 def _stored(plan: Plan, stage: str, model: str, setting: str) -> pl.DataFrame | None:
