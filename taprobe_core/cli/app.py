@@ -36,6 +36,7 @@ from taprobe_core.pipeline.input_faults import input_faults
 from taprobe_core.pipeline.skips import foreseen_skips, stored_skips
 from taprobe_core.pipeline.speed import measure_speed
 from taprobe_core.pipeline.summary import plan_summary
+from taprobe_core.pipeline.verdicts import checks_store
 from taprobe_core.store import ArtifactKey
 
 EXIT_FIXABLE = 2
@@ -290,7 +291,10 @@ def prune(
     dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
 ) -> None:
     """Remove old versions; what a kept artifact was made from stays."""
-    removed = _on_disk(study).store.prune(keep=keep, dry_run=dry_run)
+    plan = _on_disk(study)
+    removed = plan.store.prune(keep=keep, dry_run=dry_run)
+    # What checks found is small and found again where it is asked for, so it is not listed.
+    checks_store(plan).prune(keep=keep, dry_run=dry_run)
     for key in removed:
         out.print(_name(key))
     out.print(f"{len(removed)} artifacts {'would be ' if dry_run else ''}removed")

@@ -61,6 +61,10 @@ class Check:
     settings: Callable[[Plan], Mapping[str, Any]] = _nothing
     looks_at: Callable[[Plan, Cell], bool] = _everywhere
 
+    def __call__(self, plan: Plan, cell: Cell) -> list[str]:
+        """Look at a cell and say its faults; none where the check does not look at it."""
+        return list(self.look(plan, cell).faults) if self.looks_at(plan, cell) else []
+
     @property
     def description(self) -> str:
         """What must hold, in one sentence."""

@@ -141,7 +141,8 @@ def _known(
         found = check.look(plan, cell)
     except TaprobeError as error:
         where = f" in {error.where}" if error.where else ""
-        return Found((f"it could not look: {error.what}{where}",), fix=error.fix)
+        fault = f"it could not look: {error.what}{where}"
+        return Found((fault,), fix=error.fix) if looks else None
     except pl.exceptions.PolarsError as error:
         return Found((f"it could not look: {error}",))
     _keep(store, key, found)
@@ -154,11 +155,10 @@ def checks_store(plan: Plan) -> Store:
 
 
 def _key(plan: Plan, stage: str, cell: Cell, name: str, check: Check) -> ArtifactKey:
-    contents = [
-        _content(plan, key) for key in (*check.reads(plan, cell), key_of(plan, stage, cell))
-    ]
-    print_ = fingerprint(name, CHECK_VERSIONS[name], dict(check.settings(plan)), contents)
-    return ArtifactKey(stage, (*cell, name), print_)
+    read = [key_of(plan, stage, cell), *check.reads(plan, cell)]
+    contents = [_content(plan, key) for key in read]
+    version = fingerprint(name, CHECK_VERSIONS[name], check.settings(plan), contents)
+    return ArtifactKey(stage, (*cell, name), version)
 
 
 def _content(plan: Plan, key: ArtifactKey) -> str:

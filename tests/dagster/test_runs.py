@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -151,6 +152,7 @@ def test_a_repeated_passage_warns_and_a_repeated_trace_stops(
     fresh: dg.DagsterInstance,
     monkeypatch: pytest.MonkeyPatch,
     n_computed: Mapping[str, int],
+    tmp_path: Path,
     name: str,
 ) -> None:
     def look(plan: Plan, cell: tuple[str, ...]) -> Found:
@@ -159,10 +161,8 @@ def test_a_repeated_passage_warns_and_a_repeated_trace_stops(
     planted = replace(CHECKS["rollouts"][name], look=look)
     checks = {**CHECKS, "rollouts": {**CHECKS["rollouts"], name: planted}}
     monkeypatch.setattr(verdicts, "CHECKS", checks)
-    # What was found before stands elsewhere, and stays as it is.
-    monkeypatch.setattr(
-        verdicts, "checks_store", lambda plan: Store(plan.data_root / "checks of a copy")
-    )
+    # What sound artifacts are known for is known elsewhere.
+    monkeypatch.setattr(verdicts, "checks_store", lambda plan: Store(tmp_path / "checks"))
     (launch,) = launches_of(fresh, plan, "read_rollouts", OPS["read_rollouts"])
     is_warning = name == "passages_differ_across_problems"
     stops = pytest.raises(FailedCheckError, match=name)
