@@ -12,7 +12,6 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +24,6 @@ from taprobe_core.study import Model
 
 if TYPE_CHECKING:
     import torch
-
-ATTENTION = "sdpa"
-"""The attention implementation that a loaded model has, or `eager` where its architecture lacks it;
-extraction puts its own in its place where it understands the model's."""
 
 _ROOM_FOR_STATES = 0.85
 """Share of a device that weights may take: the rest is for the states of a pass."""
@@ -111,7 +106,8 @@ def load_base_model(
     dtype = getattr(torch, model.dtype)
     where = str(files.folder)
     is_spread = len(devices) > 1 and weight_bytes(files, dtype) > min(map(_room, devices))
-    module = _read(files, dtype, "balanced" if is_spread else None).eval().requires_grad_(False)
+    module = _read(files, dtype, model.attn_implementation, "balanced" if is_spread else None)
+    module = module.eval().requires_grad_(False)
     try:
         modules: tuple[Any, ...] = (module if is_spread else module.to(devices[0]),)
         if not is_spread:
@@ -186,34 +182,37 @@ def replicate(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return copy.deepcopy(module, {id(tensor): moved(tensor) for tensor in tensors})
 
 
-def _read(files: CheckpointFiles, dtype: torch.dtype, device_map: str | None) -> Any:
+def _read(
+    files: CheckpointFiles, dtype: torch.dtype, attention: str, device_map: str | None
+) -> Any:
     from transformers import AutoModel
 
     where = str(files.folder)
     config = read_config(files.folder, "fetch the checkpoint again")
     try:
-        load = partial(
-            AutoModel.from_pretrained,
-            files.folder,
-            dtype=dtype,
-            device_map=device_map,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-        )
         with quiet_transformers():
-            try:
-                module, report = load(attn_implementation=ATTENTION)
-            except ValueError as error:
-                # Attention with sinks or capped scores, say, which PyTorch's function lacks.
-                if "scaled_dot_product_attention" not in str(error):
-                    raise
-                module, report = load(attn_implementation="eager")
+            module, report = AutoModel.from_pretrained(
+                files.folder,
+                dtype=dtype,
+                device_map=device_map,
+                attn_implementation=attention,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+            )
     except Exception as error:  # another's configuration makes the library raise anything
         if is_out_of_memory(error):
             raise _too_large(where, "this machine") from error
+        if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
+            raise ModelError(
+                "an architecture whose attention PyTorch's scaled_dot_product_attention does not "
+                f"compute ({config.get('model_type')}: attention sinks or capped scores, say)",
+                where,
+                "set attn_implementation: eager for this model in the study; memory then grows "
+                "with the square of a text's length",
+            ) from error
         raise ModelError(
             f"a checkpoint that transformers cannot load ({reason_of(error)})",
             where,

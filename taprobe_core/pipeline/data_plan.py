@@ -69,11 +69,17 @@ class DataPlan(KeyedSources):
             self.rollouts(model, setting),
         )
 
+    def _computed_in(self, site: Site) -> dict[str, Any]:
+        model = self.model(site.model)
+        chosen = model.attn_implementation
+        attention = {"attn_implementation": chosen} if chosen != "sdpa" else {}
+        return {"dtype": model.dtype, **attention}
+
     def _activation_config(self, site: Site) -> dict[str, Any]:
         return {
             "checkpoint": dict(self.checkpoint(site.model)),
             "layer": site.layer,
-            "dtype": self.model(site.model).dtype,
+            **self._computed_in(site),
             **self.study.activations.model_dump(mode="json", exclude=set(SPEED_ONLY)),
         }
 
@@ -92,7 +98,7 @@ class DataPlan(KeyedSources):
         return {
             "checkpoint": dict(self.checkpoint(site.model)),
             "layer": site.layer,
-            "dtype": self.model(site.model).dtype,
+            **self._computed_in(site),
             "mode": attention.mode,
             "last_n": attention.last_n if attention.mode == "light" else None,
         }

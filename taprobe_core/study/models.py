@@ -91,6 +91,10 @@ class Model(StudyPart):
     and checked against the checkpoint before the first forward pass. So is `d_model`, the width of
     the residual stream, which may be left out; a forecast of sizes needs it. `tokenizer` is a
     folder or a hub id, `org/name` or `org/name@sha`; null takes the checkpoint's own.
+    `attn_implementation`, in transformers' words, is how attention is computed where texts go the
+    library's own way: `eager` for an architecture that PyTorch's `scaled_dot_product_attention`
+    does not compute (attention sinks, capped scores); memory then grows with the square of a
+    text's length.
     """
 
     rollouts_dir: FolderName
@@ -99,6 +103,7 @@ class Model(StudyPart):
     d_model: Count | None = None
     tokenizer: LocalPath | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     layers: Layers = "all"
 
     @model_validator(mode="after")
