@@ -71,6 +71,22 @@ def write_tokenizer(folder: Path, **config: Any) -> Path:
     return folder
 
 
+def test_an_architecture_without_sdpa_is_refused_with_advice_that_works(tmp_path: Path) -> None:
+    from transformers import AutoModel, BloomConfig
+
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=2, n_head=2)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    model = pretrained_model(tmp_path)
+    files = CheckpointFiles(tmp_path, {})
+    with pytest.raises(ModelError, match="scaled_dot_product_attention") as refused:
+        load_base_model(files, model, [CPU])
+    assert "attn_implementation: eager" in str(refused.value.fix)
+    loaded = load_base_model(files, model.model_copy(update={"attn_implementation": "eager"}), [CPU])
+    assert loaded.module.config._attn_implementation == "eager"
+    assert loaded.n_layers == 2
+
+
 def stand_in_model(tokenizer: Path | None, **spec: Any) -> Model:
     spec = {"architecture": "qwen2", "n_layers": 2, "d_model": 16} | spec
     return Model(
