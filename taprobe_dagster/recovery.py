@@ -18,6 +18,7 @@ from pathlib import Path
 
 import dagster as dg
 from dagster._core.events import DagsterEventType
+from sqlalchemy.exc import SQLAlchemyError
 
 from taprobe_dagster.liveness import Life, life_of, record_path
 
@@ -161,7 +162,7 @@ def watched(
         while not stop.wait(interval_s):
             try:
                 look()
-            except Exception as error:  # noqa: BLE001 - the next look is as good
+            except (SQLAlchemyError, dg.DagsterError, OSError) as error:
                 say(f"looking for runs whose process is gone failed, and is tried again: {error}")
 
     look()

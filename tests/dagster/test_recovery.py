@@ -202,9 +202,9 @@ def test_a_watch_survives_a_look_that_fails(
 ) -> None:
     said: list[str] = []
     with watched(fresh, said.append, interval_s=0.05), monkeypatch.context() as patch:
-        patch.setattr(recovery, "fail_dead_runs", lambda _: 1 / 0)
+        patch.setattr(recovery, "fail_dead_runs", fail)
         deadline = time.monotonic() + 10
         while not said:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-    assert "is tried again: division by zero" in said[0]
+    assert "is tried again: a full disk" in said[0]
