@@ -201,6 +201,10 @@ def test_a_watch_survives_a_look_that_fails(
     fresh: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
+
+    def fail(_: object) -> list[str]:
+        raise OSError("a full disk")
+
     with watched(fresh, said.append, interval_s=0.05), monkeypatch.context() as patch:
         patch.setattr(recovery, "fail_dead_runs", fail)
         deadline = time.monotonic() + 10
