@@ -82,7 +82,9 @@ def test_an_architecture_without_sdpa_is_refused_with_advice_that_works(tmp_path
     with pytest.raises(ModelError, match="scaled_dot_product_attention") as refused:
         load_base_model(files, model, [CPU])
     assert "attn_implementation: eager" in str(refused.value.fix)
-    loaded = load_base_model(files, model.model_copy(update={"attn_implementation": "eager"}), [CPU])
+    loaded = load_base_model(
+        files, model.model_copy(update={"attn_implementation": "eager"}), [CPU]
+    )
     assert loaded.module.config._attn_implementation == "eager"
     assert loaded.n_layers == 2
 
