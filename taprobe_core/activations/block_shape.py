@@ -44,14 +44,14 @@ class BlockShape:
             config: of a decoder-only model, or of one with such a part (`get_text_config`).
         """
         text = config.get_text_config()
-        d_model, n_heads = int(text.hidden_size), int(text.num_attention_heads)
-        d_mlp = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None)
+        d_model, n_heads = int(text.hidden_size), _count(text, "num_attention_heads") or 1
+        d_mlp = _count(text, "intermediate_size") or _count(text, "n_inner")
         return cls(
             d_model=d_model,
-            d_mlp=int(d_mlp or 4 * d_model),
+            d_mlp=d_mlp or 4 * d_model,
             n_heads=n_heads,
-            n_kv_heads=int(getattr(text, "num_key_value_heads", None) or n_heads),
-            d_head=int(getattr(text, "head_dim", None) or d_model // n_heads),
+            n_kv_heads=_count(text, "num_key_value_heads") or n_heads,
+            d_head=_count(text, "head_dim") or d_model // n_heads,
             gated=text.model_type not in _PLAIN,
         )
 
@@ -83,6 +83,14 @@ class BlockShape:
             *((self.d_model, self.d_mlp),) * n_into_mlp,
             (self.d_mlp, self.d_model),
         )
+
+
+def _count(config: Any, name: str) -> int | None:
+    """A count of the configuration; the largest where it says one for each block."""
+    value = getattr(config, name, None)
+    if isinstance(value, (list, tuple)):
+        value = max((each for each in value if each), default=None)
+    return int(value) if isinstance(value, (int, float)) else None
 
 
 def is_known(config: Any) -> bool:

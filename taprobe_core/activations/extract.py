@@ -18,9 +18,10 @@ from typing import NamedTuple
 from torch import nn
 
 from taprobe_core.activations.cost import BlockShape, pass_flop
-from taprobe_core.activations.forward import MISMATCH_FIX, input_faults
+from taprobe_core.activations.forward import LIBRARY_WAYS, MISMATCH_FIX, input_faults
 from taprobe_core.activations.options import ExtractOptions
 from taprobe_core.activations.packing import plan_packs
+from taprobe_core.activations.passes import ways_for
 from taprobe_core.activations.pooling import span_index
 from taprobe_core.activations.progress import Progress
 from taprobe_core.activations.schedule import run_ahead, run_in_step
@@ -113,15 +114,28 @@ class _Run:
         self._n_texts = len(tasks)
         self._n_tokens = sum(len(task.token_ids) for task in tasks)
         self._device = next(models[0].parameters()).device
-        lengths = [len(task.token_ids) for task in tasks]
-        packs = plan_packs(lengths, options.budget_on(self._device))
-        self._packs = [[tasks[at] for at in pack] for pack in packs]
+        self._tasks = tasks
+
+    def _packs(self) -> list[list[TextTask]]:
+        """Texts of each pass; those that the library runs its own way stand alone, and first."""
+        ways = ways_for(self._models, self._tasks)
+        lengths = [len(task.token_ids) for task in self._tasks]
+        is_alone = [ways.of(each) in LIBRARY_WAYS for each in lengths]
+        packs: list[list[TextTask]] = []
+        for kind, budget in ((True, 1), (False, self._options.budget_on(self._device))):
+            own = [at for at, each in enumerate(is_alone) if each is kind]
+            planned = plan_packs([lengths[at] for at in own], budget)
+            packs += [[self._tasks[own[at]] for at in pack] for pack in planned]
+        return packs
 
     def items(self) -> Iterator[Extracted]:
+        if not self._tasks:
+            return
+        packs = self._packs()
         started = self._clock()
         n_tokens = flop = 0
         run = run_ahead if self._device.type == "cuda" else run_in_step
-        texts = run(self._models, self._packs, self._options)
+        texts = run(self._models, packs, self._options)
         for n_texts, (task, shards, attention) in enumerate(texts, 1):
             n_tokens += len(task.token_ids)
             flop += pass_flop(self._shape, [len(task.token_ids)], task.deepest + 1)

@@ -1,34 +1,49 @@
 """One pack through a model, once, up to the deepest block that is wanted.
 
-Blocks known to `fused` run there when they can; all others run as the library runs them, with hooks
-on the blocks, and the hook of the deepest one ends the pass. What does not belong here: which texts
-make a pack (packing, extract) and what is kept of their states (pooling).
+Three ways lead through the blocks: `fused`, spelled out by this library; `packed`, the library's
+own blocks with this library's attention; `library`, all as the library runs it, one text a pass.
+The first two are for models whose attention is understood. What does not belong here: which texts
+make a pack (packing, extract), which way is trusted (trial) and what is kept of the states
+(pooling).
 
-The invariant: in the library's own blocks a hidden state is bit-equal to `output_hidden_states` of
-the text alone; no hook outlives a call; blocks after the deepest requested one do not run.
+The invariant: by the last way, and on a CPU by every way, a hidden state is bit-equal to
+`output_hidden_states` of the text alone; no hook outlives a call; blocks after the deepest
+requested one do not run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from inspect import signature
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
 
 from taprobe_core.activations.fused import Sink, can_fuse, run_fused
+from taprobe_core.activations.library_way import (
+    DeepestLayerReached,
+    check_order,
+    failing_by_name,
+    keeper,
+    kind_of,
+    run_text,
+)
 from taprobe_core.activations.packed_attention import Watcher, packed
 from taprobe_core.activations.packing import Layout, lay_out, to_device
 from taprobe_core.activations.pooling import pool, span_index
+from taprobe_core.activations.understood import find_blocks, understand
 from taprobe_core.errors import ModelError, ModelMismatchError
 
 Spans = torch.Tensor | Sequence[tuple[int, int]]
 
+Way = Literal["fused", "packed", "library", "eager"]
+"""Through the blocks: `eager` is the library's with its reference attention, whatever the model was
+loaded with."""
 
-class _DeepestLayerReached(BaseException):
-    """A signal, not a fault: no `except Exception` inside a model may take it."""
+
+LIBRARY_WAYS = frozenset({"library", "eager"})
+"""Ways that take one text a pass."""
 
 
 def pooled_layers(
@@ -51,7 +66,7 @@ def pooled_layers(
     Raises:
         SpanError: a span is empty or outside the text.
         ModelMismatchError: a layer beyond the model's depth, or a text that it cannot take.
-        ModelError: the blocks are not found, or the model is in training mode.
+        ModelError: the blocks are not found, the model is in training mode, or fails on the text.
     """
     if not layers:
         return {}
@@ -76,38 +91,89 @@ def run_pack(
     sink: Sink,
     watcher: Watcher | None = None,
     *,
-    is_fused: bool | None = None,
+    way: Way | None = None,
 ) -> None:
     """Run texts through the model as one pack, none reading another.
 
-    On an accelerator the work is queued, not awaited.
+    On an accelerator the work is queued, not awaited, but for texts that go the library's way.
 
     Args:
         base_model: decoder-only transformer without LM head, in evaluation mode.
         texts: token ids of each text, BOS first.
         deepest: last block to run.
         sink: gets the output of each block, [token, d_model] of the whole pack.
-        watcher: gets the queries and keys of each block.
-        is_fused: whether `fused` runs the blocks; None where it can.
+        watcher: gets the queries and keys of each block; not by the library's way, whose attention
+            may be more than these say (`library_way.weigh_text`).
+        way: through the blocks; None for the first that `ways_of` names.
 
     Raises:
         ModelError: the blocks are not found, do not run in order, give states of an unknown shape,
-            or attend by something other than the library's attention interface.
+            or attend otherwise than the way asked for can.
     """
+    if way is None:
+        way = ways_of(base_model, max(map(len, texts)))[0]
     device = next(base_model.parameters()).device
-    layout = lay_out([len(text) for text in texts], device)
-    flat = torch.tensor([token for text in texts for token in text])
-    input_ids = to_device(flat, device)
-    if is_fused is None:
-        is_fused = can_fuse(base_model)
     with torch.inference_mode():
-        if is_fused:
+        if way in LIBRARY_WAYS:
+            ids = [_ids(text, device) for text in texts]
+            _run_each(base_model, ids, deepest, sink, is_eager=way == "eager")
+            return
+        layout = lay_out([len(text) for text in texts], device)
+        input_ids = _ids([token for text in texts for token in text], device)
+        if way == "fused":
             run_fused(base_model, input_ids, layout, deepest, sink, watcher)
         else:
-            _run_library(base_model, input_ids, layout, deepest, sink, watcher)
+            _run_packed(base_model, input_ids, layout, deepest, sink, watcher)
 
 
-def _run_library(
+def ways_of(base_model: nn.Module, n_tokens: int) -> tuple[Way, ...]:
+    """Return the ways that a text may go by what is known of the model, the fastest first.
+
+    Args:
+        base_model: decoder-only transformer without LM head, in evaluation mode.
+        n_tokens: of the text.
+
+    Raises:
+        ModelError: the blocks are not found, or the model is in training mode.
+    """
+    known = understand(base_model)
+    if known.reason is not None or (known.window is not None and n_tokens > known.window):
+        return ("library",)
+    return ("fused", "packed", "library") if can_fuse(base_model) else ("packed", "library")
+
+
+def _ids(tokens: Sequence[int], device: torch.device) -> torch.Tensor:
+    return to_device(torch.tensor(tokens), device)
+
+
+def _run_each(
+    base_model: nn.Module,
+    texts: Sequence[torch.Tensor],
+    deepest: int,
+    sink: Sink,
+    *,
+    is_eager: bool,
+) -> None:
+    """Run each text alone, and show the sink their states one after another."""
+    blocks = find_blocks(base_model)
+    if len(texts) == 1:
+        run_text(base_model, blocks, texts[0], deepest, sink, is_eager=is_eager)
+        return
+    states: list[list[torch.Tensor]] = [[] for _ in range(deepest + 1)]
+    for text in texts:
+        run_text(
+            base_model,
+            blocks,
+            text,
+            deepest,
+            lambda layer, hidden: states[layer].append(hidden.clone()),
+            is_eager=is_eager,
+        )
+    for layer, each in enumerate(states):
+        sink(layer, torch.cat(each))
+
+
+def _run_packed(
     base_model: nn.Module,
     input_ids: torch.Tensor,
     layout: Layout,
@@ -115,77 +181,31 @@ def _run_library(
     sink: Sink,
     watcher: Watcher | None,
 ) -> None:
-    name = type(base_model).__name__
-    takes = signature(base_model.forward).parameters.values()
-    if not hasattr(base_model, "config") or all(each.kind != each.VAR_KEYWORD for each in takes):
-        raise ModelError(
-            "a model without a configuration, or whose forward takes no attention arguments",
-            name,
-            "use a base transformer of the transformers library",
-        )
+    ran: list[int] = []
     with ExitStack() as hooks:
         hooks.enter_context(packed(base_model))
         for layer, block in enumerate(find_blocks(base_model)[: deepest + 1]):
-            keep = _keeper(layer, len(input_ids), sink, is_deepest=layer == deepest)
+            keep = keeper(layer, len(input_ids), sink, ran, is_deepest=layer == deepest)
             hooks.callback(block.register_forward_hook(keep).remove)
         try:
             # The cache would make the library look for packs in `position_ids`, and mask them.
-            base_model(
-                input_ids=input_ids[None],
-                position_ids=layout.positions,
-                use_cache=False,
-                packed_layout=layout,
-                packed_watcher=watcher,
-            )
-        except _DeepestLayerReached:
-            if len(layout.attended) == deepest + 1:
-                return
-            raise ModelError(
-                f"{len(layout.attended)} of {deepest + 1} blocks attended within texts",
-                name,
-                "use an architecture whose attention goes through transformers' AttentionInterface",
-            ) from None
-    raise ModelError(
-        f"block {deepest} did not run", name, "use a model whose forward runs its blocks in order"
-    )
-
-
-def _keeper(
-    layer: int, n_tokens: int, sink: Sink, *, is_deepest: bool
-) -> Callable[[nn.Module, Any, Any], None]:
-    def keep(block: nn.Module, args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        if hidden.shape[:2] != (1, n_tokens):
-            raise ModelError(
-                f"block {layer} gives states of shape {list(hidden.shape)} for {n_tokens} tokens",
-                type(block).__name__,
-                "use a model whose blocks return [batch, token, d_model]",
-            )
-        sink(layer, hidden[0])
-        if is_deepest:
-            raise _DeepestLayerReached
-
-    return keep
-
-
-def find_blocks(base_model: nn.Module) -> nn.ModuleList:
-    """Return the list of blocks of a base transformer: its `layers` or `h`.
-
-    Raises:
-        ModelError: there is no such list, or the model would drop out states.
-    """
-    name = type(base_model).__name__
-    if base_model.training:
-        raise ModelError("the model is in training mode", name, "call eval() after loading it")
-    for attribute in ("layers", "h"):
-        blocks = getattr(base_model, attribute, None)
-        if isinstance(blocks, nn.ModuleList) and len(blocks):
-            return blocks
-    raise ModelError(
-        "no list of blocks named layers or h",
-        name,
-        "load the base transformer, without LM head, of a decoder-only model",
-    )
+            with failing_by_name(base_model):
+                base_model(
+                    input_ids=input_ids[None],
+                    position_ids=layout.positions,
+                    use_cache=False,
+                    packed_layout=layout,
+                    packed_watcher=watcher,
+                )
+        except DeepestLayerReached:
+            pass
+    check_order(ran, deepest, base_model)
+    if layout.attended != ran:
+        raise ModelError(
+            f"{len(layout.attended)} of {deepest + 1} blocks attended within texts",
+            kind_of(base_model),
+            "use an architecture whose attention goes through transformers' AttentionInterface",
+        )
 
 
 MISMATCH_FIX = "correct n_layers, layers or tokenizer of this model in the study"

@@ -21,12 +21,14 @@ from torch.nn import functional
 from taprobe_core.activations.host_steps import HostSteps
 from taprobe_core.activations.packed_attention import Watcher, packed_attention
 from taprobe_core.activations.packing import Layout
+from taprobe_core.activations.understood import understand
 from taprobe_core.kernels import has_triton
 
 Sink = Callable[[int, torch.Tensor], None]
 """Gets a layer and its hidden states [token, d_model], which the next block overwrites."""
 
 _BLOCKS = frozenset({"LlamaDecoderLayer", "Qwen2DecoderLayer", "MistralDecoderLayer"})
+_MODELS = frozenset({"LlamaModel", "Qwen2Model", "MistralModel"})
 
 
 class Steps(Protocol):
@@ -94,14 +96,18 @@ class CudaSteps:
 def can_fuse(base_model: nn.Module) -> bool:
     """Whether the blocks are of a kind known here, on a device and in a type with steps for them.
 
+    Texts longer than the model's window, if it has one, are not for them all the same.
+
     Args:
         base_model: base transformer without LM head.
     """
     blocks: Any = getattr(base_model, "layers", None)
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+    if base_model.training or not isinstance(blocks, nn.ModuleList) or not len(blocks):
         return False
     return (
-        all(type(block).__name__ in _BLOCKS and _is_plain(block) for block in blocks)
+        type(base_model).__name__ in _MODELS
+        and understand(base_model).reason is None
+        and all(type(block).__name__ in _BLOCKS and _is_plain(block) for block in blocks)
         and base_model.config.hidden_act == "silu"  # type: ignore[union-attr]
         and (_is_half_on_cuda(base_model) or _is_on_cpu(base_model))
         and not is_hooked(base_model)
@@ -109,15 +115,22 @@ def can_fuse(base_model: nn.Module) -> bool:
 
 
 def _is_plain(block: Any) -> bool:
-    """No bias where the residual sum is fused, no window, no adapter in place of a linear layer."""
+    """No bias where the residual sum is fused, no adapter in place of a linear layer."""
     attention, mlp = block.self_attn, block.mlp
     bare = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj, *bare)
     return (
         all(type(each) is nn.Linear for each in projections)
         and all(each.bias is None for each in bare)
-        and getattr(attention, "sliding_window", None) is None
+        and getattr(attention, "is_causal", True)
     )
+
+
+def _window(model: Any, attention: Any) -> int | None:
+    """Tokens that a query sees; Mistral's stands in the configuration alone."""
+    if type(model).__name__ == "MistralModel":
+        return model.config.sliding_window  # type: ignore[no-any-return]
+    return getattr(attention, "sliding_window", None)
 
 
 def _is_half_on_cuda(model: Any) -> bool:
@@ -196,6 +209,7 @@ def run_fused(
             value.transpose(0, 1)[None],
             None,
             scaling=attention.scaling,
+            sliding_window=_window(model, attention),
             packed_layout=layout,
             packed_watcher=watcher,
         )

@@ -25,6 +25,9 @@ from taprobe_core.activations.packing import Layout
 from taprobe_core.errors import ModelError
 from taprobe_core.kernels import has_triton
 
+_SAID_ELSEWHERE = frozenset({"position_ids", "return_dict"})
+"""Arguments with a value that change nothing: the layout has the positions."""
+
 NAME = "taprobe_packed"
 """Under which transformers knows `packed_attention`."""
 
@@ -45,7 +48,8 @@ def packed_attention(
     softcap: float | None = None,
     packed_layout: Layout | None = None,
     packed_watcher: Watcher | None = None,
-    **_: Any,
+    is_causal: bool | None = None,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend causally within each text; the signature is transformers' attention interface.
 
@@ -60,6 +64,9 @@ def packed_attention(
         softcap: bound of the scores; None for none.
         packed_layout: where the texts lie.
         packed_watcher: is shown queries and keys.
+        is_causal: must not be false.
+        more: what else a model hands to its attention; only what says nothing, or nothing that
+            the layout does not say, is taken.
 
     Returns:
         [1, token, head, d_head], and None for the weights.
@@ -73,11 +80,25 @@ def packed_attention(
             type(module).__name__,
             "run texts through taprobe_core.activations.extract",
         )
+    unknown = sorted(
+        name
+        for name, value in more.items()
+        if name not in _SAID_ELSEWHERE
+        and not (value is None or (isinstance(value, (bool, int, float)) and not value))
+    )
+    if unknown or is_causal is False or getattr(module, "is_causal", True) is False:
+        raise ModelError(
+            f"attention with {', '.join(unknown)}, which packs do not know"
+            if unknown
+            else "attention that is not causal",
+            type(module).__name__,
+            "run this model as the library runs it, one text a pass",
+        )
     if softcap is not None or (sliding_window or packed_layout.longest) < packed_layout.longest:
         raise ModelError(
             f"attention with a window of {sliding_window} tokens or scores capped at {softcap}",
             type(module).__name__,
-            "use a model with full causal attention, or leave out the texts beyond the window",
+            "run this model as the library runs it, one text a pass",
         )
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     packed_layout.attended.append(layer)

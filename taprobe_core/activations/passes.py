@@ -9,8 +9,7 @@ The invariant: what leaves is finite; a value that float16 cannot hold stays flo
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,9 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from taprobe_core.activations.forward import run_pack
-from taprobe_core.activations.fused import can_fuse, is_hooked
+from taprobe_core.activations.forward import LIBRARY_WAYS, run_pack
+from taprobe_core.activations.fused import is_hooked
+from taprobe_core.activations.library_way import weigh_text
 from taprobe_core.activations.options import ExtractOptions
+from taprobe_core.activations.packing import to_device
 from taprobe_core.activations.pooling import (
     Pooling,
     SpanIndex,
@@ -35,21 +36,19 @@ from taprobe_core.activations.pooling import (
 from taprobe_core.activations.shards import ActivationShard, AttentionShard
 from taprobe_core.activations.tasks import TextTask
 from taprobe_core.activations.transfer import Transfer
-from taprobe_core.attention import sentence_mass, tail_mass
-
-_log = logging.getLogger(__name__)
-
-FUSED_TOLERANCE = 0.05
-"""Largest relative difference (Frobenius) between the states of fused blocks and the library's.
-
-Half precision rounds both, so they drift apart: 0.011 after one block and 0.025 after four, with
-random weights of 14B shape. A wrong operation is of order one in the first block. On a CPU none is
-allowed: a build of PyTorch that rounds a step otherwise must not change results unnoticed."""
-
-_TRIAL_TOKENS = 256
-_TRIAL_BLOCKS = 4
+from taprobe_core.activations.trial import Ways, choose_ways, trial_lengths
+from taprobe_core.activations.understood import find_blocks, understand
+from taprobe_core.attention import (
+    SentenceMass,
+    TailMass,
+    sentence_mass,
+    sentence_mass_of,
+    tail_mass,
+    tail_mass_of,
+)
 
 _fused: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_ways: WeakKeyDictionary[nn.Module, tuple[object, Ways]] = WeakKeyDictionary()
 
 
 class _Kept(NamedTuple):
@@ -94,17 +93,26 @@ class QueuedPack:
         self._joined = join_indexes(self._indexes, shifts[:-1])
         self._layers = {layer for task in tasks for layer in task.layers}
         self._index_on: dict[torch.device, SpanIndex] = {}
-        watches = any(task.attention_layers for task in tasks)
-        run_pack(
-            model,
-            [task.token_ids for task in tasks],
-            max(task.deepest for task in tasks),
-            self._keep,
-            self._watch if watches else None,
-            is_fused=is_fused(model, tasks[0].token_ids),
-        )
+        self._run(model)
         for (layer, pooling), rows in self._pooled.items():
             self._fetch(layer, pooling, rows)
+
+    def _run(self, model: nn.Module) -> None:
+        texts = [task.token_ids for task in self._tasks]
+        watched = frozenset(layer for task in self._tasks for layer in task.attention_layers)
+        ways = _ways[model][1] if model in _ways else ways_for((model,), self._tasks)
+        way = ways.of(max(map(len, texts)))
+        if way == "fused" and is_hooked(model):
+            way = "packed"
+        if way not in LIBRARY_WAYS:
+            deepest = max(task.deepest for task in self._tasks)
+            run_pack(model, texts, deepest, self._keep, self._watch if watched else None, way=way)
+            return
+        if self._layers:
+            run_pack(model, texts, max(self._layers), self._keep, way=way)
+        for at, task in enumerate(self._tasks):
+            if task.attention_layers:
+                self._weigh(model, at)
 
     def _keep(self, layer: int, hidden: torch.Tensor) -> None:
         if layer not in self._layers:
@@ -142,17 +150,36 @@ class QueuedPack:
             if mode.kind == "full":
                 text_lse = None if lse is None else lse[:, start:end]
                 found = sentence_mass(q, k, task.spans, scale, lse=text_lse)
-                tensors = {"mass": found.mass, "bos_mass": found.bos_mass}
+                self._fetch_full(at, layer, found)
             else:
-                tail = tail_mass(q, k, task.spans, scale, mode.last_n)
-                tensors = {
-                    "tail_mass": tail.mass,
-                    "bos_mass": tail.bos_mass,
-                    "is_after": tail.is_after,
-                }
-            self._attention[at, layer] = {
-                name: self._transfer.fetch(tensor) for name, tensor in tensors.items()
-            }
+                self._fetch_tail(at, layer, tail_mass(q, k, task.spans, scale, mode.last_n))
+
+    def _weigh(self, model: nn.Module, at: int) -> None:
+        """Take the attention of one text from weights that the library's eager attention makes."""
+        task, mode = self._tasks[at], self._options.attention
+
+        def take(layer: int, weights: torch.Tensor) -> None:
+            if mode.kind == "full":
+                self._fetch_full(at, layer, sentence_mass_of(weights, task.spans))
+            else:
+                self._fetch_tail(at, layer, tail_mass_of(weights, task.spans, mode.last_n))
+
+        device = next(model.parameters()).device
+        input_ids = to_device(torch.tensor(task.token_ids), device)
+        with torch.inference_mode():
+            weigh_text(model, find_blocks(model), input_ids, frozenset(task.attention_layers), take)
+
+    def _fetch_full(self, at: int, layer: int, found: SentenceMass) -> None:
+        self._fetch_attention(at, layer, {"mass": found.mass, "bos_mass": found.bos_mass})
+
+    def _fetch_tail(self, at: int, layer: int, tail: TailMass) -> None:
+        tensors = {"tail_mass": tail.mass, "bos_mass": tail.bos_mass, "is_after": tail.is_after}
+        self._fetch_attention(at, layer, tensors)
+
+    def _fetch_attention(self, at: int, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._attention[at, layer] = {
+            name: self._transfer.fetch(tensor) for name, tensor in tensors.items()
+        }
 
     def results(self) -> Iterator[TextShards]:
         """Wait for the pack, and yield each text's shards.
@@ -213,48 +240,26 @@ class QueuedPack:
         )
 
 
-def is_fused(model: nn.Module, token_ids: Sequence[int]) -> bool:
-    """Whether a model's packs run through `fused`: its blocks can, and a trial agreed.
-
-    The trial runs the start of a text through the first blocks both ways, once per model. A model
-    that someone has hooked into runs as the library runs it.
+def ways_for(models: Sequence[nn.Module], tasks: Sequence[TextTask]) -> Ways:
+    """Return which way a job's texts go through a model, after a trial on its first such job.
 
     Args:
-        model: base transformer without LM head.
-        token_ids: a text.
+        models: equal weights; the first is tried.
+        tasks: the texts of the job.
+
+    Raises:
+        ModelError: the model cannot run them, or makes no attention weights where they are wanted.
     """
-    if is_hooked(model):
-        return False
-    if model not in _fused:
-        _fused[model] = can_fuse(model) and _agrees(model, token_ids[:_TRIAL_TOKENS])
-    return _fused[model]
-
-
-def _agrees(model: nn.Module, token_ids: Sequence[int]) -> bool:
-    states: list[list[torch.Tensor]] = [[], []]
-    deepest = min(_TRIAL_BLOCKS, len(model.layers)) - 1  # type: ignore[arg-type]
-    for found, way in zip(states, (True, False), strict=True):
-        run_pack(
-            model,
-            [token_ids],
-            deepest,
-            lambda _, hidden, found=found: found.append(  # type: ignore[misc]
-                hidden.to("cpu", torch.float32, copy=True)
-            ),
-            is_fused=way,
-        )
-    difference = max(
-        float(torch.linalg.norm(fused - library) / torch.linalg.norm(library))
-        for fused, library in zip(*states, strict=True)
-    )
-    allowed = FUSED_TOLERANCE if next(model.parameters()).is_cuda else 0.0
-    if difference <= allowed:
-        _log.info("fused blocks agree with the library's to %.2g of the states", difference)
-        return True
-    _log.warning(
-        "fused blocks differ from the library's by %.2g of the states (allowed %.2g); the "
-        "library's run instead, slower",
-        difference,
-        allowed,
-    )
-    return False
+    model = models[0]
+    longest = max(len(task.token_ids) for task in tasks)
+    deepest = max(task.deepest for task in tasks)
+    hooked = is_hooked(model)
+    known = understand(model)
+    tried = (known, trial_lengths(known, longest), deepest, hooked)
+    before = _ways.get(model)
+    if before is None or before[0] != tried:
+        ways = choose_ways(model, longest, deepest, is_hooked=hooked)
+        for each in models:
+            _ways[each] = (tried, ways)
+            _fused[each] = ways.short == "fused"
+    return _ways[model][1]

@@ -38,6 +38,7 @@ from taprobe_core.attention.scores import (
     vertical_scores,
 )
 from taprobe_core.attention.simple import SimpleDepthControl, full_scores, light_scores
+from taprobe_core.attention.weights import sentence_mass_of, tail_mass_of
 
 __all__ = [
     "OFF",
@@ -63,8 +64,10 @@ __all__ = [
     "receiver_heads",
     "receiver_scores",
     "sentence_mass",
+    "sentence_mass_of",
     "sink_share",
     "split_half_reliability",
     "tail_mass",
+    "tail_mass_of",
     "vertical_scores",
 ]

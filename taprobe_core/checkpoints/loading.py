@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 ATTENTION = "sdpa"
-"""The attention implementation that a loaded model has; extraction puts its own in its place."""
+"""The attention implementation that a loaded model has, or `eager` where its architecture lacks it;
+extraction puts its own in its place where it understands the model's."""
 
 _ROOM_FOR_STATES = 0.85
 """Share of a device that weights may take: the rest is for the states of a pass."""
@@ -181,17 +183,24 @@ def _read(files: CheckpointFiles, dtype: torch.dtype, device_map: str | None) ->
 
     where = str(files.folder)
     try:
+        load = partial(
+            AutoModel.from_pretrained,
+            files.folder,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
         with quiet_transformers():
-            module, report = AutoModel.from_pretrained(
-                files.folder,
-                dtype=dtype,
-                device_map=device_map,
-                attn_implementation=ATTENTION,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            try:
+                module, report = load(attn_implementation=ATTENTION)
+            except ValueError as error:
+                # Attention with sinks or capped scores, say, which PyTorch's function lacks.
+                if "scaled_dot_product_attention" not in str(error):
+                    raise
+                module, report = load(attn_implementation="eager")
     except (
         *(OSError, ValueError, KeyError, RuntimeError, ImportError),
         StrictDataclassError,  # a configuration at odds with itself
