@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 _MIXED = ["linear_attention", "full_attention"] * 2
-_NEEDLE = {"hidden_size": 48, "num_attention_heads": 4}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 8, "attn_layer_indices": [1, 3]},
@@ -20,23 +19,32 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         }
     },
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note_text": {
+        "head_dim": 20,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 8,
+        "swa_head_dim": 20,
+        "swa_qk_nope_head_dim": 12,
+        "swa_v_head_dim": 12,
+    },
     "gemma3n_text": {"num_kv_shared_layers": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"mamba_n_heads": 8, "layer_types": _MIXED},
     "hunyuan_v1_dense": {"head_dim": 12},
     "hunyuan_v1_moe": {"head_dim": 12},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "layer_types": _MIXED},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 12},
-    "minimax_m3_vl_text": {},
     "moshi": {"audio_vocab_size": 128},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 12},
     "qwen4_exp_text": {
@@ -52,17 +60,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
         "intermediate_size": 96,
     },
-    "zaya": {"num_experts_per_tok": 1},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"] * 2},
 }
 """Arguments of a configuration, by model type."""
 
-PARTS: dict[str, tuple[str, str]] = {
-    "fuyu": ("text_config", "persimmon"),
-    "got_ocr2": ("text_config", "qwen2"),
-    "moss_transcribe_diarize": ("text_config", "qwen3"),
-    "dots3_note": ("text_config", "dots3_note_text"),
-    "qwen4_exp": ("text_config", "qwen4_exp_text"),
-    "gemma4_assistant": ("text_config", "gemma4_text"),
-    "gemma4_unified_assistant": ("text_config", "gemma4_unified_text"),
+_ASSISTANT = {
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 0,
 }
-"""The language model within a model of several parts: the part's name and its model type."""
+
+PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "fuyu": ("text_config", "persimmon", {}),
+    "got_ocr2": ("text_config", "qwen2", {}),
+    "moss_transcribe_diarize": ("text_config", "qwen3", {}),
+    "dots3_note": ("text_config", "dots3_note_text", {}),
+    "qwen4_exp": ("text_config", "qwen4_exp_text", {}),
+    "gemma4_assistant": ("text_config", "gemma4_text", _ASSISTANT),
+    "gemma4_unified_assistant": ("text_config", "gemma4_unified_text", _ASSISTANT),
+}
+"""The language model within a model of several parts: the part, its model type and what differs."""

@@ -27,7 +27,7 @@ N_LAYERS = 4
 _VALUES = {
     48: "hidden_size d_model n_embd embedding_dim embedding_size emb_dim word_embed_proj_dim "
     "lru_width attention_hidden_size input_embedding_size output_embedding_size "
-    "backbone_hidden_size mamba_d_ssm",
+    "backbone_hidden_size mamba_d_ssm adapter_in_dim adapter_out_dim adapter_input_size",
     96: "intermediate_size d_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dim_ff dff "
     "ffn_hidden_size feed_forward_size intermediate_size_mlp dense_intermediate_size "
     "prefix_dense_intermediate_size shared_intermediate_size",
@@ -92,8 +92,8 @@ def tiny_values(model_type: str) -> dict[str, Any]:
     """
     values = _values(CONFIG_MAPPING[model_type]) | OVERRIDES.get(model_type, {})
     if model_type in PARTS:
-        part, language_model = PARTS[model_type]
-        values[part] = tiny_values(language_model) | {"model_type": language_model}
+        part, language_model, differing = PARTS[model_type]
+        values[part] = tiny_values(language_model) | differing | {"model_type": language_model}
     return values
 
 
