@@ -44,14 +44,14 @@ class BlockShape:
             config: of a decoder-only model, or of one with such a part (`get_text_config`).
         """
         text = config.get_text_config()
-        d_model, n_heads = int(text.hidden_size), _count(text, "num_attention_heads") or 1
-        d_mlp = _count(text, "intermediate_size") or _count(text, "n_inner")
+        d_model, n_heads = int(text.hidden_size), count_of(text, "num_attention_heads") or 1
+        d_mlp = count_of(text, "intermediate_size") or count_of(text, "n_inner")
         return cls(
             d_model=d_model,
             d_mlp=d_mlp or 4 * d_model,
             n_heads=n_heads,
-            n_kv_heads=_count(text, "num_key_value_heads") or n_heads,
-            d_head=_count(text, "head_dim") or d_model // n_heads,
+            n_kv_heads=count_of(text, "num_key_value_heads") or n_heads,
+            d_head=count_of(text, "head_dim") or d_model // n_heads,
             gated=text.model_type not in _PLAIN,
         )
 
@@ -85,9 +85,17 @@ class BlockShape:
         )
 
 
-def _count(config: Any, name: str) -> int | None:
-    """A count of the configuration; the largest where it says one for each block."""
-    value = getattr(config, name, None)
+def count_of(config: Any, name: str) -> int | None:
+    """Return a count of a configuration; the largest where it says one for each block.
+
+    Args:
+        config: of transformers.
+        name: of the count; None is returned where it is not said.
+    """
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # A configuration of unlike blocks says it of each block alone.
+        value = [getattr(each, name, None) for each in config.per_layer_config]
     if isinstance(value, (list, tuple)):
         value = max((each for each in value if each), default=None)
     return int(value) if isinstance(value, (int, float)) else None

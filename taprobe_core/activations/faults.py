@@ -10,9 +10,35 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import nn
+
+from taprobe_core.activations.pooling import OVERFLOW_FIX
 
 MASS_TOLERANCE = 1e-3
 """Share by which a token may hand out more than one: float32 sums, a device's own log-sum-exp."""
+
+
+def overflow_fix(model: nn.Module) -> str:
+    """Return what helps where a model's states are not finite, by its type and its weights.
+
+    Args:
+        model: the one that made them; its weights are read.
+    """
+    dtype = next(model.parameters()).dtype
+    is_half = dtype == torch.float16
+    for name, weight in model.named_parameters():
+        # Cast to float16 a weight may become infinite, but never NaN.
+        if weight.isnan().any() or (not is_half and weight.isinf().any()):
+            return (
+                f"take the checkpoint again from its source: its weight {name} holds values that "
+                "are no numbers, whatever the dtype"
+            )
+    if is_half:
+        return OVERFLOW_FIX
+    return (
+        f"check that config.json belongs to the weights, which are finite and do not fit it: "
+        f"{str(dtype).removeprefix('torch.')} overflows at 3e38 alone"
+    )
 
 
 def finite_faults(rows: Mapping[int, torch.Tensor], unit: str = "sentence") -> list[str]:

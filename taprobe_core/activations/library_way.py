@@ -215,25 +215,33 @@ def attending(base_model: nn.Module, implementation: str) -> Iterator[None]:
 
 @contextmanager
 def failing_by_name(base_model: nn.Module) -> Iterator[None]:
-    """Turn what a model's own code raises into a `ModelError`; lack of memory is left as it is.
+    """Turn what a model's own code raises into a `ModelError`, but for what the device may raise.
 
     Args:
         base_model: the model that runs.
     """
     try:
         yield
-    except (TaprobeError, torch.OutOfMemoryError):
+    except (TaprobeError, RuntimeError):
         raise
     except Exception as error:
-        if "can't allocate memory" in str(error):
-            raise
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise ModelError(
-            f"a model whose own code fails on a text ({type(error).__name__}: {reason})",
-            kind_of(base_model),
-            "use another architecture or version of transformers; this one cannot run the model "
-            "one text at a time, without a cache",
-        ) from error
+        raise failure(base_model, error) from error
+
+
+def failure(base_model: nn.Module, error: Exception) -> ModelError:
+    """Return the error that says which model failed on a text, and why.
+
+    Args:
+        base_model: the model.
+        error: what its code raised.
+    """
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return ModelError(
+        f"a model whose own code fails on a text ({type(error).__name__}: {reason})",
+        kind_of(base_model),
+        "use another architecture or version of transformers; this one cannot run the model one "
+        "text at a time, without a cache",
+    )
 
 
 def implementation_of(base_model: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ The invariant: what leaves is finite; a value that float16 cannot hold stays flo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from taprobe_core.activations.faults import overflow_fix
 from taprobe_core.activations.forward import LIBRARY_WAYS, run_pack
 from taprobe_core.activations.fused import is_hooked
 from taprobe_core.activations.library_way import weigh_text
@@ -36,7 +38,7 @@ from taprobe_core.activations.pooling import (
 from taprobe_core.activations.shards import ActivationShard, AttentionShard
 from taprobe_core.activations.tasks import TextTask
 from taprobe_core.activations.transfer import Transfer
-from taprobe_core.activations.trial import Ways, choose_ways, trial_lengths
+from taprobe_core.activations.trial import Ways, choose_ways, trial_lengths, untried_ways
 from taprobe_core.activations.understood import find_blocks, understand
 from taprobe_core.attention import (
     SentenceMass,
@@ -81,6 +83,7 @@ class QueuedPack:
     ) -> None:
         self._tasks = tasks
         self._options = options
+        self._overflow_fix = partial(overflow_fix, model)
         self._transfer = Transfer()
         self._kept: dict[tuple[int, Pooling], _Kept] = {}
         self._pooled: dict[tuple[int, Pooling], torch.Tensor] = {}
@@ -220,7 +223,7 @@ class QueuedPack:
             unit = "token" if pooling == "tokens" else "sentence"
             kept, rows = self._kept[layer, pooling], rows_of[unit]
             where = f"problem {task.problem_id}, layer {layer}, {pooling}, {unit}"
-            check_finite(kept.ranges[rows], kept.rows[rows], where)
+            check_finite(kept.ranges[rows], kept.rows[rows], where, self._overflow_fix)
             ranges.append(kept.ranges[rows])
         if not all(fits(each, dtype) for each in ranges):
             dtype = "float32"
@@ -258,7 +261,7 @@ def ways_for(models: Sequence[nn.Module], tasks: Sequence[TextTask]) -> Ways:
     tried = (known, trial_lengths(known, longest), deepest, hooked)
     before = _ways.get(model)
     if before is None or before[0] != tried:
-        ways = choose_ways(model, longest, deepest, is_hooked=hooked)
+        ways = untried_ways(model) if hooked else choose_ways(model, longest, deepest)
         for each in models:
             _ways[each] = (tried, ways)
             _fused[each] = ways.short == "fused"

@@ -11,7 +11,7 @@ that only the sentence's length decides; a kept value is finite.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,7 @@ from taprobe_core.study import Pooling, Storage
 
 __all__ = [
     "FLOAT16_MAX",
+    "OVERFLOW_FIX",
     "Pooling",
     "SpanIndex",
     "Storage",
@@ -188,13 +189,22 @@ def fits(ranges: torch.Tensor, storage: Storage) -> bool:
     return largest <= torch.finfo(getattr(torch, storage)).max
 
 
-def check_finite(ranges: torch.Tensor, rows: torch.Tensor, where: str) -> None:
+OVERFLOW_FIX = "set the model's dtype to bfloat16 or float32; float16 overflows above 65504"
+
+
+def check_finite(
+    ranges: torch.Tensor,
+    rows: torch.Tensor,
+    where: str,
+    fix: Callable[[], str] = lambda: OVERFLOW_FIX,
+) -> None:
     """Refuse rows that hold what is no number.
 
     Args:
         ranges: `value_range` of the rows, on the CPU.
         rows: [row, d_model], for the message alone.
         where: problem, layer, pooling and what a row is, for the message.
+        fix: asked for the advice, where a row is refused.
 
     Raises:
         NonFiniteError: a value is NaN or infinite; names the first row and dimension.
@@ -209,5 +219,5 @@ def check_finite(ranges: torch.Tensor, rows: torch.Tensor, where: str) -> None:
         f"{int(bad.sum())} of {len(ranges)} rows are not finite, first {float(values[dimension])} "
         f"in row {row}, dimension {dimension}",
         f"{where} {row}",
-        "set the model's dtype to bfloat16 or float32; float16 overflows above 65504",
+        fix(),
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -106,9 +106,10 @@ def understand(base_model: nn.Module) -> Understanding:
     text = config.get_text_config()
     settings = dict(_settings(text.to_dict()))
     reaches = {value for name, value in settings.items() if _REACHES.search(name) and value}
-    windows = _windows(text, blocks)
+    reason = _reason(base_model, blocks, text, settings)
+    windows = _windows(text, blocks) if reason is None else set()
     return Understanding(
-        _reason(base_model, blocks, text, settings),
+        reason,
         min(windows, default=None),
         tuple(sorted({*windows, *(each for each in reaches if _is_count(each))})),
     )
@@ -125,6 +126,8 @@ def _reason(
             return f"{type(module).__name__} is not a part of {source.rpartition('.')[2]}"
         if getattr(module, "is_causal", True) is False:
             return f"{type(module).__name__} is not causal"
+    if getattr(config, "is_heterogeneous", False):
+        return "config says settings of single blocks"
     if settings.get("is_causal") is False:
         return "config.is_causal is false"
     kinds = {*(getattr(config, "layer_types", None) or ())} - _LAYER_TYPES
@@ -160,10 +163,10 @@ def _windows(config: Any, blocks: nn.ModuleList) -> set[int]:
     found = [getattr(module, name, None) for module in _attentions(blocks) for name in _WINDOWS]
     if not kinds or "sliding_attention" in kinds:
         found += [getattr(config, name, None) for name in _WINDOWS]
-    return {int(each) for each in found if _is_count(each)}
+    return {each for each in found if _is_count(each)}
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

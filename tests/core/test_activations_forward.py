@@ -171,23 +171,20 @@ class Misshapen(nn.Module):
             return self.layers[0](hidden)
         if self.fault == "turned":
             hidden = hidden.transpose(0, 1)
+        if self.fault == "twice":
+            hidden = self.layers[0](hidden)
+        if self.fault == "broken":
+            raise IndexError("no such place")
         return self.layers[1](self.layers[0](hidden))
-
-
-class Bare(Misshapen):
-    """A forward pass that takes tokens alone."""
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return self.layers[1](self.layers[0](torch.zeros(*input_ids.shape, 4)))
 
 
 @pytest.mark.parametrize(
     ("make", "what"),
     [
         (lambda: Misshapen("did not run").eval(), "block 1 did not run in Misshapen"),
+        (lambda: Misshapen("twice").eval(), r"blocks ran in the order \[0, 0, 1\] in Misshapen"),
+        (lambda: Misshapen("broken").eval(), r"fails on a text \(IndexError: no such place\)"),
         (lambda: Misshapen("turned").eval(), "block 0 gives states of shape"),
-        (lambda: Misshapen("no attention").eval(), "0 of 2 blocks attended within texts"),
-        (lambda: Bare("bare").eval(), "whose forward takes no attention arguments in Bare"),
         (lambda: tiny("qwen2").train(), "training mode"),
         (lambda: nn.Linear(4, 4).eval(), "no list of blocks named layers or h in Linear"),
     ],

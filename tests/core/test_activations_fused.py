@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from taprobe_core.activations import ExtractOptions, TextTask, extract, run_pack
+from taprobe_core.activations.forward import Way
 from taprobe_core.activations.fused import can_fuse
 from taprobe_core.activations.host_steps import HostSteps
-from taprobe_core.activations.passes import is_fused
+from taprobe_core.activations.passes import ways_for
 
 DEPTH = 3
 SIZES = {
@@ -41,6 +42,7 @@ KINDS = {
     "llama": (LlamaConfig, LlamaModel),
     "mistral": (MistralConfig, MistralModel),
 }
+WAYS: tuple[Way, ...] = ("fused", "packed")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -58,10 +60,10 @@ def model_of(name: str, dtype: torch.dtype = torch.float32, **changed: object) -
 
 
 def states(
-    model: torch.nn.Module, pack: Sequence[Sequence[int]], *, is_fused: bool
+    model: torch.nn.Module, pack: Sequence[Sequence[int]], *, way: Way
 ) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    run_pack(model, pack, DEPTH - 1, lambda _, h: found.append(h.clone()), is_fused=is_fused)
+    run_pack(model, pack, DEPTH - 1, lambda _, h: found.append(h.clone()), way=way)
     return found
 
 
@@ -79,12 +81,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def test_bits_are_the_librarys_and_the_same_anywhere(name: str, dtype: torch.dtype) -> None:
     model = model_of(name, dtype)
     assert can_fuse(model)
-    alone = [states(model, [text], is_fused=True) for text in TEXTS]
+    alone = [states(model, [text], way="fused") for text in TEXTS]
     for text, mine in zip(TEXTS, alone, strict=True):
-        theirs = states(model, [text], is_fused=False)
+        theirs = states(model, [text], way="packed")
         assert all(torch.equal(one, two) for one, two in zip(mine, theirs, strict=True))
     for order in ([0, 1, 2, 3], [2, 3, 0], [1, 0]):
-        together = states(model, [TEXTS[at] for at in order], is_fused=True)
+        together = states(model, [TEXTS[at] for at in order], way="fused")
         start = 0
         for at in order:
             end = start + LENGTHS[at]
@@ -97,21 +99,21 @@ def test_bits_are_the_librarys_and_the_same_anywhere(name: str, dtype: torch.dty
 def test_scaled_rotary_angles_are_the_librarys(name: str) -> None:
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
     model = model_of(name, rope_parameters={**rope, "rope_theta": 10_000.0})
-    mine, theirs = (states(model, TEXTS[:1], is_fused=way) for way in (True, False))
+    mine, theirs = (states(model, TEXTS[:1], way=way) for way in WAYS)
     assert all(torch.equal(one, two) for one, two in zip(mine, theirs, strict=True))
 
 
 def test_queries_and_keys_shown_are_the_librarys() -> None:
     model = model_of("qwen2")
     shown: list[list[tuple[int, torch.Tensor, torch.Tensor, object, float]]] = [[], []]
-    for way, found in zip((True, False), shown, strict=True):
+    for way, found in zip(WAYS, shown, strict=True):
 
         def watch(
             layer: int, query: torch.Tensor, key: torch.Tensor, lse: object, scale: float, to=found
         ) -> None:
             to.append((layer, query.clone(), key.clone(), lse, scale))
 
-        run_pack(model, TEXTS[:2], DEPTH - 1, lambda *_: None, watch, is_fused=way)
+        run_pack(model, TEXTS[:2], DEPTH - 1, lambda *_: None, watch, way=way)
     for mine, theirs in zip(*shown, strict=True):
         assert (mine[0], mine[3:]) == (theirs[0], theirs[3:])
         assert torch.equal(mine[1], theirs[1])
@@ -122,7 +124,7 @@ def test_no_block_behind_the_deepest_runs() -> None:
     model = model_of("llama")
     model.layers[2].mlp.forward = model.layers[2].self_attn.q_proj.weight = None
     seen: list[int] = []
-    run_pack(model, TEXTS[:1], 1, lambda layer, _: seen.append(layer), is_fused=True)
+    run_pack(model, TEXTS[:1], 1, lambda layer, _: seen.append(layer), way="fused")
     assert seen == [0, 1]
 
 
@@ -134,7 +136,7 @@ def test_means_of_long_sentences_equal_a_float64_reference(dtype: torch.dtype) -
     task = TextTask(1, TEXTS[0], spans, layers)
     options = ExtractOptions(storage="float32")
     (item,) = extract(model, [task], options)
-    theirs = states(model, TEXTS[:1], is_fused=False)
+    theirs = states(model, TEXTS[:1], way="packed")
     for layer in layers:
         exact = torch.stack([theirs[layer][a:b].double().mean(0) for a, b in spans])
         mean = item.shards[layer].tensors["mean"].double()
@@ -161,7 +163,7 @@ def test_a_hook_of_the_user_is_called(when: str) -> None:
     steered = next(extract(model, [task])).shards[1].tensors["mean"]
     assert not torch.equal(plain, steered)
     handle.remove()
-    assert is_fused(model, TEXTS[1])
+    assert ways_for([model], [task]).short == "fused"
     assert torch.equal(next(extract(model, [task])).shards[1].tensors["mean"], plain)
 
 
@@ -173,7 +175,7 @@ def test_a_step_that_rounds_otherwise_is_found_and_left(
     ) -> None:
         hidden.addmm_(states, linear.weight.t())
 
-    expected = states(model_of("qwen2"), TEXTS[:1], is_fused=False)[DEPTH - 1][1:]
+    expected = states(model_of("qwen2"), TEXTS[:1], way="packed")[DEPTH - 1][1:]
     monkeypatch.setattr(HostSteps, "add_product_", otherwise)
     model = model_of("qwen2")
     assert can_fuse(model)

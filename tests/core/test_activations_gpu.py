@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from taprobe_core.activations import ExtractOptions, TextTask, extract, pool, run_pack
+from taprobe_core.activations.forward import Way
 from taprobe_core.activations.fused import can_fuse
 from taprobe_core.activations.packing import lay_out
 from taprobe_core.activations.pooling import span_index
@@ -49,10 +50,10 @@ def texts() -> list[list[int]]:
 
 
 def states(
-    model: torch.nn.Module, pack: list[list[int]], *, is_fused: bool | None = None
+    model: torch.nn.Module, pack: list[list[int]], *, way: Way | None = None
 ) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
-    run_pack(model, pack, DEPTH - 1, lambda _, h: found.append(h.clone()), is_fused=is_fused)
+    run_pack(model, pack, DEPTH - 1, lambda _, h: found.append(h.clone()), way=way)
     return found
 
 
@@ -138,24 +139,22 @@ def test_fused_blocks_are_nearer_to_float32_than_the_librarys(
     model = model_of(name, dtype)
     assert can_fuse(model)
     exact = states(copy.deepcopy(model).float(), texts()[:1])
-    fused = states(model, texts()[:1], is_fused=True)
-    library = states(model, texts()[:1], is_fused=False)
+    fused = states(model, texts()[:1], way="fused")
+    library = states(model, texts()[:1], way="packed")
     for mine, theirs, expected in zip(fused, library, exact, strict=True):
         assert off_by(mine, expected) < 1.05 * off_by(theirs, expected) < 0.05
 
 
-@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("way", ["fused", "packed"])
 @pytest.mark.parametrize("wants_attention", [True, False])
-def test_a_text_has_the_same_bits_alone_and_anywhere(is_fused: bool, wants_attention: bool) -> None:
+def test_a_text_has_the_same_bits_alone_and_anywhere(way: Way, wants_attention: bool) -> None:
     model = model_of("qwen2", torch.bfloat16)
     watcher = (lambda *_: None) if wants_attention else None
     found: list[torch.Tensor] = []
 
     def run(pack: list[list[int]]) -> torch.Tensor:
         found.clear()
-        run_pack(
-            model, pack, DEPTH - 1, lambda _, h: found.append(h.clone()), watcher, is_fused=is_fused
-        )
+        run_pack(model, pack, DEPTH - 1, lambda _, h: found.append(h.clone()), watcher, way=way)
         return found[-1]
 
     alone = [run([text]) for text in texts()]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from taprobe_core.activations import run_pack
+from taprobe_core.activations.forward import ways_of
 from taprobe_core.activations.packed_attention import packed
 from taprobe_core.activations.packing import QUERY_BLOCK, lay_out, plan_packs, query_blocks
 from taprobe_core.errors import ModelError
@@ -115,7 +116,7 @@ def test_neither_cache_nor_mask_reaches_a_pack(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         model, "forward", lambda **kwargs: (given.append(kwargs), forward(**kwargs))
     )
-    run_pack(model, TEXTS, 2, lambda *_: None, is_fused=False)
+    run_pack(model, TEXTS, 2, lambda *_: None, way="packed")
     assert given[0]["use_cache"] is False
     assert "attention_mask" not in given[0]
 
@@ -130,9 +131,16 @@ def test_the_model_attends_as_before_afterwards() -> None:
     assert model.config._attn_implementation == before
 
 
-def test_a_window_shorter_than_a_text_is_refused() -> None:
+def test_a_text_longer_than_the_window_takes_no_pack() -> None:
     config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=30, max_window_layers=1)
     model = Qwen2Model(config).eval()
-    assert len(states(model, [TEXTS[1], TEXTS[3]])) == 3
-    with pytest.raises(ModelError, match="a window of 30 tokens"):
-        states(model, [TEXTS[1], TEXTS[2]])
+    assert ways_of(model, 30) == ("fused", "packed", "library")
+    assert ways_of(model, 31) == ("library",)
+    for way in ("fused", "packed"):
+        run_pack(model, [TEXTS[1], TEXTS[3]], 2, lambda *_: None, way=way)
+        with pytest.raises(ModelError, match="a window of 30 tokens"):
+            run_pack(model, [TEXTS[1], TEXTS[2]], 2, lambda *_: None, way=way)
+    together = states(model, [TEXTS[1], TEXTS[2]])
+    alone = [states(model, [text]) for text in (TEXTS[1], TEXTS[2])]
+    for layer in range(3):
+        assert torch.equal(together[layer], torch.cat([each[layer] for each in alone]))
