@@ -96,9 +96,11 @@ def _draw_values(dice: random.Random, model_type: str) -> dict[str, Any]:
     if "max_window_layers" in names:
         values["max_window_layers"] = dice.randint(0, n_layers)
     values |= _draw_layer_types(dice, names, base, values, n_layers)
-    rotary = _draw_rotary(dice, values)
+    default = getattr(kind(), "rope_parameters", None) or {}
+    is_partial = "partial_rotary_factor" in default
+    rotary = _draw_rotary(dice, int(values.get("head_dim", 16)), is_partial=is_partial)
     if "rope_parameters" in names and rotary is not None:
-        values["rope_parameters"] = _by_layer_type(kind, rotary)
+        values["rope_parameters"] = _by_layer_type(default, rotary)
         if rotary["rope_type"] == "longrope" and "original_max_position_embeddings" in names:
             values["original_max_position_embeddings"] = rotary["original_max_position_embeddings"]
         if rotary["rope_type"] == "dynamic":
@@ -122,16 +124,16 @@ def _draw_layer_types(
     return drawn | {"layer_types": [dice.choice(kinds) for _ in range(n)]}
 
 
-def _draw_rotary(dice: random.Random, values: dict[str, Any]) -> dict[str, Any] | None:
+def _draw_rotary(dice: random.Random, d_head: int, *, is_partial: bool) -> dict[str, Any] | None:
     kind = dice.choice(
         [None, "default", "linear", "dynamic", "yarn", "longrope", "llama3", "yarn", "longrope"]
     )
     if kind is None:
         return None
     found: dict[str, Any] = {"rope_type": kind, "rope_theta": dice.choice([1e3, 1e4, 1e6])}
-    if dice.random() < 0.3:
-        found["partial_rotary_factor"] = 0.5
-    d_rotary = int(values.get("head_dim", 12) * found.get("partial_rotary_factor", 1.0))
+    if is_partial:
+        found["partial_rotary_factor"] = dice.choice([0.5, 1.0])
+    d_rotary = int(d_head * found.get("partial_rotary_factor", 1.0))
     original = dice.choice([16, 32, 64, 128])
     if kind != "default":
         found["factor"] = dice.choice([2.0, 4.0, 8.0])
@@ -142,14 +144,11 @@ def _draw_rotary(dice: random.Random, values: dict[str, Any]) -> dict[str, Any] 
     if kind == "longrope":
         found["short_factor"] = [1.0 + 0.1 * at for at in range(d_rotary // 2)]
         found["long_factor"] = [1.0 + 3.0 * at for at in range(d_rotary // 2)]
-    if kind == "dynamic":
-        found["factor"] = 4.0
     return found
 
 
-def _by_layer_type(kind: Any, rotary: dict[str, Any]) -> dict[str, Any]:
+def _by_layer_type(default: dict[str, Any], rotary: dict[str, Any]) -> dict[str, Any]:
     """The rotary parameters; by kind of layer where the type's default has them so."""
-    default = getattr(kind(), "rope_parameters", None) or {}
     kinds = [name for name in default if name.endswith("_attention")]
     if not kinds:
         return rotary

@@ -6,6 +6,7 @@ crashes costs itself. What does not belong here: the page that is made of them (
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import shutil
 import tempfile
@@ -252,12 +253,10 @@ def _collect(name: str, child: Any, pipe: Any) -> Verdict:
 
 
 def warm_up() -> None:
-    """Import what every child needs, once; and be quiet, with one thread."""
-    torch.set_num_threads(1)
+    """Judge one type here, so that no child has to import what all of them need; be quiet."""
+    torch.set_num_threads(1)  # a fork has no use for another thread's pool
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.LlamaConfig(
-        vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1
-    )
-    transformers.AutoModelForCausalLM.from_config(config)
-    transformers.AutoModel.from_config(config)
+    judge_type("llama")
+    gc.collect()
+    gc.freeze()

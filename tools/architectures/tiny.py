@@ -25,13 +25,13 @@ from tools.architectures.overrides import OVERRIDES, PARTS
 N_LAYERS = 4
 
 _VALUES = {
-    48: "hidden_size d_model n_embd embedding_dim embedding_size emb_dim word_embed_proj_dim "
-    "lru_width attention_hidden_size input_embedding_size output_embedding_size "
-    "backbone_hidden_size mamba_d_ssm adapter_in_dim adapter_out_dim adapter_input_size",
     96: "intermediate_size d_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dim_ff dff "
     "ffn_hidden_size feed_forward_size intermediate_size_mlp dense_intermediate_size "
     "prefix_dense_intermediate_size shared_intermediate_size",
-    64: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
+    64: "hidden_size d_model n_embd embedding_dim embedding_size emb_dim word_embed_proj_dim "
+    "lru_width attention_hidden_size input_embedding_size output_embedding_size mamba_d_ssm "
+    "backbone_hidden_size adapter_in_dim adapter_out_dim adapter_input_size "
+    "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size "
     "shared_experts_intermediate_size moe_shared_expert_intermediate_size "
     "original_max_position_embeddings",
     32: "attention_chunk_size image_size",
@@ -39,8 +39,8 @@ _VALUES = {
     16: "q_lora_rank index_head_dim linear_value_head_dim index_topk keep_window_size block_size "
     "chunk_size mamba_chunk_size local_attn_chunk_length lsh_attn_chunk_length rel_extent "
     "router_hidden_size o_lora_rank local_attention_window_len ple_embed_dim "
-    "moe_latent_size relative_max_distance",
-    12: "head_dim dim_head d_head attention_head_size swa_head_dim v_head_dim qk_nope_head_dim "
+    "moe_latent_size relative_max_distance "
+    "head_dim dim_head d_head attention_head_size swa_head_dim v_head_dim qk_nope_head_dim "
     "kv_channels linear_head_dim mamba_d_head mamba_head_dim",
     8: "qk_rope_head_dim kv_lora_rank rotary_dim mamba_d_state state_size ssm_state_size "
     "mamba_dt_rank linear_key_head_dim laurel_rank gated_norm_rank "
@@ -115,9 +115,8 @@ def _values(kind: Any) -> dict[str, Any]:
             turned = kinds if name == "layer_types" else [*kinds, *reversed(kinds)]
             values[name] = list(islice(cycle(turned), N_LAYERS))
     if "kv_lora_rank" in names and "num_key_value_heads" in values:
-        values["num_key_value_heads"] = values[
-            "num_attention_heads"
-        ]  # latent attention has no groups
+        # Latent attention has no groups of heads.
+        values["num_key_value_heads"] = values["num_attention_heads"]
     for name, part in (getattr(kind, "sub_configs", None) or {}).items():
         if part.__name__ != "AutoConfig":
             values[name] = _values(part)
