@@ -187,7 +187,7 @@ def _reference(model: Any, token_ids: list[int]) -> Reference:
     for at in range(n_layers - 1):
         if not torch.equal(listed[at + first][0].float(), states[at]):
             raise AssertionError(f"hidden_states[{at + first}] is not the output of block {at}")
-    return Reference(states, _attentions(result.attentions, blocks, model.config))
+    return Reference(states, _attentions(getattr(result, "attentions", None), blocks, model.config))
 
 
 def _attentions(found: Any, blocks: nn.ModuleList, config: Any) -> dict[int, torch.Tensor]:

@@ -67,7 +67,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 _ASSISTANT = {
     "hidden_size_per_layer_input": 0,
     "vocab_size_per_layer_input": 0,
-    "num_kv_shared_layers": 4,
+    "num_kv_shared_layers": 2,
 }
 
 PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
