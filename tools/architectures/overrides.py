@@ -55,7 +55,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "reformer": {"axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 48], "hash_seed": 1},
-    "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"]},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
         "intermediate_size": 96,
