@@ -5,6 +5,7 @@ What does not belong here: judging (sweep).
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -77,7 +78,7 @@ def page_of(verdicts: Sequence[Verdict]) -> str:
     )
     page = head + "\n".join(_row(each) for each in types) + "\n"
     if drawn:
-        reasons = Counter(_cell(each.reason) for each in drawn if each.reason)
+        reasons = Counter(_kind(each.reason) for each in drawn if each.reason)
         listed = "\n".join(f"- {n} ×: {reason}" for reason, n in reasons.most_common())
         page += _FUZZ.format(
             n=len(drawn), factor=HALF_FACTOR, counts=_counts(drawn), reasons=listed or "none"
@@ -109,6 +110,11 @@ def _row(verdict: Verdict) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "/")
+
+
+def _kind(reason: str) -> str:
+    """A reason without the numbers of its case, and of several faults the first."""
+    return re.sub(r"\d+", "n", _cell(reason).partition(";")[0])
 
 
 def _counts(verdicts: Sequence[Verdict]) -> str:
