@@ -114,7 +114,7 @@ def _cell(text: str) -> str:
 
 def _kind(reason: str) -> str:
     """A reason without the numbers of its case, and of several faults the first."""
-    return re.sub(r"\d+", "n", _cell(reason).partition(";")[0])
+    return re.sub(r"(?<![a-wyz])\d+", "n", _cell(reason).partition(";")[0])
 
 
 def _counts(verdicts: Sequence[Verdict]) -> str:
