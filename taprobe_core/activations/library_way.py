@@ -192,7 +192,9 @@ def reset_rotary(base_model: nn.Module) -> None:
             prefix = f"{layer_type}_" if layer_type else ""
             factors: Any = getattr(module, f"{prefix}inv_freq")
             original: Any = getattr(module, f"{prefix}original_inv_freq")
-            setattr(module, f"{prefix}inv_freq", original.to(factors.device, copy=True))
+            # Outlives the pass: a tensor made in inference mode could not be trained beside.
+            with torch.inference_mode(mode=False):
+                setattr(module, f"{prefix}inv_freq", original.to(factors.device, copy=True))
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 

@@ -38,7 +38,13 @@ from taprobe_core.activations.pooling import (
 from taprobe_core.activations.shards import ActivationShard, AttentionShard
 from taprobe_core.activations.tasks import TextTask
 from taprobe_core.activations.transfer import Transfer
-from taprobe_core.activations.trial import Ways, choose_ways, trial_lengths, untried_ways
+from taprobe_core.activations.trial import (
+    Ways,
+    choose_ways,
+    last_new_kind,
+    trial_lengths,
+    untried_ways,
+)
 from taprobe_core.activations.understood import find_blocks, understand
 from taprobe_core.attention import (
     SentenceMass,
@@ -255,7 +261,7 @@ def ways_for(models: Sequence[nn.Module], tasks: Sequence[TextTask]) -> Ways:
     """
     model = models[0]
     longest = max(len(task.token_ids) for task in tasks)
-    deepest = max(task.deepest for task in tasks)
+    deepest = min(max(task.deepest for task in tasks), last_new_kind(find_blocks(model)))
     hooked = is_hooked(model)
     known = understand(model)
     tried = (known, trial_lengths(known, longest), deepest, hooked)

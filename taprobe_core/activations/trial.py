@@ -228,17 +228,15 @@ def difference(
 
     Args:
         found: [token, d_model] of each layer, float32.
-        reference: of equal shapes; a value that is no number in both does not count.
+        reference: of equal shapes; a token that is not finite in both does not count.
         is_exact: the largest of all tokens; else of the medians of stretches of tokens.
     """
     worst = 0.0
     for one, two in zip(found, reference, strict=True):
-        same = (one == two) | ~(one.isfinite() | two.isfinite())
-        gap = torch.where(same, 0.0, one - two).norm(dim=1)
-        errors = (gap / two.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num(
-            torch.inf
-        )
-        errors = torch.where(same.all(dim=1), 0.0, errors)
+        broken = torch.stack([~each.isfinite().all(dim=1) for each in (one, two)])
+        size = two.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        errors = ((one - two).norm(dim=1) / size).masked_fill(broken.any(dim=0), torch.inf)
+        errors = errors.masked_fill(broken.all(dim=0), 0.0)
         if not is_exact:
             stretches = [*torch.split(errors, _STRETCH)[:-1], errors[-_STRETCH:]]
             errors = torch.stack([each.median() for each in stretches])

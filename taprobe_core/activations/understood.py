@@ -126,6 +126,14 @@ def _reason(
             return f"{type(module).__name__} is not a part of {source.rpartition('.')[2]}"
         if getattr(module, "is_causal", True) is False:
             return f"{type(module).__name__} is not causal"
+    rotary = sorted(_rotary_kinds(base_model, settings) - _ROTARY)
+    if rotary:
+        return f"rotary factors of kind {', '.join(rotary)} depend on the length of the call"
+    return _strange(config, settings)
+
+
+def _strange(config: Any, settings: Mapping[str, Any]) -> str | None:
+    """What a configuration says beyond plain attention."""
     if getattr(config, "is_heterogeneous", False):
         return "config says settings of single blocks"
     if settings.get("is_causal") is False:
@@ -136,9 +144,6 @@ def _reason(
     for name, value in settings.items():
         if _STRANGE.search(name) and value not in (None, False, 0):
             return f"config.{name} is {value}"
-    rotary = sorted(_rotary_kinds(base_model, settings) - _ROTARY)
-    if rotary:
-        return f"rotary factors of kind {', '.join(rotary)} depend on the length of the call"
     return None
 
 
