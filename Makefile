@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test ui check schema clean
+.PHONY: demo test ui check schema architectures clean
 
 demo: $(READY)  ## materialize the embedded demo through Dagster; print leaderboard and report path
 	$(BIN)/taprobe demo
@@ -24,6 +24,9 @@ check: $(READY)  ## lint, types, layers, definitions
 
 schema: $(READY)  ## regenerate studies/schema.json
 	$(BIN)/python -m taprobe_core.study.schema > studies/schema.json
+
+architectures: $(READY)  ## compare every causal model type with transformers; rewrite the page
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.architectures --jobs 2 --page docs/architectures.md
 
 clean:  ## remove the environment; artifacts under .taprobe stay
 	rm -rf $(VENV)
