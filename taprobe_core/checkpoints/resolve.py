@@ -209,7 +209,9 @@ def _stand_in_identity(
 
 
 def _check_shape(folder: CheckpointFolder, model: Model) -> None:
-    depth = stated_number(folder.config, "num_hidden_layers", "n_layer", "num_layers")
+    depth = stated_number(
+        folder.config, "num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers"
+    )
     width = stated_number(folder.config, "hidden_size", "n_embd", "d_model")
     _check_number(folder, "num_hidden_layers", depth, "n_layers", model.n_layers)
     if model.d_model is not None:
@@ -219,9 +221,15 @@ def _check_shape(folder: CheckpointFolder, model: Model) -> None:
 def _check_number(
     folder: CheckpointFolder, field: str, found: int | None, key: str, asked: int
 ) -> None:
+    if found is None:
+        raise ModelMismatchError(
+            f"a {folder.config.get('model_type')} configuration that does not state its {field}",
+            str(folder.path / "config.json"),
+            "use a decoder-only model whose configuration does",
+        )
     if found != asked:
         raise ModelMismatchError(
             f"{field}: {found}, where the study says {key}: {asked}",
             f"{folder.path / 'config.json'}, {field}",
-            f"set {key}: {found}" if found else f"name a checkpoint that states its {field}",
+            f"set {key}: {found}",
         )

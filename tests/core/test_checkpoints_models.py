@@ -393,7 +393,7 @@ class TestResolve:
     def test_an_unstated_depth_is_a_mismatch(self, folder: Path, tmp_path: Path) -> None:
         edit_json(folder / "config.json", num_hidden_layers=None)
 
-        with pytest.raises(ModelMismatchError, match="checkpoint that states its num_hidden"):
+        with pytest.raises(ModelMismatchError, match="does not state its num_hidden"):
             resolve_checkpoint(pretrained_model(folder), tmp_path)
 
     def test_a_stated_width_that_fits_passes(self, folder: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from transformers import AutoModel
 from taprobe_core.activations import Extracted, ExtractOptions, TextTask, extract
 from taprobe_core.attention import AttentionMode
 from taprobe_core.checkpoints import LoadedModel, load_base_model, pick_devices, resolve_checkpoint
-from taprobe_core.errors import TaprobeError
+from taprobe_core.errors import ModelError, TaprobeError
 from taprobe_core.study import Model, PretrainedCheckpoint
 
 TOLERANCE = 1e-4
@@ -129,7 +129,7 @@ def make_texts(
 
 
 def load(folder: Path, n_layers: int, dtype: str = "float32") -> LoadedModel:
-    """Load a checkpoint as a study would.
+    """Load a checkpoint as a study would, by eager attention where it is refused by SDPA.
 
     Args:
         folder: of the checkpoint.
@@ -139,7 +139,13 @@ def load(folder: Path, n_layers: int, dtype: str = "float32") -> LoadedModel:
     checkpoint = PretrainedCheckpoint(kind="pretrained", path=str(folder))
     model = Model(rollouts_dir="none", checkpoint=checkpoint, n_layers=n_layers, dtype=dtype)
     files = resolve_checkpoint(model, folder.parent / "stand-ins")
-    return load_base_model(files, model, pick_devices("cpu"))
+    try:
+        return load_base_model(files, model, pick_devices("cpu"))
+    except ModelError as error:
+        if "attn_implementation: eager" not in str(error.fix):
+            raise
+        eager = model.model_copy(update={"attn_implementation": "eager"})
+        return load_base_model(files, eager, pick_devices("cpu"))
 
 
 def references(

@@ -182,6 +182,8 @@ def _judge_folder(verdict: Verdict, folder: Path, lengths: Sequence[int], dtype:
                 place = "alone" if budget == 1 else "packed"
                 details.append(f"{place}, attention {mode}: {detail}")
         setattr(verdict, way, min(words, key=_ORDER.index))
+    if loaded.module.config._attn_implementation == "eager":
+        verdict.reason = verdict.reason or "by `attn_implementation: eager`"
     verdict.detail = "; ".join(details)
     return True
 
