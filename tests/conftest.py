@@ -183,11 +183,14 @@ class Mirror:
 @pytest.fixture
 def mirror(built: Built, tmp_path: Path) -> Mirror:
     """The small study's first model on a copy of its rollouts, with nothing computed yet."""
-    (world,) = [each for each in (built.data / "demo").iterdir() if each.is_dir()]
-    folder = Path(shutil.copytree(world / "rollouts", tmp_path / "rollouts"))
+    from taprobe_core.pipeline import open_plan
+
+    world = open_plan(built.study, built.data).demo
+    assert world is not None
+    folder = Path(shutil.copytree(world.rollouts_folder, tmp_path / "rollouts"))
     values = yaml.safe_load(built.study.read_text())
     values["rollouts"] = {"source": {"kind": "mirror", "folder": str(folder)}}
-    values["models"]["tiny"]["tokenizer"] = str(world / "tokenizer")
+    values["models"]["tiny"]["tokenizer"] = str(world.tokenizer_folder)
     values["seeds"] = [0]
     made = Mirror(tmp_path / "mirror.yaml", tmp_path / "data", folder)
     made.study.write_text(yaml.safe_dump(values))

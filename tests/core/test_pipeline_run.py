@@ -394,7 +394,7 @@ def test_without_controls_nothing_is_said_of_them(own: Plan) -> None:
                 tables = outcome.artifact.read_table("selectivity.parquet")
                 assert tables.is_empty(), cell
     page = (plan.store.open(plan.study_report()).path / "report.html").read_text()
-    assert "memorised" not in page
+    assert "Could the probe have memorised it?" not in page
 
 
 def test_the_report_says_what_the_leaderboard_says_and_loads_nothing(plan: Plan) -> None:

@@ -36,7 +36,7 @@ class Site:
         stages = ops_of(self.plan.study)[op]
         trials = frozenset({f"{setting}@s00"}) if setting else None
         cells = cells_of(self.plan.study, stages[0], CellFilter(None, trials))
-        return execute(self.defs, self.instance, Launch(op, stages, cells[0], cells[-1]))
+        return execute(self.defs, self.instance, Launch(op, stages, cells[0], cells[-1], ""))
 
     def evaluation(self, stage: str, name: str) -> Any:
         key = dg.AssetCheckKey(dg.AssetKey(stage), name)
@@ -200,6 +200,9 @@ def test_the_command_ends_with_what_where_and_fix_as_often_as_it_is_given(
     assert "linear_probe" in said.out
 
     mirror.mend()
+    said = taprobe("run", mirror.study)
+    assert (said.code, "changed since" in said.err) == (2, True)
+    assert taprobe("check", mirror.study, "--accept", "--no-measure").code == 0
     assert taprobe("run", mirror.study).code == 0
 
 

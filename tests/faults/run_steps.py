@@ -65,7 +65,9 @@ class Killer:
             def noting(folder: Path) -> None:
                 self.write(key, lambda: write(folder))
 
-            return real_commit(store, key, noting, **more)
+            # What checks find is a store of its own, which is made anew where it is lost.
+            is_watched = store.backend.root.name == "artifacts"
+            return real_commit(store, key, noting if is_watched else write, **more)
 
         def publish(backend: LocalBackend, key: Any, folder: Path) -> None:
             self.name(key, lambda: real_publish(backend, key, folder))

@@ -24,8 +24,8 @@ page when the installed version is another. Do not edit it by hand.
 Of each causal model type a tiny checkpoint with random weights is written: four layers that hold
 every kind of layer that the type has by default, and windows and chunks of 8 to 32 tokens. It is
 loaded and read as a study's checkpoint is (by `attn_implementation: eager` where it is refused
-without), on a CPU in float32, with texts of {lengths} tokens, and compared with transformers alone: eager attention, one text at a time, by a model that has seen no
-other text.
+without), on a CPU in float32, with texts of {lengths} tokens, and compared with transformers alone:
+eager attention, one text at a time, by a model that has seen no other text.
 
 - *alone*: each text in a pass of its own; all layers; the poolings mean, last, max, boundary and
   tokens.
