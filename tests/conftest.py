@@ -170,6 +170,15 @@ class Mirror:
         shutil.rmtree(two)
         (self.folder / "kept").rename(two)
 
+    def accept(self) -> None:
+        """Accept the change, as `taprobe check --accept` does."""
+        from taprobe_core.pipeline import open_plan
+        from taprobe_core.pipeline.input_faults import input_faults
+
+        plan = open_plan(self.study, self.data)
+        plan.pins.is_accepting = True
+        assert input_faults(plan) == []
+
     def waive(self, *waived: tuple[str, str]) -> None:
         """Let the study go on in spite of failed checks: (check, cell) each."""
         values = yaml.safe_load(self.study.read_text())

@@ -118,9 +118,8 @@ def test_a_copied_trace_stops_what_is_made_from_it_run_after_run(mirror: Any) ->
         assert made == [c for c in cells_of(plan.study, stage) if c and INCORRECT in c[1]]
 
     mirror.mend()
-    mended = open_plan(mirror.study, mirror.data)
-    mended.pins.is_accepting = True  # `taprobe check --accept`
-    assert all_stages(mended) == []
+    mirror.accept()
+    assert all_stages(open_plan(mirror.study, mirror.data)) == []
 
 
 def test_a_waiver_lets_the_study_go_on_and_stands_in_the_report(mirror: Any) -> None:

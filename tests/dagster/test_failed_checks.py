@@ -99,6 +99,7 @@ def test_a_check_stays_red_while_any_stored_cell_fails(
 
     # Mended, the other run makes it green; nobody has to wipe anything.
     mirror.mend()
+    mirror.accept()
     site = Site(mirror, fresh)
     assert site.run("read_rollouts") == 3
     assert site.evaluation("rollouts", COPY[0]).passed
@@ -109,6 +110,7 @@ def test_execute_looks_at_what_is_stored(mirror: Any, fresh: dg.DagsterInstance)
     site.run("read_rollouts")
     assert site.evaluation("rollouts", COPY[0]).passed
     mirror.copy_trace()
+    mirror.accept()
     site = Site(mirror, fresh)
     with pytest.raises(FailedCheckError):
         site.run("read_rollouts")
