@@ -78,7 +78,11 @@ def page_of(verdicts: Sequence[Verdict]) -> str:
     )
     page = head + "\n".join(_row(each) for each in types) + "\n"
     if drawn:
-        reasons = Counter(_kind(each.reason) for each in drawn if each.reason)
+        reasons = Counter(
+            _kind(each.reason)
+            for each in drawn
+            if {"refused", "not built"} & {each.alone, each.packed, each.attention}
+        )
         listed = "\n".join(f"- {n} ×: {reason}" for reason, n in reasons.most_common())
         page += _FUZZ.format(
             n=len(drawn), factor=HALF_FACTOR, counts=_counts(drawn), reasons=listed or "none"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import shutil
 import tempfile
 import traceback
@@ -257,6 +258,7 @@ def _collect(name: str, child: Any, pipe: Any) -> Verdict:
 def warm_up() -> None:
     """Judge one type here, so that no child has to import what all of them need; be quiet."""
     torch.set_num_threads(1)  # a fork has no use for another thread's pool
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # nor for threads that load weights
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     judge_type("llama")
