@@ -19,17 +19,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from taprobe_core.checkpoints.memory import is_out_of_memory
+from taprobe_core.checkpoints.origin import WEIGHT_FILES
 from taprobe_core.checkpoints.reading import check_regular, read_json, refuse_pointer
 from taprobe_core.checkpoints.sanity import check_config
 from taprobe_core.errors import ModelError, ModelMissingError, UnsafeModelError
 from taprobe_core.store.integrity import file_sha256
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS, INDEX = WEIGHT_FILES
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors")
-_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)

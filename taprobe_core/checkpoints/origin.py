@@ -37,6 +37,8 @@ from taprobe_core.errors import ConfigError, DiskFullError, ModelMissingError
 from taprobe_core.study import DemoCheckpoint, PretrainedCheckpoint, resolve_folder
 
 CONFIG_FILES = ("config.json",)
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+"""One of the two; the second names the files with the weights."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 """The first holds the tokenizer; the others may be absent."""
 
