@@ -8,7 +8,7 @@ also serves a store on a read-only disk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import polars as pl
 
@@ -170,7 +170,7 @@ class StoreReader:
             raise CorruptArtifactError(
                 f"no {MANIFEST_NAME}, which every artifact has", where, DISCARD
             ) from None
-        manifest = parse_manifest(raw, f"{where}/{MANIFEST_NAME}")
+        manifest = _parsed(raw, f"{where}/{MANIFEST_NAME}")
         if manifest.key != key:
             raise CorruptArtifactError(
                 f"manifest belongs to {manifest.key}",
@@ -184,6 +184,12 @@ class StoreReader:
 
     def _where(self, key: ArtifactKey) -> str:
         return self._backend.where(*key)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(raw: bytes, where: str) -> Manifest:
+    """A manifest's bytes, parsed once a process: a run asks for the same ones again and again."""
+    return parse_manifest(raw, where)
 
 
 def _missing(where: str) -> MissingArtifactError:
