@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from taprobe_core.errors import FailedCheckError
-from taprobe_core.pipeline.cells import Cell, cells_of, parent_cells, stages_of
-from taprobe_core.pipeline.checks import CHECKS
+from taprobe_core.pipeline.cells import Cell, cells_of, parent_cells
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.verdicts import Verdict, verdicts_of
 from taprobe_core.study import Study
@@ -118,12 +117,3 @@ def stage_verdicts(plan: Plan, stage: str, check: str, *, looks: bool = True) ->
         for cell in cells_of(plan.study, stage)
         for verdict in verdicts_of(plan, stage, cell, looks=looks, only=check)
     ]
-
-
-def study_verdicts(plan: Plan) -> dict[tuple[str, str], list[Verdict]]:
-    """Return what every check of a study says of every stored cell, by stage and check."""
-    return {
-        (stage, check): stage_verdicts(plan, stage, check)
-        for stage in stages_of(plan.study)
-        for check in CHECKS.get(stage, {})
-    }
