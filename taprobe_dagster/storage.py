@@ -10,9 +10,12 @@ Source: https://www.sqlite.org/pragma.html#pragma_busy_timeout
 
 from __future__ import annotations
 
+import os
 import sqlite3
 
+from dagster._config.config_schema import UserConfigSchema
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
+from dagster._serdes import ConfigurableClassData
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
@@ -27,4 +30,25 @@ def _wait_while_busy(connection: object, _record: object) -> None:
 
 
 class WaitingSqliteStorage(DagsterSqliteStorage):
-    """Dagster's SQLite storage; to name it is to load this module."""
+    """Dagster's SQLite storage; to name it is to load this module.
+
+    It takes no settings: the databases lie in `DAGSTER_HOME` or, for a `dagster` command in a
+    checkout where that is not set, in the folder that our own commands would set it to.
+    """
+
+    @classmethod
+    def config_type(cls) -> UserConfigSchema:
+        """No settings."""
+        return {}
+
+    @classmethod
+    def from_config_value(
+        cls, inst_data: ConfigurableClassData | None, config_value: object
+    ) -> WaitingSqliteStorage:
+        """Open or make the databases."""
+        home = os.environ.get("DAGSTER_HOME")
+        if not home:
+            from taprobe_core.pipeline import data_root
+
+            home = str(data_root() / "dagster")
+        return cls.from_local(base_dir=home, inst_data=inst_data)

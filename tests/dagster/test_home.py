@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -273,3 +275,17 @@ def test_a_home_too_deep_for_sqlite_is_refused_by_its_length(
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / ("x" * 200) / ("y" * 200) / ("z" * 100)))
     with pytest.raises(HomeError, match="too many for SQLite"):
         prepare_home()
+
+
+def test_dagster_commands_work_in_a_checkout_where_no_home_is_set(tmp_path: Path) -> None:
+    bare = {name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"}
+    said = subprocess.run(
+        [Path(sys.executable).with_name("dagster"), "definitions", "validate"],
+        cwd=Path(__file__).resolve().parents[2],
+        env=bare | {"TAPROBE_DATA": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 0, said.stderr
+    assert (tmp_path / "dagster" / "history" / "runs.db").is_file()
