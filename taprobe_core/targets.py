@@ -1,5 +1,8 @@
 """From labels to what a recipe is fitted to and judged by, one value per labelled sentence.
 
+What is known of a target beside its values (settings, what it reads, how its scores are read)
+stands in its entry in `study.targets`; here each has its `MAKERS`, under the same name.
+
     anchor_binary      among the most important of its problem, at the recipe's percentile
     importance_abs     |importance|
     importance_signed  importance
@@ -26,6 +29,7 @@ of the Beta(k + 1, n - k + 1) posterior stands for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +40,8 @@ from taprobe_core.effects import EffectPrior, fit_effects, posterior
 from taprobe_core.errors import ConfigError, LabelError
 from taprobe_core.labels import anchors
 from taprobe_core.study.config import Labels
-from taprobe_core.study.probes import UNSIGNED_TARGETS, ProbeRecipe
+from taprobe_core.study.probes import ProbeRecipe
+from taprobe_core.study.targets import TARGETS
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -46,6 +51,20 @@ _OWN_SAMPLE = {
     "resampling_importance_accuracy": ("n_rollouts", "n_correct"),
 }
 """Measure -> rollouts and successes of the sentence's own side of the difference."""
+
+
+MEASURED = (
+    "problem_id",
+    "sentence_idx",
+    "importance_signed",
+    "importance_abs",
+    "n_rollouts",
+    "n_correct",
+    "n_dissimilar",
+    "n_dissimilar_correct",
+    "importance_se",
+)
+"""Columns of `tables.LABELS` that every target may read; others stand in its entry's `reads`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +84,83 @@ class TargetValues:
     is_positive: BoolArray | None
     weight: FloatArray
     is_defined: BoolArray
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What a target's values are made of, for one recipe.
+
+    Attributes:
+        rows: the columns of `MEASURED` and the target's `reads` of `tables.LABELS`.
+        recipe: with its target filled in.
+        effect: [sentence] float64, the difference of success rates that the target is about.
+        se: [sentence] float64, its standard error; NaN where it was not measured.
+        prior_rows: [sentence] bool, rows that the prior of effects is fitted to; None for all.
+    """
+
+    rows: pl.DataFrame
+    recipe: ProbeRecipe
+    effect: FloatArray
+    se: FloatArray
+    prior_rows: BoolArray | None
+
+    def prior(self) -> tuple[EffectPrior, BoolArray]:
+        """Return the prior of effects, and which rows are measured, [sentence] bool.
+
+        Raises:
+            LabelError: no row is measured.
+        """
+        known = np.isfinite(self.effect) & np.isfinite(self.se)
+        fitted = known if self.prior_rows is None else known & self.prior_rows
+        if not fitted.any():
+            raise _uncounted(self.recipe)
+        return fit_effects(self.effect[fitted], self.se[fitted]), known
+
+
+def _importance(
+    rows: pl.DataFrame, recipe: ProbeRecipe, labels: Labels
+) -> tuple[FloatArray, FloatArray]:
+    return _floats(rows, "importance_signed"), importance_errors(rows, labels.field)
+
+
+def _change(
+    rows: pl.DataFrame, recipe: ProbeRecipe, labels: Labels
+) -> tuple[FloatArray, FloatArray]:
+    return windowed_change(rows, int(setting_of(recipe, "window")))
+
+
+def _exceeds(measured: Measurement) -> FloatArray:
+    prior, known = measured.prior()
+    value = np.full(len(known), np.nan)
+    shrunk = posterior(prior, measured.effect[known], measured.se[known])
+    value[known] = shrunk.exceeds(setting_of(measured.recipe, "threshold"))
+    return value
+
+
+@dataclass(frozen=True)
+class TargetMaker:
+    """How labels become the values of one target.
+
+    Attributes:
+        value: the values, [sentence] float64, NaN where the target is not defined.
+        measure: rows, recipe and the study's labels to the difference of success rates that the
+            target is about and its standard error, [sentence] float64 each.
+    """
+
+    value: Callable[[Measurement], FloatArray]
+    measure: Callable[[pl.DataFrame, ProbeRecipe, Labels], tuple[FloatArray, FloatArray]] = (
+        _importance
+    )
+
+
+MAKERS: dict[str, TargetMaker] = {
+    "anchor_binary": TargetMaker(lambda measured: _floats(measured.rows, "importance_abs")),
+    "importance_abs": TargetMaker(lambda measured: _floats(measured.rows, "importance_abs")),
+    "importance_signed": TargetMaker(lambda measured: measured.effect),
+    "exceeds_threshold": TargetMaker(_exceeds),
+    "windowed_change": TargetMaker(lambda measured: measured.effect, _change),
+}
+"""Name of a target (`study.TARGETS`) -> how it is made."""
 
 
 def target_values(
@@ -90,35 +186,28 @@ def target_values(
         LabelError: the target or its weights need counts, and no row has them.
         ConfigError: the target's own setting is not filled in.
     """
-    absolute, effect = _floats(rows, "importance_abs"), _floats(rows, "importance_signed")
-    if recipe.target == "windowed_change":
-        effect, se = windowed_change(rows, int(_setting(recipe, "window")))
-    else:
-        se = importance_errors(rows, labels.field)
-    if recipe.target == "exceeds_threshold":
-        prior, known = _prior(effect, se, prior_rows, recipe)
-        value = np.full(len(effect), np.nan)
-        shrunk = posterior(prior, effect[known], se[known])
-        value[known] = shrunk.exceeds(_setting(recipe, "threshold"))
-    else:
-        value = absolute if recipe.target in UNSIGNED_TARGETS else effect
+    name = str(recipe.target)
+    entry, maker = TARGETS[name], MAKERS[name]
+    read = rows.select(*MEASURED, *entry.reads)
+    measured = Measurement(read, recipe, *maker.measure(read, recipe, labels), prior_rows)
+    value = maker.value(measured)
     is_defined = np.isfinite(value)
     if not is_defined.any():
         raise _uncounted(recipe)
     value = np.where(is_defined, value, 0.0)
     is_positive = None
-    if recipe.target in UNSIGNED_TARGETS:
+    if entry.ranks_anchors:
         percentile = recipe.percentile or labels.percentile
-        ids = rows["problem_id"].to_numpy()
+        ids, absolute = rows["problem_id"].to_numpy(), _floats(rows, "importance_abs")
         is_positive = anchors_by_problem(ids, absolute, percentile, labels.tie_rule)
     weight = is_defined.astype(np.float64)
     if recipe.weights == "inverse_variance":
-        prior, known = _prior(effect, se, prior_rows, recipe)
+        prior, known = measured.prior()
         weight[~known] = 0.0
-        weight[known] /= se[known] ** 2 + prior.variance
+        weight[known] /= measured.se[known] ** 2 + prior.variance
         weight *= is_defined.sum() / weight.sum()
     y = value
-    if recipe.target == "anchor_binary" and is_positive is not None:
+    if entry.is_binary and is_positive is not None:
         y = is_positive.astype(np.float64)
     return TargetValues(y, value, is_positive, weight, is_defined)
 
@@ -207,18 +296,12 @@ def importance_errors(rows: pl.DataFrame, field: str) -> FloatArray:
 _ROUNDING = 1e-12
 
 
-def _prior(
-    effect: FloatArray, se: FloatArray, prior_rows: BoolArray | None, recipe: ProbeRecipe
-) -> tuple[EffectPrior, BoolArray]:
-    """Return the prior, and which rows are measured."""
-    known = np.isfinite(effect) & np.isfinite(se)
-    fitted = known if prior_rows is None else known & prior_rows
-    if not fitted.any():
-        raise _uncounted(recipe)
-    return fit_effects(effect[fitted], se[fitted]), known
+def setting_of(recipe: ProbeRecipe, name: str) -> float:
+    """Return a setting of the recipe's target.
 
-
-def _setting(recipe: ProbeRecipe, name: str) -> float:
+    Raises:
+        ConfigError: it is not filled in.
+    """
     value = getattr(recipe, name)
     if value is None:
         raise ConfigError(

@@ -15,7 +15,6 @@ from taprobe_core.pipeline.fit import read_control_scores, read_scores
 from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.store import write_table
-from taprobe_core.study import UNSIGNED_TARGETS
 
 EVALUATION_TABLES = tuple(field.name for field in fields(EvaluationTables))
 
@@ -35,11 +34,7 @@ def ensure_deferral_plans(plan: Plan, site: Site, trial: Trial) -> Outcome:
         PlanError: no validation sentence to tune on.
     """
     fits = plan.probe_fits(site, trial)
-    ranking = [
-        recipe.name
-        for recipe in plan.study.recipes
-        if recipe.target in UNSIGNED_TARGETS and recipe.residualize == "none"
-    ]
+    ranking = [recipe.name for recipe in plan.study.recipes if recipe.ranks_anchors]
 
     def write(folder: Path) -> None:
         plan.store.open(fits)

@@ -78,7 +78,7 @@ def _measured(
         {name: recipe.residualize for name, recipe in recipes.items()},
     )
     ranks = pl.col("recipe").replace_strict(
-        {name: recipe.target == "anchor_binary" for name, recipe in recipes.items()}
+        {name: recipe.is_binary for name, recipe in recipes.items()}
     )
     return units.select(
         pl.lit(site.model).alias("model"),

@@ -22,19 +22,10 @@ from taprobe_core.pipeline.keyed import CHECK_VERSIONS, CODE_VERSIONS
 from taprobe_core.pipeline.view import WHOLE, View
 from taprobe_core.store import ArtifactKey
 from taprobe_core.study import SPEED_ONLY, ProbeRecipe
+from taprobe_core.study.sweep import SWEEP_READS
 from taprobe_core.tables import SWEEP_STAGES
 
 __all__ = ["CODE_VERSIONS", "Plan"]
-
-SWEEP_READS = {
-    "stage1": {
-        "targets", "percentiles", "thresholds", "windows", "drop_last_sentence", "poolings",
-        "residualize", "residualized",
-    },
-    "stage2": {"attention", "poolings", "residualized"},
-    "stage3": {"tuning", "attention", "poolings", "residualized"},
-}  # fmt: skip
-"""Stage -> the fields of `Sweep` that decide its configurations, beside its shortlist."""
 
 
 class Plan(DataPlan):

@@ -29,6 +29,7 @@ from taprobe_core.solvers.text_block import TextBlock
 from taprobe_core.splits import Fold, check_no_leakage, inner_folds
 from taprobe_core.study import ControlRecipe, Labels, ProbeRecipe, Splits
 from taprobe_core.study.probes import Residualize
+from taprobe_core.study.targets import target_settings
 from taprobe_core.tables import PROTOCOLS, SPLITS
 from taprobe_core.targets import TargetValues, target_values
 from taprobe_core.words import FoldWords, fold_words
@@ -36,7 +37,7 @@ from taprobe_core.words import FoldWords, fold_words
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
-TARGET_SETTINGS = ("target", "percentile", "threshold", "window", "weights", "residualize")
+TARGET_SETTINGS = ("target", *target_settings(), "weights", "residualize")
 """All that `targets` and `residuals` read of a recipe but its name, which errors give."""
 
 
@@ -176,7 +177,7 @@ class Design:
         predictions = self._predictions(recipe.residualize, own)
         left = residual_targets(predictions, own, self.data.problem_id, recipe, self.labels)
         y = left.value
-        if recipe.target == "anchor_binary" and left.is_positive is not None:
+        if recipe.is_binary and left.is_positive is not None:
             y = left.is_positive.astype(np.float64)
         return FoldTarget(y, left.value, left.is_positive, weight)
 
@@ -265,7 +266,7 @@ class Design:
             mine = slice(index * n_folds, (index + 1) * n_folds)
             y[:, mine] = np.broadcast_to(target.y, (n_folds, n_rows)).T
             weight[:, mine] = (train * target.weight).T
-            if fit.recipe.target == "anchor_binary":
+            if fit.recipe.is_binary:
                 self._check_classes(fit.recipe, y[:, mine], weight[:, mine])
         seed = np.repeat([fit.seed for fit in fits], n_folds).astype(np.int64)
         return Columns(np.tile(np.arange(n_folds), len(fits)), y, weight, seed)

@@ -2,7 +2,7 @@
 
 Recipes that read the same features with the same kind of estimator are one solve, whatever their
 targets, penalties, residualisations and seeds. What does not belong here: folds and targets
-(`design`), the solves (`linear`, `network`, `token_sets`), keeping the result (`files`).
+(`design`), the solves (`registry`), keeping the result (`files`).
 
 Invariant: given its seed a fit depends on nothing else, also not on what is solved with it.
 """
@@ -20,15 +20,13 @@ from numpy.typing import NDArray
 
 from taprobe_core.errors import NonFiniteError
 from taprobe_core.features import ProbeData
-from taprobe_core.probes.design import Design, Fit
+from taprobe_core.probes.design import TARGET_SETTINGS, Design, Fit
 from taprobe_core.probes.fitted import FittedProbe
-from taprobe_core.probes.inputs import joint_features, n_values, n_weights
-from taprobe_core.probes.linear import fit_linear
-from taprobe_core.probes.network import fit_mlp
+from taprobe_core.probes.inputs import n_inputs, n_values
 from taprobe_core.probes.precision import products_in
+from taprobe_core.probes.registry import SOLVERS
 from taprobe_core.probes.solved import Solved
 from taprobe_core.probes.threads import threads_for
-from taprobe_core.probes.token_sets import fit_token_sets
 from taprobe_core.study import Precision
 from taprobe_core.tables import SCORES, check_table
 
@@ -37,8 +35,6 @@ MAX_COLUMNS = 4096
 
 MAX_HOST_BYTES = 4 * 2**30
 """Of targets, weights and results of one solve, on the host."""
-
-_SOLVE = {"linear": fit_linear, "mlp": fit_mlp}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,17 +87,17 @@ def fit_batches(
         groups[_shared(fit, design.data)].append(fit)
     for group in groups.values():
         recipe = group[0].recipe
-        weights = n_weights(recipe, design.data) if keep_probes else 0
+        solver = SOLVERS[recipe.estimator]
+        weights = solver.n_weights(recipe, n_inputs(recipe, design.data)) if keep_probes else 0
         n_columns = columns_at_once(len(design.data.texts), weights)
         size = max(1, n_columns // len(design.folds))
-        solve = _SOLVE.get(recipe.estimator, fit_token_sets)
         for start in range(0, len(group), size):
             part = group[start : start + size]
             with (
                 threads_for(n_values(recipe, design.data)),
                 products_in(precision if recipe.is_stochastic else "float32", device),
             ):
-                solved = solve(design, part, device, keep_probes)
+                solved = solver.solve(design, part, device, keep_probes)
             for index, fit in enumerate(part):
                 yield fit, _result(design, fit, solved, index, keep_probes)
 
@@ -117,23 +113,20 @@ def columns_at_once(n_rows: int, n_weights: int) -> int:
 
 
 def _shared(fit: Fit, data: ProbeData) -> str:
-    """What fits of one solve have in common: everything but target, penalty and seed.
+    """What fits of one solve have in common: all but targets, seeds and what models may differ in.
 
-    Wide linear fits may also differ in a few features.
+    Their targets are all classes or all values.
     """
-    recipe = fit.recipe
-    per_column = {
-        "target", "percentile", "threshold", "window", "weights", "residualize", "regularization",
-        "control_seed",
-    }  # fmt: skip
+    recipe, solver = fit.recipe, SOLVERS[fit.recipe.estimator]
+    per_column = {*TARGET_SETTINGS, "control_seed", *solver.per_model}
     common = {name: value for name, value in recipe.content().items() if name not in per_column}
-    if recipe.estimator == "linear":
-        common["features"] = joint_features(recipe, data)
-    kind: object = recipe.target == "anchor_binary"
-    if recipe.reads_tokens and recipe.target in ("exceeds_threshold", "windowed_change"):
+    common["features"] = solver.features(recipe, data)
+    entry = recipe.target_entry
+    rows = None
+    if solver.is_watched and entry is not None and entry.undefined_by is not None:
         # Where the target is undefined there is no validation loss either.
-        kind = [recipe.target, recipe.window]
-    return json.dumps([common, kind], sort_keys=True)
+        rows = [entry.name, *(getattr(recipe, name) for name in entry.undefined_by)]
+    return json.dumps([common, recipe.is_binary, rows], sort_keys=True)
 
 
 def _result(design: Design, fit: Fit, solved: Solved, index: int, keep_probes: bool) -> RecipeFit:
