@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from taprobe_core.effects import EffectPrior, fit_effects, posterior
 from taprobe_core.errors import ConfigError, LabelError
-from taprobe_core.labels import anchors
+from taprobe_core.labels import anchors_by_problem
 from taprobe_core.study.config import Labels
 from taprobe_core.study.probes import ProbeRecipe
 from taprobe_core.study.targets import TARGETS
@@ -210,26 +210,6 @@ def target_values(
     if entry.is_binary and is_positive is not None:
         y = is_positive.astype(np.float64)
     return TargetValues(y, value, is_positive, weight, is_defined)
-
-
-def anchors_by_problem(
-    problem_id: NDArray[np.int64], values: FloatArray, percentile: float, tie_rule: str
-) -> BoolArray:
-    """Mark the anchors of every problem by `labels.anchors`.
-
-    Args:
-        problem_id: [sentence], rows of one problem together.
-        values: [sentence], finite; what ranks the sentences. Under the rank rule a value that is
-            not positive makes no anchor.
-        percentile: in (0, 100).
-        tie_rule: `rank` or `legacy`.
-
-    Returns:
-        bool [sentence].
-    """
-    starts = np.flatnonzero(np.diff(problem_id)) + 1
-    parts = [anchors(part, percentile, tie_rule) for part in np.split(values, starts)]
-    return np.concatenate(parts)
 
 
 def windowed_change(rows: pl.DataFrame, window: int) -> tuple[FloatArray, FloatArray]:

@@ -16,7 +16,6 @@ from taprobe_core.study.config import Labels, MirrorSource, Model, Rollouts, Sta
 from taprobe_core.study.probes import ProbeRecipe
 from taprobe_core.targets import (
     TargetValues,
-    anchors_by_problem,
     importance_errors,
     target_values,
     windowed_change,
