@@ -93,6 +93,7 @@ class Measurement:
     Attributes:
         rows: the columns of `MEASURED` and the target's `reads` of `tables.LABELS`.
         recipe: with its target filled in.
+        labels: the study's, for the measure, the tie rule and the percentile.
         effect: [sentence] float64, the difference of success rates that the target is about.
         se: [sentence] float64, its standard error; NaN where it was not measured.
         prior_rows: [sentence] bool, rows that the prior of effects is fitted to; None for all.
@@ -100,6 +101,7 @@ class Measurement:
 
     rows: pl.DataFrame
     recipe: ProbeRecipe
+    labels: Labels
     effect: FloatArray
     se: FloatArray
     prior_rows: BoolArray | None
@@ -137,6 +139,20 @@ def _exceeds(measured: Measurement) -> FloatArray:
     return value
 
 
+def _absolute(measured: Measurement) -> FloatArray:
+    return _floats(measured.rows, "importance_abs")
+
+
+def _effect(measured: Measurement) -> FloatArray:
+    return measured.effect
+
+
+def _anchors(measured: Measurement) -> BoolArray:
+    percentile = measured.recipe.percentile or measured.labels.percentile
+    ids = measured.rows["problem_id"].to_numpy()
+    return anchors_by_problem(ids, _absolute(measured), percentile, measured.labels.tie_rule)
+
+
 @dataclass(frozen=True)
 class TargetMaker:
     """How labels become the values of one target.
@@ -145,20 +161,23 @@ class TargetMaker:
         value: the values, [sentence] float64, NaN where the target is not defined.
         measure: rows, recipe and the study's labels to the difference of success rates that the
             target is about and its standard error, [sentence] float64 each.
+        positive: the sentences that its scores should find, [sentence] bool, and the class that it
+            is fitted to where its entry says `is_binary`; not asked of signed targets.
     """
 
     value: Callable[[Measurement], FloatArray]
     measure: Callable[[pl.DataFrame, ProbeRecipe, Labels], tuple[FloatArray, FloatArray]] = (
         _importance
     )
+    positive: Callable[[Measurement], BoolArray] = _anchors
 
 
 MAKERS: dict[str, TargetMaker] = {
-    "anchor_binary": TargetMaker(lambda measured: _floats(measured.rows, "importance_abs")),
-    "importance_abs": TargetMaker(lambda measured: _floats(measured.rows, "importance_abs")),
-    "importance_signed": TargetMaker(lambda measured: measured.effect),
+    "anchor_binary": TargetMaker(_absolute),
+    "importance_abs": TargetMaker(_absolute),
+    "importance_signed": TargetMaker(_effect),
     "exceeds_threshold": TargetMaker(_exceeds),
-    "windowed_change": TargetMaker(lambda measured: measured.effect, _change),
+    "windowed_change": TargetMaker(_effect, _change),
 }
 """Name of a target (`study.TARGETS`) -> how it is made."""
 
@@ -184,27 +203,25 @@ def target_values(
 
     Raises:
         LabelError: the target or its weights need counts, and no row has them.
-        ConfigError: the target's own setting is not filled in.
+        ConfigError: the target or its own setting is not filled in.
     """
-    name = str(recipe.target)
-    entry, maker = TARGETS[name], MAKERS[name]
+    if recipe.target is None:
+        raise _unresolved(recipe, "a recipe without a target")
+    entry, maker = TARGETS[recipe.target], MAKERS[recipe.target]
     read = rows.select(*MEASURED, *entry.reads)
-    measured = Measurement(read, recipe, *maker.measure(read, recipe, labels), prior_rows)
+    effect, se = maker.measure(read, recipe, labels)
+    measured = Measurement(read, recipe, labels, effect, se, prior_rows)
     value = maker.value(measured)
     is_defined = np.isfinite(value)
     if not is_defined.any():
         raise _uncounted(recipe)
     value = np.where(is_defined, value, 0.0)
-    is_positive = None
-    if entry.ranks_anchors:
-        percentile = recipe.percentile or labels.percentile
-        ids, absolute = rows["problem_id"].to_numpy(), _floats(rows, "importance_abs")
-        is_positive = anchors_by_problem(ids, absolute, percentile, labels.tie_rule)
+    is_positive = maker.positive(measured) if entry.ranks_anchors else None
     weight = is_defined.astype(np.float64)
     if recipe.weights == "inverse_variance":
         prior, known = measured.prior()
         weight[~known] = 0.0
-        weight[known] /= measured.se[known] ** 2 + prior.variance
+        weight[known] /= se[known] ** 2 + prior.variance
         weight *= is_defined.sum() / weight.sum()
     y = value
     if entry.is_binary and is_positive is not None:
@@ -284,12 +301,13 @@ def setting_of(recipe: ProbeRecipe, name: str) -> float:
     """
     value = getattr(recipe, name)
     if value is None:
-        raise ConfigError(
-            f"target {recipe.target} without {name}",
-            f"recipe {recipe.name!r}",
-            "resolve the recipe first (ProbeRecipe.resolved)",
-        )
+        raise _unresolved(recipe, f"target {recipe.target} without {name}")
     return float(value)
+
+
+def _unresolved(recipe: ProbeRecipe, what: str) -> ConfigError:
+    fix = "resolve the recipe first (ProbeRecipe.resolved)"
+    return ConfigError(what, f"recipe {recipe.name!r}", fix)
 
 
 def _uncounted(recipe: ProbeRecipe) -> LabelError:

@@ -17,6 +17,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from taprobe_core.errors import ConfigError
 from taprobe_core.study.fields import Count, StudyPart, distinct
 from taprobe_core.study.registry import NameOf
 
@@ -88,10 +89,10 @@ class TargetEntry:
     Attributes:
         name: as studies write it.
         settings: what it has beside the target's name.
-        is_binary: fitted to anchors as a class; scores are probabilities and judged by PR-AUC.
-            Others are fitted to their value, and judged by Spearman's correlation with it.
+        is_binary: fitted to its positive sentences as a class; scores are probabilities, judged by
+            PR-AUC. Others are fitted to their value, and judged by Spearman's correlation with it.
         ranks_anchors: whether a high score says that a sentence matters. Scores of a signed target
-            do not: a large negative importance makes an anchor too.
+            do not: a large negative importance makes an anchor too. Classes do.
         is_importance: whether its value is an importance, so that the published one and the true
             one are values of the same thing.
         value_of: the target whose value it is judged by, where that is another one.
@@ -113,6 +114,14 @@ class TargetEntry:
     reads: tuple[str, ...] = ()
     is_swept: bool = True
     is_swept_without_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.is_binary and not self.ranks_anchors:
+            raise ConfigError(
+                "a class whose scores rank nothing",
+                f"the entry of target {self.name}",
+                "leave ranks_anchors out, or is_binary",
+            )
 
     @property
     def setting_names(self) -> tuple[str, ...]:

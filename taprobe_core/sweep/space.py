@@ -126,9 +126,10 @@ def _targets(sweep: Sweep) -> Iterator[dict[str, Any]]:
     first = sweep.drop_last_sentence[0]
     for target in sweep.targets:
         factors = TARGETS[target].factors
+        fixed = {each.name: each.default for each in TARGETS[target].settings if not each.factor}
         for values in product(*(getattr(sweep, field) for field in factors.values())):
             own = dict(zip(factors, values, strict=True))
-            yield {"target": target, "drop_last_sentence": first, **own}
+            yield {"target": target, "drop_last_sentence": first, **fixed, **own}
 
 
 def _listed(shortlist: pl.DataFrame, stage: str) -> list[tuple[Configuration, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import polars as pl
@@ -13,6 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from taprobe_core.errors import ConfigError
+from taprobe_core.estimators import (
+    MLPProbeClassifier,
+    MLPProbeRegressor,
+    TokenProbeClassifier,
+    TokenProbeRegressor,
+)
 from taprobe_core.evaluation import evaluate
 from taprobe_core.features import ProbeData
 from taprobe_core.keys import Site
@@ -22,11 +28,14 @@ from taprobe_core.probes.inputs import dense_matrix
 from taprobe_core.probes.registry import SOLVERS
 from taprobe_core.probes.solved import Solved, Solver, scores_of
 from taprobe_core.selection import select_on_validation
+from taprobe_core.solvers.networks import NetworkOptions
+from taprobe_core.solvers.token_options import TokenProbeOptions
 from taprobe_core.splits import make_folds
 from taprobe_core.study import (
     ESTIMATORS,
     TARGETS,
     EstimatorEntry,
+    Labels,
     ProbeRecipe,
     Study,
     Sweep,
@@ -46,7 +55,14 @@ from taprobe_core.study.targets import (
 from taprobe_core.sweep import configuration_table, count_fits, recipe_table, sweep_space, uses_of
 from taprobe_core.sweep.tuning import grid
 from taprobe_core.tables import LABEL_STATUS, LABELS, check_table
-from taprobe_core.targets import MAKERS, MEASURED, Measurement, TargetMaker, setting_of
+from taprobe_core.targets import (
+    MAKERS,
+    MEASURED,
+    Measurement,
+    TargetMaker,
+    setting_of,
+    target_values,
+)
 
 # What a new target is: an entry, and how labels become its values.
 
@@ -230,6 +246,62 @@ def test_the_range_of_a_setting_is_that_of_its_field(setting: TargetSetting) -> 
     assert getattr(TargetSettings.model_validate({setting.name: inside}), setting.name) == inside
     with pytest.raises(ValueError, match=setting.name):
         TargetSettings.model_validate({setting.name: "some"})
+
+
+def test_settings_are_called_and_preset_alike_in_studies_solvers_and_scikit_learn() -> None:
+    tokens = TokenProbe().model_dump()
+    options = asdict(TokenProbeOptions("attention"))
+    own = {name: value for name, value in options.items() if name not in ("pooling", "loss")}
+    assert own == {name: value for name, value in tokens.items() if name != "loss"}
+    for face in (TokenProbeClassifier(), TokenProbeRegressor()):
+        assert face.get_params() | own == face.get_params()
+    assert TokenProbeRegressor().loss == tokens["loss"]
+    network, recipe = asdict(NetworkOptions()), EstimatorSettings()
+    assert (network["hidden"], network["max_iter"]) == (recipe.hidden, recipe.max_iter)
+    del network["is_classifier"]
+    for face in (MLPProbeClassifier(), MLPProbeRegressor()):
+        assert face.get_params() | network == face.get_params()
+
+
+def test_an_entry_that_contradicts_itself_is_refused() -> None:
+    with pytest.raises(ConfigError, match="class whose scores rank nothing") as caught:
+        TargetEntry("odd", is_binary=True, ranks_anchors=False)
+    assert "ranks_anchors" in str(caught.value.fix)
+
+
+def test_a_target_finds_the_class_that_it_says() -> None:
+    """A drop of success is the class, whatever is most important."""
+    entry = TargetEntry("drop", is_binary=True, value_of="importance_abs")
+    maker = replace(MAKERS["importance_abs"], positive=lambda measured: measured.effect < -0.5)
+    recipe = ProbeRecipe(name="drop", features=("position",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TARGETS, entry.name, entry)
+        patch.setitem(MAKERS, entry.name, maker)
+        labels = data_of().labels
+        found = target_values(labels, recipe.resolved("drop", 90), Labels())
+        assert recipe.resolved("drop", 90).is_binary
+    signed = labels["importance_signed"].to_numpy()
+    np.testing.assert_array_equal(found.y, signed < -0.5)
+    np.testing.assert_array_equal(found.value, np.abs(signed))
+    with pytest.raises(ConfigError, match="without a target"):
+        target_values(labels, recipe, Labels())
+
+
+def test_a_setting_that_no_sweep_varies_keeps_its_default_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setting = replace(ENDING.settings[0], default=3, factor=None)
+    monkeypatch.setitem(TARGETS, ENDING.name, replace(ENDING, settings=(setting,)))
+    monkeypatch.setitem(ESTIMATORS, CENTROID.name, CENTROID)
+    study = parse_study(CAMPAIGN, "study.yaml")
+    assert study.sweep is not None
+    own = [
+        each
+        for each in sweep_space(study.sweep, study).stage1()
+        if each.target == "ending_importance"
+    ]
+
+    assert [each.window for each in own] == [3, 3]
 
 
 def test_an_unknown_name_is_refused_with_those_that_there_are() -> None:
