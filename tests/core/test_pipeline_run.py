@@ -20,6 +20,7 @@ from taprobe_core.pipeline import (
     STAGES,
     Plan,
     cells_of,
+    demo_data,
     describe,
     extract,
     is_complete,
