@@ -18,8 +18,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from taprobe_core.errors import ConfigError
-from taprobe_core.study.fields import Count, StudyPart, distinct
-from taprobe_core.study.registry import NameOf
+from taprobe_core.study.fields import Count, NameOf, StudyPart, distinct
 
 Percentile = Annotated[float, Field(gt=0, lt=100)]
 Threshold = Annotated[float, Field(gt=0, lt=1)]

@@ -22,7 +22,6 @@ from taprobe_core.estimators import (
 from taprobe_core.evaluation import evaluate
 from taprobe_core.features import ProbeData
 from taprobe_core.keys import Site
-from taprobe_core.pipeline.plan import SWEEP_READS
 from taprobe_core.probes import Contents, Design, Fit, FittedProbe, Training, fit_batches, predict
 from taprobe_core.probes.inputs import dense_matrix
 from taprobe_core.probes.registry import SOLVERS
@@ -45,6 +44,7 @@ from taprobe_core.study import (
 )
 from taprobe_core.study.estimators import EstimatorSetting, EstimatorSettings, Tuning
 from taprobe_core.study.schema import study_schema
+from taprobe_core.study.sweep import SWEEP_READS
 from taprobe_core.study.targets import (
     TargetConfiguration,
     TargetFactors,
