@@ -23,7 +23,7 @@ from taprobe_core.errors import DataError, NotEnoughDataError
 from taprobe_core.features import ProbeData
 from taprobe_core.probes.inputs import dense_matrix
 from taprobe_core.residuals import BASELINE_FEATURES, baseline_predictions, residual_targets
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import Columns, class_sizes
 from taprobe_core.solvers.fold_matrix import FoldMatrix
 from taprobe_core.solvers.text_block import TextBlock
 from taprobe_core.splits import Fold, check_no_leakage, inner_folds
@@ -272,13 +272,11 @@ class Design:
         return Columns(np.tile(np.arange(n_folds), len(fits)), y, weight, seed)
 
     def _check_classes(self, recipe: ProbeRecipe, y: Floats, weight: Floats) -> None:
-        is_row = weight > 0
-        n_positive, n_rows = (y * is_row).sum(axis=0), is_row.sum(axis=0)
-        for fold, found, n in zip(self.folds, n_positive, n_rows, strict=True):
-            if found in (0, n):
+        for fold, n_others, n_anchors in zip(self.folds, *class_sizes(y, weight > 0), strict=True):
+            if not (n_others and n_anchors):
                 raise NotEnoughDataError(
-                    f"training needs two classes, found {'anchors' if found else 'no anchor'} "
-                    f"among {n} sentences of problems {list(fold.train)}",
+                    f"training needs two classes, found {'anchors' if n_anchors else 'no anchor'} "
+                    f"among {n_others + n_anchors} sentences of problems {list(fold.train)}",
                     f"recipe {recipe.name!r}, {fold}",
                     "use more problems, or "
                     + (

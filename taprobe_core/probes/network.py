@@ -23,7 +23,7 @@ from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.fitted import FittedProbe, Training
 from taprobe_core.probes.inputs import Arrays, dense_matrix
 from taprobe_core.probes.solved import Solved, Solver, scores_of
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import Columns, class_sizes
 from taprobe_core.solvers.network_stopping import EarlyStopping
 from taprobe_core.solvers.networks import NetworkOptions, NetworkSolution, fit_networks
 from taprobe_core.study import ProbeRecipe
@@ -104,11 +104,8 @@ def _stopping(fits: Sequence[Fit], columns: Columns) -> tuple[EarlyStopping, str
     n_rows = int(is_row.sum(axis=0).min())
     if n_rows < MIN_ROWS:
         return "off", f"off: {n_rows} training rows in a fold, {MIN_ROWS} needed"
-    if recipe.is_binary:
-        n_positive = (columns.y * is_row).sum(axis=0)
-        n_least = int(np.minimum(n_positive, is_row.sum(axis=0) - n_positive).min())
-        if n_least < 2:
-            return "off", "off: a class has one training row in a fold, 2 needed"
+    if recipe.is_binary and int(np.minimum(*class_sizes(columns.y, is_row)).min()) < 2:
+        return "off", "off: a class has one training row in a fold, 2 needed"
     score = "accuracy" if recipe.is_binary else "R^2"
     return "rows", f"on: 10 % of the training rows held out, watched by {score}"
 
