@@ -19,9 +19,12 @@ from taprobe_core.pipeline.cells import (
 from taprobe_core.pipeline.checks import CHECKS, WARNINGS
 from taprobe_core.pipeline.describe import describe
 from taprobe_core.pipeline.description import Description
+from taprobe_core.pipeline.failures import Failure, failure_at
 from taprobe_core.pipeline.fit import read_scores
 from taprobe_core.pipeline.gate import (
     Gate,
+    all_stops,
+    failed_cells,
     failed_checks,
     refusal,
     split_stopped,
@@ -44,16 +47,20 @@ __all__ = [
     "Cell",
     "CellFilter",
     "Description",
+    "Failure",
     "Gate",
     "Outcome",
     "Plan",
     "Verdict",
+    "all_stops",
     "cells_of",
     "check_stage",
     "data_root",
     "describe",
     "dimension_keys",
+    "failed_cells",
     "failed_checks",
+    "failure_at",
     "is_complete",
     "key_of",
     "missing_cells",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -18,8 +19,10 @@ import torch
 
 from taprobe_core.activations.shards import ATTENTION_FILE
 from taprobe_core.attention_tables import receiver_tables, vertical_tables
+from taprobe_core.errors import TaprobeError, attempted
 from taprobe_core.keys import Site
-from taprobe_core.pipeline.extract import extract_missing, shard_keys
+from taprobe_core.pipeline.extract import are_there, extract_missing, shard_keys
+from taprobe_core.pipeline.failures import Failure, failure_of
 from taprobe_core.pipeline.outcome import Outcome, commit_once
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.skips import folds_of
@@ -61,8 +64,8 @@ def read_kurtosis(plan: Plan, model: str, setting: str) -> pl.DataFrame:
     )
 
 
-def ensure_vertical_attention(plan: Plan, cells: Sequence[Cell]) -> Iterator[Outcome]:
-    """Measure what the cells lack, and yield one outcome per cell.
+def ensure_vertical_attention(plan: Plan, cells: Sequence[Cell]) -> Iterator[Outcome | Failure]:
+    """Measure what the cells lack, and yield how each came out.
 
     Where a shard is missing, the pass that makes it also makes the activations that are missing of
     the same texts.
@@ -73,27 +76,36 @@ def ensure_vertical_attention(plan: Plan, cells: Sequence[Cell]) -> Iterator[Out
 
     Yields:
         One outcome per cell: the index of its shards, table `shards`, and the tables of
-        `attention_tables.vertical_tables`.
-
-    Raises:
-        MissingArtifactError: the spans are not there yet.
-        ModelError: the checkpoint cannot be used, or is not as deep as the study says.
-        NonFiniteError: a state or a mass is NaN or infinite.
+        `attention_tables.vertical_tables`; or its failure, which names the problems that failed.
     """
     start = time.monotonic()
-    shards = {cell: _shards(plan, *cell) for cell in cells}
+    shards = {cell: attempted(partial(_shards, plan, *cell), _name(cell)) for cell in cells}
     lacking = [
         cell
         for cell, keys in shards.items()
-        if any(plan.store.adopt(key) is None for key in keys.values())
+        if not isinstance(keys, TaprobeError)
+        and any(plan.store.adopt(key) is None for key in keys.values())
     ]
-    if lacking:
-        extract_missing(plan, lacking)
+    faults = extract_missing(plan, lacking) if lacking else {}
     for cell, keys in shards.items():
-        outcome = _commit(plan, *cell, keys)
-        is_reused = outcome.is_reused and cell not in lacking
-        yield Outcome(outcome.artifact, is_reused, time.monotonic() - start)
+        named = (str(cell[0]), cell[1])
+        made: Outcome | TaprobeError | dict[str, TaprobeError]
+        if isinstance(keys, TaprobeError):
+            made = keys
+        elif cell in faults and not are_there(plan, list(keys.values())):
+            made = faults[cell]
+        else:
+            made = attempted(partial(_commit, plan, *cell, keys), _name(cell))
+        if isinstance(made, Outcome):
+            is_reused = made.is_reused and cell not in lacking
+            yield Outcome(made.artifact, is_reused, time.monotonic() - start)
+        else:
+            yield failure_of("vertical_attention", named, made)
         start = time.monotonic()
+
+
+def _name(cell: Cell) -> str:
+    return f"vertical_attention {cell[0]}/{cell[1]}"
 
 
 def _shards(plan: Plan, site: Site, setting: str) -> dict[int, ArtifactKey]:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import polars as pl
 
-from taprobe_core.errors import ConfigError
+from taprobe_core.errors import ConfigError, TaprobeError, attempted
 from taprobe_core.keys import Site, parse_site
+from taprobe_core.pipeline.failures import Failure, failure_of
 from taprobe_core.pipeline.fit import Wanted, ensure_fits
 from taprobe_core.pipeline.measure import measure_fits
 from taprobe_core.pipeline.outcome import Outcome, commit_once
@@ -45,7 +46,7 @@ from taprobe_core.tables import SWEEP_STAGES
 
 def ensure_sweep_fits(
     plan: Plan, stage: str, cells: Sequence[tuple[Site, str]]
-) -> Iterator[Outcome]:
+) -> Iterator[Outcome | Failure]:
     """Fit what one stage of the sweep asks for at each cell, and measure it.
 
     Args:
@@ -55,31 +56,40 @@ def ensure_sweep_fits(
 
     Yields:
         One outcome per cell: tables `configurations`, `recipes` and `results`
-        (`tables.SWEEP_RESULTS`); empty where no configuration of the stage stands.
+        (`tables.SWEEP_RESULTS`); empty where no configuration of the stage stands. A cell of
+        which a fit fails is not there, and its failure names the recipe; its other fits are.
 
     Raises:
-        MissingArtifactError: the shortlist, or what the fits are made of, is not there yet.
+        MissingArtifactError: the shortlist is not there yet.
     """
     space = sweep_space(_sweep(plan), plan.study)
     configurations = _configurations(plan, space, stage)
 
-    def fit(cell: tuple[Site, str]) -> Outcome:
+    def fit(cell: tuple[Site, str]) -> Outcome | Failure:
         site, setting = cell
         place = (site.model, site.layer, setting)
         here = [each for each in configurations if (each.model, each.layer, each.setting) == place]
-        return _ensure_cell(plan, plan.sweep_fits(stage, site, setting), space, here)
+        named = (str(site), setting)
+        made = attempted(
+            lambda: _ensure_cell(plan, plan.sweep_fits(stage, site, setting), space, here),
+            f"sweep_{stage} {'/'.join(named)}",
+        )
+        return failure_of(f"sweep_{stage}", named, made) if isinstance(made, TaprobeError) else made
 
     yield from side_by_side(fit, cells)
 
 
 def _ensure_cell(
     plan: Plan, key: ArtifactKey, space: SweepSpace, configurations: Sequence[Configuration]
-) -> Outcome:
+) -> Outcome | Failure:
     start = time.monotonic()
     site, setting = parse_site(key.partition[0]), key.partition[1]
     swept = {use.swept.name: use.swept for each in configurations for use in uses_of(space, each)}
     wanted = {name: wanted_fits(plan.study, recipe) for name, recipe in swept.items()}
     done = ensure_fits(plan, site, setting, [fit for fits in wanted.values() for fit in fits])
+    failure = done.failure(key.stage, key.partition, done.failed)
+    if failure is not None:
+        return failure
 
     def write(folder: Path) -> None:
         tables = {
@@ -95,8 +105,8 @@ def _ensure_cell(
         "setting": setting,
         "n_configurations": len(configurations),
     }
-    outcome = commit_once(plan, key, write, provenance, list(done))
-    is_reused = outcome.is_reused and all(done.values())
+    outcome = commit_once(plan, key, write, provenance, list(done.is_reused))
+    is_reused = outcome.is_reused and not done.new
     return Outcome(outcome.artifact, is_reused, time.monotonic() - start)
 
 
