@@ -230,6 +230,11 @@ def attempted(work: Callable[[], T], where: str) -> T | TaprobeError:
         return _own(error, where)
 
 
+def original(error: TaprobeError) -> BaseException:
+    """Return what was raised where `attempted` returned this error."""
+    return (error.__cause__ or error) if isinstance(error, UnexpectedError) else error
+
+
 def _own(error: Exception, where: str) -> TaprobeError:
     if isinstance(error, TaprobeError):
         return error

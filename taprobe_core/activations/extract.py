@@ -27,7 +27,7 @@ from taprobe_core.activations.progress import Progress
 from taprobe_core.activations.schedule import run_ahead, run_in_step
 from taprobe_core.activations.shards import ActivationShard, AttentionShard
 from taprobe_core.activations.tasks import TextTask
-from taprobe_core.errors import ModelMismatchError, SpanError, TaprobeError
+from taprobe_core.errors import ModelMismatchError, SpanError, TaprobeError, original
 
 
 class Extracted(NamedTuple):
@@ -93,7 +93,7 @@ def extract(
 def _raising(items: Iterator[Extracted]) -> Iterator[Extracted]:
     for item in items:
         for fault in item.faults.values():
-            raise fault
+            raise original(fault)
         yield item
 
 

@@ -10,7 +10,9 @@ from taprobe_core.pipeline.cells import (
     cells_of,
     check_stage,
     dimension_keys,
+    has_key,
     is_complete,
+    is_made,
     key_of,
     missing_cells,
     parents_of,
@@ -19,7 +21,7 @@ from taprobe_core.pipeline.cells import (
 from taprobe_core.pipeline.checks import CHECKS, WARNINGS
 from taprobe_core.pipeline.describe import describe
 from taprobe_core.pipeline.description import Description
-from taprobe_core.pipeline.failures import Failure, failure_at
+from taprobe_core.pipeline.failures import Failure, failure_at, kept_failures
 from taprobe_core.pipeline.fit import read_scores
 from taprobe_core.pipeline.gate import (
     Gate,
@@ -61,7 +63,10 @@ __all__ = [
     "failed_cells",
     "failed_checks",
     "failure_at",
+    "has_key",
     "is_complete",
+    "is_made",
+    "kept_failures",
     "key_of",
     "missing_cells",
     "open_plan",

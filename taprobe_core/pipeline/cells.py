@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from taprobe_core.errors import ConfigError
+from taprobe_core.errors import ConfigError, TaprobeError, attempted
 from taprobe_core.keys import parse_site, parse_trial
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.store import ArtifactKey, Manifest
@@ -246,6 +246,20 @@ def is_complete(plan: Plan, stage: str, cell: Cell) -> bool:
         return False
     parts = part_keys(artifact.manifest)
     return all(plan.store.backend.sizes(key) is not None for key in parts)
+
+
+def has_key(plan: Plan, stage: str, cell: Cell) -> bool:
+    """Whether a cell can be named here; not for want of its checkpoint or its files, for example.
+
+    Raises:
+        ArtifactError: the data folder cannot be written, or another process holds it.
+    """
+    return not isinstance(attempted(lambda: key_of(plan, stage, cell), stage), TaprobeError)
+
+
+def is_made(plan: Plan, stage: str, cell: Cell) -> bool:
+    """`is_complete`; no for a cell that has no key here."""
+    return has_key(plan, stage, cell) and is_complete(plan, stage, cell)
 
 
 def missing_cells(plan: Plan, stage: str, cells: Sequence[Cell]) -> Iterator[Cell]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from taprobe_core import errors
 from taprobe_core.errors import MissingArtifactError, TaprobeError, attempted
-from taprobe_core.pipeline.cells import Cell, is_complete, key_of
+from taprobe_core.pipeline.cells import Cell, cells_of, has_key, is_complete, key_of, stages_of
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.store import ArtifactKey
 from taprobe_core.store.disk import disk_errors, make_folder, replace_text
@@ -103,6 +103,25 @@ class Failure:
         return None
 
     @property
+    def document(self) -> dict[str, Any]:
+        """The failure as JSON values."""
+        return {
+            "stage": self.stage,
+            "cell": list(self.cell),
+            "faults": [
+                {
+                    "part": each.part,
+                    "error": type(each.error).__name__,
+                    "what": each.error.what,
+                    "where": each.error.where,
+                    "fix": each.error.fix,
+                    "trace": each.trace,
+                }
+                for each in self.faults
+            ],
+        }
+
+    @property
     def waits(self) -> bool:
         """Whether nothing is wrong with it but that what it reads is not made."""
         return all(isinstance(each.error, MissingArtifactError) for each in self.faults)
@@ -141,20 +160,8 @@ def keep_failure(plan: Plan, failure: Failure) -> None:
         return
     document = {
         "study": plan.study.name,
-        "stage": failure.stage,
-        "cell": list(failure.cell),
         "fingerprint": key.fingerprint,
-        "faults": [
-            {
-                "part": each.part,
-                "error": type(each.error).__name__,
-                "what": each.error.what,
-                "where": each.error.where,
-                "fix": each.error.fix,
-                "trace": each.trace,
-            }
-            for each in failure.faults
-        ],
+        **failure.document,
     }
     path = _path(plan, key)
     with disk_errors(str(path.parent)):
@@ -187,6 +194,20 @@ def failure_at(plan: Plan, stage: str, cell: Cell) -> Failure | None:
         return None
     faults = tuple(Fault(_error(each), each["part"], each["trace"]) for each in document["faults"])
     return Failure(stage, cell, faults)
+
+
+def kept_failures(plan: Plan) -> list[Failure]:
+    """Return the failures of a study that are kept, in the order of its cells.
+
+    Cells without a key, which have failed without a record, are not among them.
+    """
+    if not (plan.data_root / "failures").is_dir():
+        return []
+    places = [
+        (stage, each) for stage in stages_of(plan.study) for each in cells_of(plan.study, stage)
+    ]
+    found = [failure_at(plan, *place) for place in places if has_key(plan, *place)]
+    return [failure for failure in found if failure is not None]
 
 
 def _path(plan: Plan, key: ArtifactKey) -> Path:

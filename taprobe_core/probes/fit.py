@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from taprobe_core.errors import NonFiniteError, TaprobeError, attempted
+from taprobe_core.errors import NonFiniteError, TaprobeError, attempted, original
 from taprobe_core.features import ProbeData
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.fitted import FittedProbe
@@ -79,7 +79,7 @@ def fit_batches(
     """
     for fit, found in fit_each(design, fits, device, keep_probes=keep_probes, precision=precision):
         if isinstance(found, TaprobeError):
-            raise found
+            raise original(found)
         yield fit, found
 
 
