@@ -18,6 +18,7 @@ from taprobe_core.errors import (
     DataError,
     DiskFullError,
     FailedCellsError,
+    ModelError,
     NonFiniteError,
     NumericsError,
     TaprobeError,
@@ -29,6 +30,7 @@ from taprobe_core.pipeline import (
     Failure,
     Plan,
     cells_of,
+    extract,
     failure_at,
     judge,
     kept_failures,
@@ -276,17 +278,13 @@ def test_a_model_that_cannot_be_loaded_fails_its_cells_and_no_other_models(
     plan = open_plan(study, tmp_path / "data")
     for stage in ("rollouts", "labels", "spans"):
         assert Run(plan, stage).error is None
-    # Cut the weights of one model, whose key is made of its identity and not of its bytes.
-    from taprobe_core.pipeline import extract
-
     real = extract.load_base_model
 
     def load(files: Any, spec: Any, *rest: Any) -> Any:
         if spec.n_layers == 2:
-            raise OSError_like
+            raise ModelError("weights are cut", "model.safetensors", "fetch them again")
         return real(files, spec, *rest)
 
-    OSError_like = TaprobeError("weights are cut", "model.safetensors", "fetch them again")
     with monkeypatch.context() as poisoned:
         poisoned.setattr(extract, "load_base_model", load)
         run = Run(plan, "activations")
@@ -370,14 +368,8 @@ def test_a_record_of_other_inputs_counts_no_more(own: Plan) -> None:
     assert index is not None
     (index.path / "manifest.json").write_text("{")
     assert len(Run(plan, "deferral_plans").told) == 1
-    other = open_plan(
-        plan.study.model_copy(
-            update={"deferral": plan.study.deferral.model_copy(update={"target_accuracy": 0.5})}
-            if hasattr(plan.study.deferral, "target_accuracy")
-            else {"seeds": (0,)}
-        ),
-        plan.data_root,
-    )
+    deferral = plan.study.deferral.model_copy(update={"budgets": (0.3,)})
+    other = open_plan(plan.study.model_copy(update={"deferral": deferral}), plan.data_root)
     assert kept_failures(other) == []
     assert len(kept_failures(again(plan))) == 1
     # A record that is damaged is as none: the cell is tried again.
