@@ -29,8 +29,16 @@ from taprobe_core.cli.skips import render_skips
 from taprobe_core.cli.verdicts import acceptance_line, verify_document, verify_lines
 from taprobe_core.errors import ConfigError, FailedCheckError, TaprobeError, visible
 from taprobe_core.leaderboard import render_text
-from taprobe_core.pipeline import DIMENSIONS, Cell, Plan, dimension_keys, open_plan, run_stage
-from taprobe_core.pipeline.cells import check_stage, key_of
+from taprobe_core.pipeline import (
+    STAGES,
+    Cell,
+    Plan,
+    check_stage,
+    dimension_keys,
+    key_of,
+    open_plan,
+    run_stage,
+)
 from taprobe_core.pipeline.failures import kept_failures
 from taprobe_core.pipeline.forecast import Assumptions, forecast, model_shapes
 from taprobe_core.pipeline.input_faults import input_faults
@@ -276,7 +284,7 @@ def _on_disk(study: Path | None) -> Plan:
 
 @app.command()
 def lineage(
-    stage: Annotated[str, typer.Argument(help=f"One of {', '.join(DIMENSIONS)}.")],
+    stage: Annotated[str, typer.Argument(help=f"One of {', '.join(STAGES)}.")],
     cell: Annotated[list[str] | None, typer.Argument(help="Partition keys of the cell.")] = None,
     study: StudyOption = None,
 ) -> None:
@@ -322,7 +330,7 @@ def checked_cell(plan: Plan, stage: str, keys: Sequence[str]) -> Cell:
     Raises:
         ConfigError: the study has no such stage or key, or the stage takes another number of keys.
     """
-    wanted = DIMENSIONS[check_stage(plan.study, stage)]
+    wanted = STAGES[check_stage(plan.study, stage)].grid
     if len(keys) != len(wanted):
         raise ConfigError(
             f"{len(keys)} keys of a cell of {stage}",
@@ -349,6 +357,6 @@ def print_skipped(plan: Plan) -> None:
 
 def print_leaderboard(plan: Plan) -> None:
     """Print the best rows of the study's leaderboard."""
-    frame = plan.store.open(plan.leaderboard()).read_table("leaderboard.parquet")
+    frame = plan.read("leaderboard", (), "leaderboard")
     for table in render_text(frame):
         out.print(table)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Self
@@ -22,11 +22,15 @@ import torch
 import transformers
 
 from taprobe_core.activations import (
+    ActivationShard,
+    AttentionShard,
     BlockShape,
+    Extracted,
     ExtractOptions,
     TextTask,
     extract,
     pass_flop,
+    shard_file,
     sustained_gemm_rate,
     tasks_of,
 )
@@ -40,16 +44,11 @@ from taprobe_core.checkpoints import (
 )
 from taprobe_core.errors import ModelError, TaprobeError, attempted
 from taprobe_core.keys import Site
-from taprobe_core.pipeline.failures import Failure, failure_of
-from taprobe_core.pipeline.outcome import Outcome, commit_once
+from taprobe_core.pipeline.commit import checkpoint_provenance
 from taprobe_core.pipeline.plan import Plan
-from taprobe_core.pipeline.shards import shard_commits
-from taprobe_core.pipeline.text import dataset_provenance
-from taprobe_core.store import ArtifactKey, Committer, CommitWorkers, workers_for, write_table
+from taprobe_core.store import ArtifactKey, Committer, CommitWorkers, FileCommit, workers_for
 
 _log = logging.getLogger(__name__)
-
-Cell = tuple[Site, str]
 
 Faults = dict[int, dict[str, TaprobeError]]
 """Layer -> problem -> why its shard could not be made; the problem is empty where none could be."""
@@ -61,7 +60,7 @@ _MEASURING_SECONDS = 0.3
 _SECONDS_BETWEEN_LINES = 5
 
 
-class _Ready(NamedTuple):
+class Ready(NamedTuple):
     """One setting of a model, whose texts have all gone through it.
 
     Attributes:
@@ -79,41 +78,14 @@ class _Ready(NamedTuple):
     faults: Faults
 
 
-def ensure_activations(plan: Plan, cells: Sequence[Cell]) -> Iterator[Outcome | Failure]:
-    """Extract what the cells lack and yield how each came out, as it becomes complete.
-
-    Where the study asks for vertical attention, its shards come from the same passes.
-
-    Args:
-        plan: the plan.
-        cells: (site, setting) pairs in any order.
-
-    Yields:
-        One outcome per cell: the index of its shards, table `shards`; or its failure, which names
-        the problems that failed. The shards of its other problems are committed.
-    """
-    start = time.monotonic()
-    for ready in _extracted(plan, cells):
-        for site in ready.sites:
-            cell = (str(site), ready.setting)
-            made = attempted(partial(_made, plan, site, ready), f"activations {'/'.join(cell)}")
-            if isinstance(made, Outcome):
-                is_reused = made.is_reused and site.layer not in ready.new
-                yield Outcome(made.artifact, is_reused, time.monotonic() - start)
-            else:
-                yield failure_of("activations", cell, made)
-        start = time.monotonic()
-
-
-def _made(plan: Plan, site: Site, ready: _Ready) -> Outcome | dict[str, TaprobeError]:
-    """Commit a cell's index, or say which of its problems failed."""
+def index_faults(plan: Plan, site: Site, ready: Ready) -> dict[str, TaprobeError]:
+    """Return why a cell's index cannot be committed; nothing where all its shards are there."""
     faults = ready.faults.get(site.layer, {})
     # A text may have failed where only its attention was missing.
-    if ready.texts is None or (
-        faults and not are_there(plan, shard_keys(plan, site, ready.setting, ready.texts))
-    ):
-        return faults
-    return _commit_index(plan, site, ready.setting, ready.texts)
+    if faults and ready.texts is not None:
+        keys = shard_keys(plan, site, ready.setting, ready.texts)
+        return {} if are_there(plan, keys) else faults
+    return faults
 
 
 def are_there(plan: Plan, keys: Sequence[ArtifactKey]) -> bool:
@@ -121,7 +93,9 @@ def are_there(plan: Plan, keys: Sequence[ArtifactKey]) -> bool:
     return all(plan.store.backend.sizes(key) is not None for key in keys)
 
 
-def extract_missing(plan: Plan, cells: Sequence[Cell]) -> dict[Cell, dict[str, TaprobeError]]:
+def extract_missing(
+    plan: Plan, cells: Sequence[tuple[Site, str]]
+) -> dict[tuple[str, str], dict[str, TaprobeError]]:
     """Extract every shard that the cells lack, of activations and of vertical attention.
 
     Args:
@@ -132,14 +106,14 @@ def extract_missing(plan: Plan, cells: Sequence[Cell]) -> dict[Cell, dict[str, T
         Each cell of which something failed -> problem -> its error.
     """
     return {
-        (site, ready.setting): ready.faults[site.layer]
-        for ready in _extracted(plan, cells)
+        (str(site), ready.setting): ready.faults[site.layer]
+        for ready in extracted(plan, cells)
         for site in ready.sites
         if ready.faults.get(site.layer)
     }
 
 
-def _extracted(plan: Plan, cells: Sequence[Cell]) -> Iterator[_Ready]:
+def extracted(plan: Plan, cells: Sequence[tuple[Site, str]]) -> Iterator[Ready]:
     """Yield each setting of each model once what can be made of its shards is there."""
     grouped: dict[str, dict[str, list[Site]]] = defaultdict(lambda: defaultdict(list))
     for site, setting in cells:
@@ -151,12 +125,12 @@ def _extracted(plan: Plan, cells: Sequence[Cell]) -> Iterator[_Ready]:
                 ready = attempted(partial(_ready, plan, extraction, setting, sites), where)
                 if isinstance(ready, TaprobeError):
                     faults: Faults = {site.layer: {"": ready} for site in sites}
-                    ready = _Ready(setting, sites, None, frozenset(), faults)
+                    ready = Ready(setting, sites, None, frozenset(), faults)
                 yield ready
 
 
-def _ready(plan: Plan, extraction: _Extraction, setting: str, sites: list[Site]) -> _Ready:
-    artifact = plan.store.open(plan.spans(extraction.model, setting))
+def _ready(plan: Plan, extraction: _Extraction, setting: str, sites: list[Site]) -> Ready:
+    artifact = plan.open("spans", (extraction.model, setting))
     texts, spans = (artifact.read_table(f"{n}.parquet") for n in ("texts", "spans"))
     layers = _missing_layers(plan, plan.activation_shard, setting, sites, texts)
     attention = (
@@ -167,7 +141,7 @@ def _ready(plan: Plan, extraction: _Extraction, setting: str, sites: list[Site])
     tasks = tasks_of(texts, spans, layers, attention)
     faults = extraction.run(setting, tasks) if tasks else {}
     new = frozenset(layer for missing in layers.values() for layer in missing)
-    return _Ready(setting, sites, texts, new, faults)
+    return Ready(setting, sites, texts, new, faults)
 
 
 class _Extraction:
@@ -241,7 +215,7 @@ class _Extraction:
         n_made = n_failed = 0
         items = extract(loaded.modules, tasks, options, gemm_rate=rate, keeps_faults=True)
         for item in items:
-            committer.put(shard_commits(plan, model, setting, item, provenance))
+            committer.put(_shard_commits(plan, model, setting, item, provenance))
             n_made += len(item.shards) + len(item.attention)
             n_failed += bool(item.faults)
             for layer, error in item.faults.items():
@@ -262,6 +236,47 @@ class _Extraction:
                 break
         committer.flush()
         return dict(faults)
+
+
+def _shard_commits(
+    plan: Plan, model: str, setting: str, item: Extracted, provenance: Mapping[str, Any]
+) -> list[FileCommit]:
+    """Return a commit for every shard of a text.
+
+    Args:
+        plan: names the shards.
+        model: the model.
+        setting: the setting.
+        item: from `extract`; its tensors must stay as they are until they are committed.
+        provenance: what every manifest says of them.
+    """
+
+    def commit_of(
+        key: ArtifactKey, shard: ActivationShard | AttentionShard, found: Mapping[str, Any]
+    ) -> FileCommit:
+        name, parts = shard_file(shard)
+        about = {**provenance, "layer": shard.layer, **found}
+        return FileCommit(
+            key, name, parts, about, plan.stages.code_version(key.stage), plan.config_of(key)
+        )
+
+    commits = []
+    for layer, shard in item.shards.items():
+        if shard.dtype != plan.study.activations.storage:
+            _log.warning(
+                "%s %s problem %d, layer %d: %.3g does not fit %s, stored as float32",
+                *(model, setting, item.problem_id, layer, shard.max_abs),
+                plan.study.activations.storage,
+            )
+        sha256, site = shard.input_sha256, Site(model, layer)
+        key = plan.activation_shard(site, setting, item.problem_id, sha256)
+        found = {"dtype_stored": shard.dtype, "range": list(shard.range), "max_abs": shard.max_abs}
+        commits.append(commit_of(key, shard, found))
+    for layer, mass in item.attention.items():
+        sha256, site = mass.input_sha256, Site(model, layer)
+        key = plan.attention_shard(site, setting, item.problem_id, sha256)
+        commits.append(commit_of(key, mass, {}))
+    return commits
 
 
 def shard_keys(
@@ -325,36 +340,10 @@ def _cost(
 
 def _provenance(plan: Plan, model: str, setting: str, loaded: LoadedModel) -> dict[str, Any]:
     return {
-        **dataset_provenance(plan, model, setting),
-        **{f"checkpoint_{name}": value for name, value in plan.checkpoint(model).items()},
+        **checkpoint_provenance(plan, model, setting),
         "text_view": plan.study.spans.text_view,
         "devices": [str(device) for device in loaded.devices],
         "dtype_computed": str(loaded.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _commit_index(plan: Plan, site: Site, setting: str, texts: pl.DataFrame) -> Outcome:
-    spans = plan.spans(site.model, setting)
-    shards = shard_keys(plan, site, setting, texts)
-
-    def write(folder: Any) -> None:
-        manifests = [plan.store.inspect(key).manifest for key in shards]
-        table = pl.DataFrame(
-            {
-                "problem_id": texts["problem_id"],
-                "shard_fingerprint": [key.fingerprint for key in shards],
-                "dtype": [str(manifest.provenance["dtype_stored"]) for manifest in manifests],
-                "max_abs": [float(manifest.provenance["max_abs"]) for manifest in manifests],
-            }
-        )
-        write_table(folder / "shards.parquet", table)
-
-    provenance = {
-        **dataset_provenance(plan, site.model, setting),
-        **{f"checkpoint_{name}": value for name, value in plan.checkpoint(site.model).items()},
-        "layer": site.layer,
-        "poolings": list(plan.study.activations.poolings),
-    }
-    return commit_once(plan, plan.activations(site, setting), write, provenance, [spans, *shards])

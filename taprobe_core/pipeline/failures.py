@@ -21,7 +21,7 @@ from typing import Any
 
 from taprobe_core import errors
 from taprobe_core.errors import MissingArtifactError, TaprobeError, attempted
-from taprobe_core.pipeline.cells import Cell, cells_of, has_key, is_complete, key_of, stages_of
+from taprobe_core.pipeline.grid import Cell
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.store import ArtifactKey
 from taprobe_core.store.disk import disk_errors, make_folder, replace_text
@@ -155,7 +155,7 @@ def keep_failure(plan: Plan, failure: Failure) -> None:
         ArtifactError: the folder cannot be written.
     """
     _log.error("%s: %s", failure.headline, failure.details)
-    key = attempted(lambda: key_of(plan, failure.stage, failure.cell), failure.where)
+    key = attempted(lambda: plan.key(failure.stage, failure.cell), failure.where)
     if isinstance(key, TaprobeError) or failure.waits:
         return
     document = {
@@ -184,13 +184,20 @@ def forget_failure(plan: Plan, key: ArtifactKey) -> None:
         _path(plan, key).parent.rmdir()
 
 
-def failure_at(plan: Plan, stage: str, cell: Cell) -> Failure | None:
-    """Return how a cell failed; None where it is there, or was not tried yet."""
-    key = attempted(lambda: key_of(plan, stage, cell), f"the key of {stage} {'/'.join(cell)}")
+def failure_at(plan: Plan, stage: str, cell: Cell, *, only_kept: bool = False) -> Failure | None:
+    """Return how a cell failed; None where it is there, or was not tried yet.
+
+    Args:
+        plan: the plan.
+        stage: the stage.
+        cell: one of its cells.
+        only_kept: leave out that it has no key here.
+    """
+    key = attempted(lambda: plan.key(stage, cell), f"the key of {stage} {'/'.join(cell)}")
     if isinstance(key, TaprobeError):
-        return failure_of(stage, cell, key)
+        return None if only_kept else failure_of(stage, cell, key)
     document = _read(_path(plan, key))
-    if document is None or is_complete(plan, stage, cell):
+    if document is None or plan.is_complete(stage, cell):
         return None
     faults = tuple(Fault(_error(each), each["part"], each["trace"]) for each in document["faults"])
     return Failure(stage, cell, faults)
@@ -203,10 +210,11 @@ def kept_failures(plan: Plan) -> list[Failure]:
     """
     if not (plan.data_root / "failures").is_dir():
         return []
-    places = [
-        (stage, each) for stage in stages_of(plan.study) for each in cells_of(plan.study, stage)
+    found = [
+        failure_at(plan, stage, cell, only_kept=True)
+        for stage in plan.stages.of(plan.study)
+        for cell in plan.stages.cells(plan.study, stage)
     ]
-    found = [failure_at(plan, *place) for place in places if has_key(plan, *place)]
     return [failure for failure in found if failure is not None]
 
 

@@ -10,35 +10,27 @@ trials that want it.
 
 from __future__ import annotations
 
-import time
+import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import polars as pl
-
 from taprobe_core.attention_tables import variant_scores
 from taprobe_core.checkpoints import pick_devices
 from taprobe_core.errors import TaprobeError, attempted
 from taprobe_core.features import ProbeData
-from taprobe_core.keys import Site, Trial
-from taprobe_core.pipeline.attention import read_attention
-from taprobe_core.pipeline.cells import Cell
-from taprobe_core.pipeline.failures import Failure, failure_of
-from taprobe_core.pipeline.inputs import read_probe_data
-from taprobe_core.pipeline.outcome import Outcome, commit_once
+from taprobe_core.keys import Site
+from taprobe_core.pipeline.commit import commit_once
+from taprobe_core.pipeline.fit_rows import WHOLE, View, kept_rows, take_rows, with_attention
+from taprobe_core.pipeline.inputs import read_attention, read_probe_data
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.skips import folds_of
-from taprobe_core.pipeline.twins import find_twin, take_over
-from taprobe_core.pipeline.view import WHOLE, View, kept_rows, take_rows, with_attention
 from taprobe_core.probes import Contents, Design, Fit, RecipeFit, fit_each, save_probes
-from taprobe_core.probes.threads import side_by_side
-from taprobe_core.store import ArtifactKey, write_table
+from taprobe_core.store import Artifact, ArtifactKey, write_table
 from taprobe_core.study import ProbeRecipe
-from taprobe_core.tables import SCORES, schema_of
 
 
 class Wanted(NamedTuple):
@@ -53,33 +45,6 @@ class Wanted(NamedTuple):
     recipe: ProbeRecipe
     seed: int
     view: View = WHOLE
-
-
-def read_scores(plan: Plan, site: Site, trial: Trial) -> pl.DataFrame:
-    """Read the scores of every recipe of one site and trial (`tables.SCORES`).
-
-    Raises:
-        MissingArtifactError: a recipe is not fitted yet.
-    """
-    fits = [plan.fit(site, trial.setting, recipe, trial.seed) for recipe in plan.study.recipes]
-    return pl.concat([plan.store.open(key).read_table("scores.parquet") for key in fits])
-
-
-def read_control_scores(plan: Plan, site: Site, trial: Trial) -> pl.DataFrame:
-    """Read the scores of the control tasks, under the names of the recipes that they control.
-
-    Returns:
-        `tables.SCORES`; without rows where the study asks for none.
-
-    Raises:
-        MissingArtifactError: a control is not fitted yet.
-    """
-    parts = [schema_of(SCORES).to_frame()]
-    for name, control in plan.study.controls.items():
-        artifact = plan.store.open(plan.fit(site, trial.setting, control, trial.seed))
-        scores = artifact.read_table("scores.parquet")
-        parts.append(scores.with_columns(pl.lit(name).alias("recipe")))
-    return pl.concat(parts)
 
 
 class Fits(NamedTuple):
@@ -98,63 +63,11 @@ class Fits(NamedTuple):
         """Keys of the fits that were made now."""
         return {key for key, is_reused in self.is_reused.items() if not is_reused}
 
-    def failure(self, stage: str, cell: Cell, wanted: Iterable[ArtifactKey]) -> Failure | None:
-        """How a cell that wants these fits fails by them; None where all are there."""
-        errors = {
+    def errors_of(self, wanted: Iterable[ArtifactKey]) -> dict[str, TaprobeError]:
+        """The errors of those of some fits that failed, by the name of their recipe."""
+        return {
             f"recipe {key.partition[-1]}": self.failed[key] for key in wanted if key in self.failed
         }
-        return failure_of(stage, cell, errors) if errors else None
-
-
-def ensure_probe_fits(
-    plan: Plan, cells: Sequence[tuple[Site, Trial]]
-) -> Iterator[Outcome | Failure]:
-    """Fit what the cells lack and yield how each of them came out.
-
-    Args:
-        plan: the plan.
-        cells: (site, trial) pairs in any order.
-
-    Yields:
-        One outcome per cell: the index of its fits, table `fits`; or its failure, which names the
-        recipes that failed. The other fits of the cell are committed.
-    """
-    groups: dict[tuple[Site, str], list[Trial]] = defaultdict(list)
-    for site, trial in cells:
-        groups[site, trial.setting].append(trial)
-
-    def fit(group: tuple[Site, str]) -> Fits | TaprobeError:
-        trials = groups[group]
-        wanted = [Wanted(recipe, trial.seed) for trial in trials for recipe in plan.study.fitted]
-        return attempted(lambda: ensure_fits(plan, *group, wanted), f"fits of {group[0]}")
-
-    start = time.monotonic()
-    results = side_by_side(fit, list(groups))
-    for ((site, _), trials), done in zip(groups.items(), results, strict=True):
-        new = set() if isinstance(done, TaprobeError) else done.new
-        for trial in trials:
-            keys = [plan.fit(site, trial.setting, each, trial.seed) for each in plan.study.fitted]
-            made = _made(plan, site, trial, keys, done)
-            if isinstance(made, Outcome):
-                # A fit that trials share is the first one's work.
-                is_reused = made.is_reused and new.isdisjoint(keys)
-                new -= set(keys)
-                made = Outcome(made.artifact, is_reused, time.monotonic() - start)
-            yield made
-            start = time.monotonic()
-
-
-def _made(
-    plan: Plan, site: Site, trial: Trial, keys: list[ArtifactKey], done: Fits | TaprobeError
-) -> Outcome | Failure:
-    stage, cell = "probe_fits", (str(site), str(trial))
-    if isinstance(done, TaprobeError):
-        return failure_of(stage, cell, done)
-    failure = done.failure(stage, cell, keys)
-    if failure is not None:
-        return failure
-    index = attempted(partial(_commit_index, plan, site, trial, keys), f"{stage} of {site}")
-    return failure_of(stage, cell, index) if isinstance(index, TaprobeError) else index
 
 
 def fit_key(plan: Plan, site: Site, setting: str, fit: Wanted) -> ArtifactKey:
@@ -206,25 +119,6 @@ def _fit(
     return failed
 
 
-def _commit_index(plan: Plan, site: Site, trial: Trial, keys: list[ArtifactKey]) -> Outcome:
-    recipes = plan.study.fitted
-
-    def write(folder: Path) -> None:
-        table = pl.DataFrame(
-            {
-                "recipe": [recipe.name for recipe in recipes],
-                "target": [recipe.target for recipe in recipes],
-                "scope": [key.partition[0] for key in keys],
-                "fit": [key.partition[2] for key in keys],
-                "fit_fingerprint": [key.fingerprint for key in keys],
-            }
-        )
-        write_table(folder / "fits.parquet", table)
-
-    provenance = {"site": str(site), "trial": str(trial)}
-    return commit_once(plan, plan.probe_fits(site, trial), write, provenance, keys)
-
-
 @dataclass(frozen=True)
 class _Bench:
     """What one (site, setting) needs to fit what it lacks."""
@@ -254,7 +148,7 @@ class _Bench:
         return Design(data, tuple(folds), splits, self.plan.study.labels)
 
     def make(self, view: View, keys: Mapping[Fit, ArtifactKey]) -> dict[Fit, TaprobeError]:
-        """Commit fits of one view: those of a twin as they are, the others solved together.
+        """Commit fits of one view: equal ones of another setting as they are, the rest solved.
 
         Returns:
             The fits that fail, each with its error.
@@ -270,11 +164,11 @@ class _Bench:
 
         def is_there(fit: Fit) -> bool:
             names[fit] = contents.of(fit)
-            twin = find_twin(plan, self.site, self.setting, fit, view, names[fit])
-            if twin is not None:
-                same = {"content_sha256": names[fit], "twin": str(twin.key)}
-                self._commit(keys[fit], fit, partial(take_over, twin), same)
-            return twin is not None
+            equal = _find_equal(plan, self.site, self.setting, fit, view, names[fit])
+            if equal is not None:
+                same = {"content_sha256": names[fit], "twin": str(equal.key)}
+                self._commit(keys[fit], fit, partial(_take_over, equal), same)
+            return equal is not None
 
         rest = []
         for fit in keys:
@@ -323,3 +217,37 @@ def _write(result: RecipeFit, folder: Path) -> None:
     if result.probes:
         save_probes(folder, result.probes)
     write_table(folder / "scores.parquet", result.scores)
+
+
+def _find_equal(
+    plan: Plan, site: Site, setting: str, fit: Fit, view: View, content: str
+) -> Artifact | None:
+    """Return a stored fit of another setting of the study that saw the same; None without one.
+
+    What a fit saw stands in its manifest (`probes.content`).
+
+    Args:
+        plan: the plan.
+        site: model and layer of both.
+        setting: that of the fit.
+        fit: recipe and seed of both.
+        view: rows and attention of both.
+        content: `probes.Contents.of` the fit.
+    """
+    for other in plan.study.settings:
+        if other == setting:
+            continue
+        found = plan.store.adopt(plan.fit(site, other, fit.recipe, fit.seed, view))
+        if found is not None and found.manifest.provenance.get("content_sha256") == content:
+            return found
+    return None
+
+
+def _take_over(equal: Artifact, folder: Path) -> None:
+    """Copy the files of an equal fit into a folder.
+
+    Raises:
+        CorruptArtifactError: a file is not what its manifest says.
+    """
+    for name in equal.manifest.files:
+        shutil.copyfile(equal.file(name), folder / name)

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from taprobe_core.errors import FailedCellsError, FailedCheckError, TaprobeError
-from taprobe_core.pipeline.cells import Cell, cells_of, parent_cells
 from taprobe_core.pipeline.failures import Failure, failure_at
+from taprobe_core.pipeline.grid import Cell
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.verdicts import Verdict, verdicts_of
 from taprobe_core.study import Study
@@ -40,7 +40,7 @@ class Gate:
 
     def above(self, stage: str, cell: Cell) -> tuple[Stop, ...]:
         """The failed checks and cells that stop a cell, in data-path order."""
-        parents = parent_cells(self._plan.study, stage, cell)
+        parents = self._plan.stages.parent_cells(self._plan.study, stage, cell)
         return tuple(distinct_stops(each for parent in parents for each in self.through(*parent)))
 
     def through(self, stage: str, cell: Cell) -> tuple[Stop, ...]:
@@ -155,6 +155,6 @@ def stage_verdicts(plan: Plan, stage: str, check: str, *, looks: bool = True) ->
     """Return what a check says of every cell of its stage that is stored, in grid order."""
     return [
         verdict
-        for cell in cells_of(plan.study, stage)
+        for cell in plan.stages.cells(plan.study, stage)
         for verdict in verdicts_of(plan, stage, cell, looks=looks, only=check)
     ]

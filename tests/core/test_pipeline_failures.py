@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from taprobe_core import deferral
 from taprobe_core.activations import passes
 from taprobe_core.errors import (
     CorruptArtifactError,
@@ -32,7 +33,6 @@ from taprobe_core.pipeline import (
     cells_of,
     extract,
     failure_at,
-    judge,
     kept_failures,
     key_of,
     missing_cells,
@@ -103,7 +103,7 @@ def test_one_poisoned_cell_of_eight_leaves_seven_and_the_next_run_makes_one(
     assert len(cells) == 8
     poison = cells.index(POISONED)
     calls: list[object] = []
-    real = judge.plan_deferrals
+    real = deferral.plan_deferrals
 
     def plan_deferrals(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -116,7 +116,7 @@ def test_one_poisoned_cell_of_eight_leaves_seven_and_the_next_run_makes_one(
         return real(*arguments)
 
     with monkeypatch.context() as poisoned, caplog.at_level(logging.ERROR, "taprobe_core"):
-        poisoned.setattr(judge, "plan_deferrals", plan_deferrals)
+        poisoned.setattr(deferral, "plan_deferrals", plan_deferrals)
         run = Run(plan, "deferral_plans")
 
     assert set(run.made) == set(cells) - {POISONED}
@@ -126,7 +126,7 @@ def test_one_poisoned_cell_of_eight_leaves_seven_and_the_next_run_makes_one(
     kind, what = (
         (DataError, "no sentence to tune on in fold 3")
         if is_foreseen
-        else (UnexpectedError, "ValueError: array is too big in deferral_plans")
+        else (UnexpectedError, f"ValueError: array is too big in {'/'.join(POISONED)}")
     )
     assert type(run.error) is kind
     assert f"deferral_plans {'/'.join(POISONED)} failed: {what}" in str(run.error)
@@ -247,7 +247,7 @@ def test_one_text_that_fails_at_one_layer_costs_one_shard(
     own: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = without(own, "activation_shards", "activations")
-    texts = plan.store.open(plan.spans("tiny", CORRECT)).read_table("texts.parquet")
+    texts = plan.read("spans", ("tiny", CORRECT), "texts")
     problem_id = texts["problem_id"][2]
     cells = [("tiny@L00", CORRECT), ("tiny@L01", CORRECT)]
     with monkeypatch.context() as poisoned:
@@ -368,8 +368,8 @@ def test_a_record_of_other_inputs_counts_no_more(own: Plan) -> None:
     assert index is not None
     (index.path / "manifest.json").write_text("{")
     assert len(Run(plan, "deferral_plans").told) == 1
-    deferral = plan.study.deferral.model_copy(update={"budgets": (0.3,)})
-    other = open_plan(plan.study.model_copy(update={"deferral": deferral}), plan.data_root)
+    budgets = plan.study.deferral.model_copy(update={"budgets": (0.3,)})
+    other = open_plan(plan.study.model_copy(update={"deferral": budgets}), plan.data_root)
     assert kept_failures(other) == []
     assert len(kept_failures(again(plan))) == 1
     # A record that is damaged is as none: the cell is tried again.
@@ -382,14 +382,16 @@ def test_a_full_disk_ends_the_stage_at_once(own: Plan, monkeypatch: pytest.Monke
     plan = without(own, "deferral_plans")
     monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     tried: list[object] = []
-    real = judge.plan_deferrals
-    monkeypatch.setattr(judge, "plan_deferrals", lambda *args: (tried.append(args), real(*args))[1])
+    real = deferral.plan_deferrals
+    monkeypatch.setattr(
+        deferral, "plan_deferrals", lambda *args: (tried.append(args), real(*args))[1]
+    )
 
     def full(*_: object) -> None:
         tried.append(1)
         raise DiskFullError("5 bytes needed", str(plan.data_root), "make room")
 
-    monkeypatch.setattr(judge, "plan_deferrals", full)
+    monkeypatch.setattr(deferral, "plan_deferrals", full)
     run = Run(plan, "deferral_plans")
     assert type(run.error) is DiskFullError
     assert (len(tried), run.told, records(plan)) == (1, [], [])
