@@ -130,8 +130,8 @@ def _run(
         failures: list[Failure] = []
         try:
             yield from _make(context, plan, stage, cells[stage], failures.append)
-        except TaprobeError as found:
-            error = found
+        except TaprobeError as failure:
+            error = failure
         yield from map(failure_event, failures)
         if error is not None and is_of_machine(error):
             break
