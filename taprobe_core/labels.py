@@ -118,7 +118,8 @@ def unlabelled(sentences: pl.DataFrame, labels: Labels) -> pl.DataFrame:
             f"{indices[0]} (absent is not 0: a zero would call it unimportant)",
             "where": f"problem {problem_id}, sentence {indices[0]}",
             "fix": f"state the measure in its chunks_labeled.json, choose another labels.field, or "
-            f"leave the problem out: rollouts.exclude_ids: [{problem_id}]",
+            f"leave the problem out: rollouts.exclude_ids: [{problem_id}], or "
+            "rollouts.on_bad_problem: skip",
         }
         for problem_id, indices, n in missing.iter_rows()
     ]

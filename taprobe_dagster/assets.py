@@ -8,19 +8,20 @@ that covers them loads the study once.
 Concept: https://docs.dagster.io/guides/build/assets
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import dagster as dg
 from dagster_shared.record import copy
 
-from taprobe_core.errors import FailedCheckError, TaprobeError
+from taprobe_core.errors import TaprobeError, is_of_machine
 from taprobe_core.pipeline import (
     STAGES,
     Cell,
+    Failure,
     Gate,
     Plan,
+    all_stops,
     describe,
-    failed_checks,
     parents_of,
     refusal,
     run_stage,
@@ -28,13 +29,13 @@ from taprobe_core.pipeline import (
     stages_of,
 )
 from taprobe_core.study import Study
-from taprobe_dagster.events import check_result, input_tags, materialization
+from taprobe_dagster.events import check_result, failure_event, input_tags, materialization
 from taprobe_dagster.home import GPU_POOL
 from taprobe_dagster.partitions import cell_of, grid_of, mapping_between
 from taprobe_dagster.resources import Workbench
 
 STOPPED = "nothing is computed from it"
-"""What a failed blocking check means for what comes after."""
+"""What a failed cell, or a failed blocking check of it, means for what comes after."""
 
 GPU_TAGS = {
     "dagster-k8s/config": {
@@ -126,12 +127,13 @@ def _run(
     """Make cells of an op's stages, then say what all checks find; an error comes last of all."""
     error: TaprobeError | None = None
     for stage in cells:
+        failures: list[Failure] = []
         try:
-            yield from _make(context, plan, stage, cells[stage])
-        except FailedCheckError as refused:
-            error = refused
+            yield from _make(context, plan, stage, cells[stage], failures.append)
         except TaprobeError as failure:
             error = failure
+        yield from map(failure_event, failures)
+        if error is not None and is_of_machine(error):
             break
     step = context.get_step_execution_context()
     for key in sorted(context.selected_asset_check_keys):
@@ -141,19 +143,23 @@ def _run(
         is_own = any(each.stops and each.cell in cells.get(stage, ()) for each in verdicts)
         found = check_result(stage, key.name, verdicts).to_asset_check_evaluation(step)
         yield copy(found, blocking=found.blocking and is_own)
-    if error is None or isinstance(error, FailedCheckError):
-        failed = failed_checks(Gate(plan), cells)
-        error = refusal(plan.study, failed, STOPPED) if failed else error
+    if error is None or not is_of_machine(error):
+        stops = all_stops(Gate(plan), cells)
+        error = refusal(plan.study, stops, STOPPED) if stops else error
     if error is not None:
         raise error
 
 
 def _make(
-    context: dg.AssetExecutionContext, plan: Plan, stage: str, cells: Sequence[Cell]
+    context: dg.AssetExecutionContext,
+    plan: Plan,
+    stage: str,
+    cells: Sequence[Cell],
+    tell: Callable[[Failure], object],
 ) -> Iterator[object]:
     inputs = input_tags(context.instance, parents_of(plan.study, stage))
     n_reused = 0
-    for cell, outcome in run_stage(plan, stage, cells):
+    for cell, outcome in run_stage(plan, stage, cells, tell):
         n_reused += outcome.is_reused
         yield materialization(stage, cell, outcome, describe(plan, stage, cell), inputs)
     context.log.info(f"{stage}: {len(cells)} cells, {n_reused} reused from the store")

@@ -30,6 +30,7 @@ from taprobe_core.pipeline import (
     STAGES,
     Cell,
     Description,
+    Failure,
     Outcome,
     Plan,
     Verdict,
@@ -66,6 +67,32 @@ def materialization(
             CODE_VERSION_TAG: STAGES[stage].code_version,
             DATA_VERSION_IS_USER_PROVIDED_TAG: "true",
             **inputs,
+        },
+    )
+
+
+def failure_event(failure: Failure) -> dg.AssetObservation:
+    """The event of one cell that failed: what, where, how to mend it.
+
+    Dagster's own failed-to-materialize event is refused by every storage but that of its hosted
+    product. The run ends as failed, which marks the partition; this event tells why.
+
+    Args:
+        failure: of the core.
+    """
+    traces = [each.trace for each in failure.faults if each.trace]
+    return dg.AssetObservation(
+        asset_key=failure.stage,
+        partition=partition_key(failure.stage, failure.cell),
+        description=f"{failure.headline}: {failure.details}",
+        metadata={
+            "failed": True,
+            "error": _lines(dict.fromkeys(type(each.error).__name__ for each in failure.faults)),
+            "what": _lines(each.told for each in failure.faults),
+            "where": _lines(dict.fromkeys(each.error.where or "" for each in failure.faults)),
+            "fix": failure.fix,
+            "n_faults": len(failure.faults),
+            **({"traceback": dg.MetadataValue.md(f"```\n{traces[0]}\n```")} if traces else {}),
         },
     )
 

@@ -39,6 +39,7 @@ from taprobe_core.pipeline import (
     open_plan,
     run_stage,
 )
+from taprobe_core.pipeline.failures import kept_failures
 from taprobe_core.pipeline.forecast import Assumptions, forecast, model_shapes
 from taprobe_core.pipeline.input_faults import input_faults
 from taprobe_core.pipeline.skips import foreseen_skips, stored_skips
@@ -165,6 +166,8 @@ def check(
     speed = measure_speed(plan, blocks, is_measured=measure)
     rows = forecast(plan, assumptions, shapes, speed)
     skipped, unknown = foreseen_skips(plan)
+    failures = kept_failures(plan)
+    code = EXIT_FIXABLE if faults or failures else 0
     if as_json:
         found = {
             **summary,
@@ -174,10 +177,13 @@ def check(
             "faults": [
                 {"what": each.what, "where": each.where, "fix": each.fix} for each in faults
             ],
+            "failures": [each.document for each in failures],
         }
         out.print_json(json.dumps(found, default=str))
-        raise typer.Exit(EXIT_FIXABLE if faults else 0)
+        raise typer.Exit(code)
     verdict = f"cannot run yet, {len(faults)} input(s) as said below" if faults else "is valid"
+    if failures:
+        verdict += f", {len(failures)} cell(s) failed when they were last tried"
     out.print(f"study [bold]{escape(plan.study.name)}[/] {verdict}; data folder {plan.data_root}")
     stages = pl.DataFrame(summary["stages"], schema_overrides={"n_present": pl.Int64})
     models = summary["models"]
@@ -193,7 +199,10 @@ def check(
         out.print(f"note: {escape(note)}")
     for fault in faults:
         err.print(f"[bold red]error:[/] {escape(str(fault))}")
-    raise typer.Exit(EXIT_FIXABLE if faults else 0)
+    for failure in failures:
+        err.print(f"[bold red]failed:[/] {escape(f'{failure.where}: {failure.details}')}")
+        err.print(f"Fix: {escape(failure.fix)}; `taprobe run` then tries it again")
+    raise typer.Exit(code)
 
 
 def _ask_for_inputs(plan: Plan, accept: bool) -> list[TaprobeError]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from taprobe_core.errors import TaprobeError, attempted
 from taprobe_core.pipeline.grid import Cell, CellFilter
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.stages import STAGES
@@ -47,6 +48,20 @@ def key_of(plan: Plan, stage: str, cell: Sequence[str]) -> ArtifactKey:
 def is_complete(plan: Plan, stage: str, cell: Cell) -> bool:
     """Whether the store holds a cell's artifact, at today's fingerprint, and all its parts."""
     return plan.is_complete(stage, cell)
+
+
+def has_key(plan: Plan, stage: str, cell: Cell) -> bool:
+    """Whether a cell can be named here; not for want of its checkpoint or its files, for example.
+
+    Raises:
+        ArtifactError: the data folder cannot be written, or another process holds it.
+    """
+    return not isinstance(attempted(lambda: plan.key(stage, cell), stage), TaprobeError)
+
+
+def is_made(plan: Plan, stage: str, cell: Cell) -> bool:
+    """`is_complete`; no for a cell that has no key here."""
+    return has_key(plan, stage, cell) and plan.is_complete(stage, cell)
 
 
 def missing_cells(plan: Plan, stage: str, cells: Sequence[Cell]) -> Iterator[Cell]:

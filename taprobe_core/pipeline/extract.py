@@ -4,7 +4,7 @@ Cells are grouped by model, so the weights are loaded once; each text runs once,
 of layers that still lack it; and every (site, setting, problem) shard is committed as soon as it
 exists. On a CPU a kill therefore costs one text; on an accelerator, which runs several texts at
 once and the next ones meanwhile, the packs in flight. A longer layer list extracts only what is
-missing.
+missing. A text that fails costs its own shards, and the indexes of the cells that want them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from functools import cached_property
-from typing import Any, Self
+from functools import cached_property, partial
+from typing import Any, NamedTuple, Self
 
 import polars as pl
 import torch
@@ -42,6 +42,7 @@ from taprobe_core.checkpoints import (
     pick_devices,
     resolve_checkpoint,
 )
+from taprobe_core.errors import ModelError, TaprobeError, attempted
 from taprobe_core.keys import Site
 from taprobe_core.pipeline.commit import checkpoint_provenance
 from taprobe_core.pipeline.plan import Plan
@@ -49,60 +50,106 @@ from taprobe_core.store import ArtifactKey, Committer, CommitWorkers, FileCommit
 
 _log = logging.getLogger(__name__)
 
+Faults = dict[int, dict[str, TaprobeError]]
+"""Layer -> problem -> why its shard could not be made; the problem is empty where none could be."""
+
+MAX_VAIN_TEXTS = 10
+"""Texts that may fail at the start with no shard made: by then it is the model, not the texts."""
+
 _MEASURING_SECONDS = 0.3
 _SECONDS_BETWEEN_LINES = 5
 
 
-def extract_missing(plan: Plan, cells: Sequence[tuple[Site, str]]) -> None:
+class Ready(NamedTuple):
+    """One setting of a model, whose texts have all gone through it.
+
+    Attributes:
+        setting: the setting.
+        sites: of the model, that are asked for.
+        texts: `tables.TEXTS`; None where they could not be read.
+        new: layers of which an activation shard was missing.
+        faults: what failed, by layer.
+    """
+
+    setting: str
+    sites: list[Site]
+    texts: pl.DataFrame | None
+    new: frozenset[int]
+    faults: Faults
+
+
+def index_faults(plan: Plan, site: Site, ready: Ready) -> dict[str, TaprobeError]:
+    """Return why a cell's index cannot be committed; nothing where all its shards are there."""
+    faults = ready.faults.get(site.layer, {})
+    # A text may have failed where only its attention was missing.
+    if faults and ready.texts is not None:
+        keys = shard_keys(plan, site, ready.setting, ready.texts)
+        return {} if are_there(plan, keys) else faults
+    return faults
+
+
+def are_there(plan: Plan, keys: Sequence[ArtifactKey]) -> bool:
+    """Whether the store holds all of some artifacts."""
+    return all(plan.store.backend.sizes(key) is not None for key in keys)
+
+
+def extract_missing(
+    plan: Plan, cells: Sequence[tuple[Site, str]]
+) -> dict[tuple[str, str], dict[str, TaprobeError]]:
     """Extract every shard that the cells lack, of activations and of vertical attention.
 
     Args:
         plan: the plan.
         cells: (site, setting) pairs in any order.
 
-    Raises:
-        MissingArtifactError: the spans are not there yet.
-        ModelError: the checkpoint cannot be used, or is not as deep as the study says.
-        NonFiniteError: an activation is NaN or infinite.
+    Returns:
+        Each cell of which something failed -> problem -> its error.
     """
-    for _ in extracted(plan, cells):
-        pass
+    return {
+        (str(site), ready.setting): ready.faults[site.layer]
+        for ready in extracted(plan, cells)
+        for site in ready.sites
+        if ready.faults.get(site.layer)
+    }
 
 
-def extracted(
-    plan: Plan, cells: Sequence[tuple[Site, str]]
-) -> Iterator[tuple[str, list[Site], pl.DataFrame, Mapping[int, bool]]]:
-    """Yield each setting of each model once its shards are there.
-
-    With it: its sites, its texts, and by layer whether any of its shards was missing.
-    """
+def extracted(plan: Plan, cells: Sequence[tuple[Site, str]]) -> Iterator[Ready]:
+    """Yield each setting of each model once what can be made of its shards is there."""
     grouped: dict[str, dict[str, list[Site]]] = defaultdict(lambda: defaultdict(list))
     for site, setting in cells:
         grouped[site.model][setting].append(site)
     for model, by_setting in grouped.items():
         with _Extraction(plan, model) as extraction:
             for setting, sites in by_setting.items():
-                artifact = plan.open("spans", (model, setting))
-                texts, spans = (artifact.read_table(f"{n}.parquet") for n in ("texts", "spans"))
-                layers = _missing_layers(plan, plan.activation_shard, setting, sites, texts)
-                attention = (
-                    _missing_layers(plan, plan.attention_shard, setting, sites, texts)
-                    if plan.study.attention.mode != "off"
-                    else {}
-                )
-                tasks = tasks_of(texts, spans, layers, attention)
-                if tasks:
-                    extraction.run(setting, tasks)
-                new = {layer for missing in layers.values() for layer in missing}
-                yield setting, sites, texts, {site.layer: site.layer in new for site in sites}
+                where = f"activations {model}, {setting}"
+                ready = attempted(partial(_ready, plan, extraction, setting, sites), where)
+                if isinstance(ready, TaprobeError):
+                    faults: Faults = {site.layer: {"": ready} for site in sites}
+                    ready = Ready(setting, sites, None, frozenset(), faults)
+                yield ready
+
+
+def _ready(plan: Plan, extraction: _Extraction, setting: str, sites: list[Site]) -> Ready:
+    artifact = plan.open("spans", (extraction.model, setting))
+    texts, spans = (artifact.read_table(f"{n}.parquet") for n in ("texts", "spans"))
+    layers = _missing_layers(plan, plan.activation_shard, setting, sites, texts)
+    attention = (
+        _missing_layers(plan, plan.attention_shard, setting, sites, texts)
+        if plan.study.attention.mode != "off"
+        else {}
+    )
+    tasks = tasks_of(texts, spans, layers, attention)
+    faults = extraction.run(setting, tasks) if tasks else {}
+    new = frozenset(layer for missing in layers.values() for layer in missing)
+    return Ready(setting, sites, texts, new, faults)
 
 
 class _Extraction:
     """One model, loaded when a first text has to run, and what commits its shards meanwhile."""
 
     def __init__(self, plan: Plan, model: str) -> None:
+        self.model = model
         self._plan = plan
-        self._model = model
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -112,12 +159,22 @@ class _Extraction:
         self._open.close()
 
     @cached_property
+    def _answer(self) -> LoadedModel | TaprobeError:
+        # Asked once: a checkpoint that cannot be loaded for one setting cannot be for the next.
+        return attempted(self._load, f"model {self.model}")
+
+    @property
     def _loaded(self) -> LoadedModel:
+        if isinstance(self._answer, TaprobeError):
+            raise self._answer
+        return self._answer
+
+    def _load(self) -> LoadedModel:
         plan = self._plan
-        spec = plan.model(self._model)
+        spec = plan.model(self.model)
         files = resolve_checkpoint(spec, plan.checkpoints_root, plan.pins)
         loaded = load_base_model(files, spec, self._devices)
-        plan.check_model(self._model)
+        plan.check_model(self.model)
         return loaded
 
     @cached_property
@@ -141,8 +198,9 @@ class _Extraction:
         device, dtype = self._loaded.devices[0], self._loaded.dtype
         return sustained_gemm_rate(device, dtype, shape, seconds=_MEASURING_SECONDS)
 
-    def run(self, setting: str, tasks: list[TextTask]) -> None:
-        plan, model = self._plan, self._model
+    def run(self, setting: str, tasks: list[TextTask]) -> Faults:
+        """Commit the shards of texts; return why others could not be made."""
+        plan, model = self._plan, self.model
         committer = self._committer  # its processes start while the weights load
         loaded = self._loaded
         study = plan.study.activations
@@ -153,13 +211,31 @@ class _Extraction:
         provenance = _provenance(plan, model, setting, loaded)
         rate *= len(loaded.modules)
         said = time.monotonic()
-        for item in extract(loaded.modules, tasks, options, gemm_rate=rate):
+        faults: Faults = defaultdict(dict)
+        n_made = n_failed = 0
+        items = extract(loaded.modules, tasks, options, gemm_rate=rate, keeps_faults=True)
+        for item in items:
             committer.put(_shard_commits(plan, model, setting, item, provenance))
+            n_made += len(item.shards) + len(item.attention)
+            n_failed += bool(item.faults)
+            for layer, error in item.faults.items():
+                faults[layer][f"problem {item.problem_id}"] = error
             is_last = item.progress.n_texts_done == item.progress.n_texts
             if is_last or time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 _log.info("activations %s %s: %s", model, setting, item.progress.render())
+            if not n_made and n_failed == MAX_VAIN_TEXTS:
+                left = item.progress.n_texts - item.progress.n_texts_done
+                error = ModelError(
+                    f"the first {n_failed} texts all failed, so {left} others were not run",
+                    f"model {model}, {setting}",
+                    "mend what failed in the first ones",
+                )
+                for layer in {layer for task in tasks for layer in task.layers} if left else ():
+                    faults[layer]["the others"] = error
+                break
         committer.flush()
+        return dict(faults)
 
 
 def _shard_commits(

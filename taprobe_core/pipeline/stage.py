@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import polars as pl
 
-from taprobe_core.errors import ConfigError
+from taprobe_core.errors import ConfigError, TaprobeError, attempted
 from taprobe_core.pipeline.grid import COARSER, Cell, CellFilter, grid_cells, related_cells
 from taprobe_core.store import Artifact, ArtifactKey
 from taprobe_core.study import Study
@@ -42,6 +43,10 @@ class Outcome:
     def key(self) -> ArtifactKey:
         """Stage, cell and fingerprint."""
         return self.artifact.key
+
+
+Made = Outcome | TaprobeError | Mapping[str, TaprobeError]
+"""What became of a cell: its artifact, its error, or the errors of its parts by their name."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,8 @@ class Stage(Generic[P]):
             fingerprint, its manifest, its asset's dependencies and what a failed check stops. One
             that a study lacks is left out.
         code_version: raised by hand when its results change; every key below it then changes too.
-        make: computes what cells lack; yields each cell with its outcome, when complete.
+        make: computes what cells lack; yields each cell with its outcome, when complete, or with
+            what it failed by. An error that it raises is that of all cells that were to come.
         describe: what to show of a stored cell, read from the store.
         tables: each table that it writes -> the name of its contract in `taprobe_core.tables`.
         op: the Dagster op that makes it; stages that share a grid may share one.
@@ -194,7 +200,7 @@ class Stage(Generic[P]):
     grid: tuple[str, ...]
     reads: tuple[str, ...]
     code_version: str
-    make: Callable[[P, Sequence[Cell]], Iterator[tuple[Cell, Outcome]]]
+    make: Callable[[P, Sequence[Cell]], Iterator[tuple[Cell, Made]]]
     describe: Callable[[P, Cell], Description]
     tables: Mapping[str, str]
     op: str
@@ -289,12 +295,12 @@ class Stages(dict[str, Stage[P]]):
 
 def cell_by_cell(
     make: Callable[[P, Cell], Outcome],
-) -> Callable[[P, Sequence[Cell]], Iterator[tuple[Cell, Outcome]]]:
+) -> Callable[[P, Sequence[Cell]], Iterator[tuple[Cell, Made]]]:
     """Return what makes cells of which none shares work with another, one after the other."""
 
-    def make_all(plan: P, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Outcome]]:
+    def make_all(plan: P, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Made]]:
         for cell in cells:
-            yield cell, make(plan, cell)
+            yield cell, attempted(partial(make, plan, cell), "/".join(cell))
 
     return make_all
 

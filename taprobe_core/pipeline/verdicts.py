@@ -78,6 +78,16 @@ class Verdict:
         return f"{self.stage} {self.place}"
 
     @property
+    def headline(self) -> str:
+        """What failed, without why."""
+        return f"check {self.check} failed on {self.where}"
+
+    @property
+    def details(self) -> str:
+        """Why, in words."""
+        return "; ".join(self.faults)
+
+    @property
     def is_red(self) -> bool:
         """Whether it failed and nobody waived it."""
         return self.status == "failed" and self.waiver is None

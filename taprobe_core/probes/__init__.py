@@ -18,7 +18,7 @@ threads     how many threads a solve gets
 from taprobe_core.probes.content import Contents
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.files import load_probes, save_probes
-from taprobe_core.probes.fit import RecipeFit, fit_batches
+from taprobe_core.probes.fit import RecipeFit, fit_batches, fit_each
 from taprobe_core.probes.fitted import FittedProbe, Training
 from taprobe_core.probes.registry import predict
 
@@ -30,6 +30,7 @@ __all__ = [
     "RecipeFit",
     "Training",
     "fit_batches",
+    "fit_each",
     "load_probes",
     "predict",
     "save_probes",

@@ -8,10 +8,12 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import polars as pl
 
+from taprobe_core.errors import attempted
 from taprobe_core.keys import parse_site
 from taprobe_core.pipeline.commit import Files, checkpoint_provenance, commit_cell
 from taprobe_core.pipeline.grid import Cell
@@ -20,6 +22,7 @@ from taprobe_core.pipeline.stage import (
     Check,
     Description,
     Found,
+    Made,
     Outcome,
     Part,
     Stage,
@@ -32,26 +35,28 @@ if TYPE_CHECKING:
     import torch
 
 
-def _make(plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Outcome]]:
-    """Extract what the cells lack and yield one outcome per cell, as it becomes complete.
+def _make(plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Made]]:
+    """Extract what the cells lack and yield what became of each, as it becomes complete.
 
-    Where the study asks for vertical attention, its shards come from the same passes.
-
-    Raises:
-        MissingArtifactError: the spans are not there yet.
-        ModelError: the checkpoint cannot be used, or is not as deep as the study says.
-        NonFiniteError: an activation is NaN or infinite; names problem, layer and sentence.
+    Where the study asks for vertical attention, its shards come from the same passes. A problem
+    that fails leaves the shards of the others committed.
     """
-    from taprobe_core.pipeline.extract import extracted
+    from taprobe_core.pipeline.extract import extracted, index_faults
 
     start = time.monotonic()
     sites = [(parse_site(site), setting) for site, setting in cells]
-    for setting, of_model, texts, is_new in extracted(plan, sites):
-        for site in of_model:
-            cell = (str(site), setting)
-            outcome = _commit_index(plan, cell, texts)
-            is_reused = outcome.is_reused and not is_new[site.layer]
-            yield cell, Outcome(outcome.artifact, is_reused, time.monotonic() - start)
+    for ready in extracted(plan, sites):
+        for site in ready.sites:
+            cell = (str(site), ready.setting)
+            made: Made = index_faults(plan, site, ready)
+            if not made and ready.texts is not None:
+                made = attempted(
+                    partial(_commit_index, plan, cell, ready.texts), f"index of {'/'.join(cell)}"
+                )
+            if isinstance(made, Outcome):
+                is_reused = made.is_reused and site.layer not in ready.new
+                made = Outcome(made.artifact, is_reused, time.monotonic() - start)
+            yield cell, made
         start = time.monotonic()
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import polars as pl
 
+from taprobe_core.errors import TaprobeError, attempted
 from taprobe_core.keys import Site, Trial, parse_site, parse_trial
 from taprobe_core.pipeline.commit import Files, commit_cell
 from taprobe_core.pipeline.grid import Cell
 from taprobe_core.pipeline.plan import Plan
-from taprobe_core.pipeline.stage import Check, Description, Found, Outcome, Part, Stage
+from taprobe_core.pipeline.stage import Check, Description, Found, Made, Outcome, Part, Stage
 from taprobe_core.store import ArtifactKey
 
 FITS = Part("fits", code_version="4")
@@ -27,16 +29,13 @@ def _fits(plan: Plan, cell: Cell) -> list[ArtifactKey]:
     return [plan.fit(site, trial.setting, recipe, trial.seed) for recipe in plan.study.fitted]
 
 
-def _make(plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Outcome]]:
-    """Fit what the cells lack and yield one outcome per cell.
+def _make(plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Made]]:
+    """Fit what the cells lack and yield what became of each.
 
-    Cells are grouped by site and setting: what shares a feature matrix is done on one.
-
-    Raises:
-        MissingArtifactError: labels, spans or activations are not there yet.
-        PlanError: a split side would be empty.
+    Cells are grouped by site and setting: what shares a feature matrix is done on one. A recipe
+    that fails leaves the other fits of its cell committed.
     """
-    from taprobe_core.pipeline.fit import Wanted, ensure_fits
+    from taprobe_core.pipeline.fit import Fits, Wanted, ensure_fits
     from taprobe_core.probes.threads import side_by_side
 
     groups: dict[tuple[Site, str], list[Trial]] = defaultdict(list)
@@ -44,22 +43,27 @@ def _make(plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Outcome]]:
         trial = parse_trial(cell[1])
         groups[parse_site(cell[0]), trial.setting].append(trial)
 
-    def fit(group: tuple[Site, str]) -> dict[ArtifactKey, bool]:
+    def fit(group: tuple[Site, str]) -> Fits | TaprobeError:
         trials = groups[group]
         wanted = [Wanted(recipe, trial.seed) for trial in trials for recipe in plan.study.fitted]
-        return ensure_fits(plan, *group, wanted)
+        return attempted(lambda: ensure_fits(plan, *group, wanted), f"fits of {group[0]}")
 
     start = time.monotonic()
     results = side_by_side(fit, list(groups))
     for ((site, _), trials), done in zip(groups.items(), results, strict=True):
-        new = {key for key, is_reused in done.items() if not is_reused}
+        new = set() if isinstance(done, TaprobeError) else done.new
         for trial in trials:
             cell = (str(site), str(trial))
-            index, fits = _commit_index(plan, cell), _fits(plan, cell)
-            # A fit that trials share is the first one's work.
-            is_reused = index.is_reused and new.isdisjoint(fits)
-            new -= set(fits)
-            yield cell, Outcome(index.artifact, is_reused, time.monotonic() - start)
+            fits = _fits(plan, cell)
+            made: Made = done if isinstance(done, TaprobeError) else done.errors_of(fits)
+            if not made:
+                made = attempted(partial(_commit_index, plan, cell), f"fits of {'/'.join(cell)}")
+            if isinstance(made, Outcome):
+                # A fit that trials share is the first one's work.
+                is_reused = made.is_reused and new.isdisjoint(fits)
+                new -= set(fits)
+                made = Outcome(made.artifact, is_reused, time.monotonic() - start)
+            yield cell, made
             start = time.monotonic()
 
 

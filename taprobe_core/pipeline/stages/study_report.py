@@ -81,6 +81,7 @@ def _gather(plan: Plan) -> ReportData:
         versions=library_versions(),
         fingerprints=_fingerprints(plan),
         checks=_checks(plan),
+        failed=_failed(plan),
     )
 
 
@@ -179,6 +180,19 @@ def _fingerprints(plan: Plan) -> pl.DataFrame:
             "partition": ["/".join(key.partition) for key in rows],
             "fingerprint": [key.fingerprint for key in rows],
         }
+    )
+
+
+def _failed(plan: Plan) -> pl.DataFrame:
+    """What failed beside the report's own inputs, for example cells of a sweep."""
+    from taprobe_core.pipeline.failures import kept_failures
+
+    return pl.DataFrame(
+        [
+            {"stage": each.stage, "cell": each.place, "what": each.details, "fix": each.fix}
+            for each in kept_failures(plan)
+            if each.stage != "study_report"
+        ]
     )
 
 

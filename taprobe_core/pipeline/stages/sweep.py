@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from taprobe_core.errors import ConfigError
+from taprobe_core.errors import ConfigError, TaprobeError, attempted
 from taprobe_core.keys import parse_site
 from taprobe_core.pipeline.commit import Files, commit_cell
 from taprobe_core.pipeline.fit_rows import View
@@ -25,6 +25,7 @@ from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.stage import (
     Condition,
     Description,
+    Made,
     Outcome,
     Stage,
     cell_by_cell,
@@ -74,13 +75,14 @@ def _fits_config(stage: str, plan: Plan, cell: Cell) -> dict[str, Any]:
     }
 
 
-def _make_fits(stage: str, plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Outcome]]:
+def _make_fits(stage: str, plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Made]]:
     """Fit what a stage asks for at each cell, and measure it.
 
-    Tables are empty where no configuration of the stage stands at the cell.
+    Tables are empty where no configuration of the stage stands at the cell. A recipe that fails
+    leaves the other fits of its cell committed.
 
     Raises:
-        MissingArtifactError: the shortlist, or what the fits are made of, is not there yet.
+        MissingArtifactError: the shortlist is not there yet.
     """
     from taprobe_core.probes.threads import side_by_side
     from taprobe_core.sweep import sweep_space
@@ -88,11 +90,12 @@ def _make_fits(stage: str, plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[
     space = sweep_space(_sweep(plan), plan.study)
     configurations = _configurations(plan, space, stage)
 
-    def fit(cell: Cell) -> Outcome:
+    def fit(cell: Cell) -> Made:
         site, setting = parse_site(cell[0]), cell[1]
         place = (site.model, site.layer, setting)
         here = [each for each in configurations if (each.model, each.layer, each.setting) == place]
-        return _make_cell(plan, stage, cell, space, here)
+        make = partial(_make_cell, plan, stage, cell, space, here)
+        return attempted(make, f"{stage} {'/'.join(cell)}")
 
     yield from zip(cells, side_by_side(fit, cells), strict=True)
 
@@ -107,7 +110,7 @@ def _configurations(plan: Plan, space: SweepSpace, stage: str) -> tuple[Configur
 
 def _make_cell(
     plan: Plan, stage: str, cell: Cell, space: SweepSpace, here: Sequence[Configuration]
-) -> Outcome:
+) -> Outcome | dict[str, TaprobeError]:
     from taprobe_core.pipeline.fit import ensure_fits
     from taprobe_core.sweep import configuration_table, recipe_table, uses_of
 
@@ -116,6 +119,8 @@ def _make_cell(
     swept = {use.swept.name: use.swept for each in here for use in uses_of(space, each)}
     wanted = {name: wanted_fits(plan.study, recipe) for name, recipe in swept.items()}
     done = ensure_fits(plan, site, setting, [fit for fits in wanted.values() for fit in fits])
+    if done.failed:
+        return done.errors_of(done.failed)
 
     def compute() -> Files:
         from taprobe_core.pipeline.stages.sweep_results import measure_fits
@@ -127,8 +132,8 @@ def _make_cell(
         }
 
     provenance = {"site": cell[0], "setting": setting, "n_configurations": len(here)}
-    outcome = commit_cell(plan, stage, cell, compute, provenance, list(done))
-    is_reused = outcome.is_reused and all(done.values())
+    outcome = commit_cell(plan, stage, cell, compute, provenance, list(done.is_reused))
+    is_reused = outcome.is_reused and not done.new
     return Outcome(outcome.artifact, is_reused, time.monotonic() - start)
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import polars as pl
 
+from taprobe_core.errors import TaprobeError, attempted
 from taprobe_core.keys import parse_site
 from taprobe_core.pipeline.commit import (
     Files,
@@ -28,6 +30,7 @@ from taprobe_core.pipeline.stage import (
     Condition,
     Description,
     Found,
+    Made,
     Outcome,
     Part,
     Stage,
@@ -51,32 +54,37 @@ def _config(plan: Plan, cell: Cell) -> dict[str, Any]:
     }
 
 
-def _make(plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Outcome]]:
-    """Measure what the cells lack, and yield one outcome per cell.
+def _make(plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Made]]:
+    """Measure what the cells lack, and yield what became of each.
 
     Where a shard is missing, the pass that makes it also makes the activations that are missing of
-    the same texts.
-
-    Raises:
-        MissingArtifactError: the spans are not there yet.
-        ModelError: the checkpoint cannot be used, or is not as deep as the study says.
-        NonFiniteError: a state or a mass is NaN or infinite.
+    the same texts. A problem that fails leaves the shards of the others committed.
     """
-    from taprobe_core.pipeline.extract import extract_missing
+    from taprobe_core.pipeline.extract import are_there, extract_missing
 
     start = time.monotonic()
-    shards = {cell: _shards(plan, cell) for cell in cells}
+    shards = {
+        cell: attempted(partial(_shards, plan, cell), f"texts of {cell[0]}") for cell in cells
+    }
     lacking = [
         cell
         for cell, keys in shards.items()
-        if any(plan.store.adopt(key) is None for key in keys.values())
+        if not isinstance(keys, TaprobeError)
+        and any(plan.store.adopt(key) is None for key in keys.values())
     ]
-    if lacking:
-        extract_missing(plan, [(parse_site(site), setting) for site, setting in lacking])
+    faults = extract_missing(plan, [(parse_site(site), setting) for site, setting in lacking])
     for cell, keys in shards.items():
-        outcome = _commit(plan, cell, keys)
-        is_reused = outcome.is_reused and cell not in lacking
-        yield cell, Outcome(outcome.artifact, is_reused, time.monotonic() - start)
+        made: Made
+        if isinstance(keys, TaprobeError):
+            made = keys
+        elif cell in faults and not are_there(plan, list(keys.values())):
+            made = faults[cell]
+        else:
+            made = attempted(partial(_commit, plan, cell, keys), f"attention of {cell[0]}")
+        if isinstance(made, Outcome):
+            is_reused = made.is_reused and cell not in lacking
+            made = Outcome(made.artifact, is_reused, time.monotonic() - start)
+        yield cell, made
         start = time.monotonic()
 
 
