@@ -36,12 +36,9 @@ without the one that raised it (`attempted`), it becomes an `UnexpectedError`.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
-
-_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -214,7 +211,8 @@ def attempted(work: Callable[[], T], where: str) -> T | TaprobeError:
 
     Args:
         work: the piece.
-        where: names it, for an error that nobody foresaw, whose traceback is logged.
+        where: names it, for an error that nobody foresaw. Whoever takes that error logs it: its
+            `__cause__` has the traceback.
 
     Returns:
         What `work` returns, or its error.
@@ -238,7 +236,6 @@ def original(error: TaprobeError) -> BaseException:
 def _own(error: Exception, where: str) -> TaprobeError:
     if isinstance(error, TaprobeError):
         return error
-    _log.error("%s failed in a way that nobody foresaw", where, exc_info=error)
     said = (str(error).splitlines() or ["no message"])[0]
     unexpected = UnexpectedError(
         f"{type(error).__name__}: {said}",

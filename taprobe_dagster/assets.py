@@ -9,14 +9,16 @@ Concept: https://docs.dagster.io/guides/build/assets
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import dagster as dg
 from dagster_shared.record import copy
 
-from taprobe_core.errors import TaprobeError, is_of_machine
+from taprobe_core.errors import TaprobeError, attempted, is_of_machine
 from taprobe_core.pipeline import (
     STAGES,
     Cell,
+    Description,
     Failure,
     Gate,
     Plan,
@@ -161,7 +163,12 @@ def _make(
     n_reused = 0
     for cell, outcome in run_stage(plan, stage, cells, tell):
         n_reused += outcome.is_reused
-        yield materialization(stage, cell, outcome, describe(plan, stage, cell), inputs)
+        shown = attempted(partial(describe, plan, stage, cell), f"{stage} {'/'.join(cell)}")
+        if isinstance(shown, TaprobeError):
+            # The cell is there all the same, and so are those after it.
+            context.log.warning(f"{stage} {'/'.join(cell)} cannot be described: {shown}")
+            shown = Description()
+        yield materialization(stage, cell, outcome, shown, inputs)
     context.log.info(f"{stage}: {len(cells)} cells, {n_reused} reused from the store")
 
 

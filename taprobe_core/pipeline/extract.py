@@ -42,7 +42,7 @@ from taprobe_core.checkpoints import (
     pick_devices,
     resolve_checkpoint,
 )
-from taprobe_core.errors import ModelError, TaprobeError, attempted
+from taprobe_core.errors import TaprobeError, attempted
 from taprobe_core.keys import Site
 from taprobe_core.pipeline.commit import checkpoint_provenance
 from taprobe_core.pipeline.plan import Plan
@@ -139,9 +139,20 @@ def _ready(plan: Plan, extraction: _Extraction, setting: str, sites: list[Site])
         else {}
     )
     tasks = tasks_of(texts, spans, layers, attention)
-    faults = extraction.run(setting, tasks) if tasks else {}
+    faults: Faults = {}
+    if tasks:
+        where = f"activations {extraction.model}, {setting}"
+        ran = attempted(partial(extraction.run, setting, tasks), where)
+        if isinstance(ran, TaprobeError):
+            # A layer that lacks nothing is there whatever became of the others.
+            ran = {layer: {"": ran} for layer in _layers(tasks)}
+        faults = ran
     new = frozenset(layer for missing in layers.values() for layer in missing)
     return Ready(setting, sites, texts, new, faults)
+
+
+def _layers(tasks: Sequence[TextTask]) -> set[int]:
+    return {layer for task in tasks for layer in (*task.layers, *task.attention_layers)}
 
 
 class _Extraction:
@@ -226,12 +237,13 @@ class _Extraction:
                 _log.info("activations %s %s: %s", model, setting, item.progress.render())
             if not n_made and n_failed == MAX_VAIN_TEXTS:
                 left = item.progress.n_texts - item.progress.n_texts_done
-                error = ModelError(
+                kind = type(next(iter(item.faults.values())))
+                error = kind(
                     f"the first {n_failed} texts all failed, so {left} others were not run",
                     f"model {model}, {setting}",
                     "mend what failed in the first ones",
                 )
-                for layer in {layer for task in tasks for layer in task.layers} if left else ():
+                for layer in _layers(tasks) if left else ():
                     faults[layer]["the others"] = error
                 break
         committer.flush()

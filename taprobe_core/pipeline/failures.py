@@ -14,7 +14,6 @@ import json
 import logging
 import traceback
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +154,8 @@ def keep_failure(plan: Plan, failure: Failure) -> None:
         ArtifactError: the folder cannot be written.
     """
     _log.error("%s: %s", failure.headline, failure.details)
+    for fault in {each.trace: each for each in failure.faults if each.trace}.values():
+        _log.error("nobody foresaw that", exc_info=fault.error.__cause__)
     key = attempted(lambda: plan.key(failure.stage, failure.cell), failure.where)
     if isinstance(key, TaprobeError) or failure.waits:
         return
@@ -163,9 +164,9 @@ def keep_failure(plan: Plan, failure: Failure) -> None:
         "fingerprint": key.fingerprint,
         **failure.document,
     }
+    forget_failure(plan, key)
     path = _path(plan, key)
     with disk_errors(str(path.parent)):
-        forget_failure(plan, key)
         make_folder(path.parent)
         replace_text(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
 
@@ -174,14 +175,16 @@ def forget_failure(plan: Plan, key: ArtifactKey) -> None:
     """Remove what is kept of a cell that this study has made, or that failed anew.
 
     Records of other studies that share the data folder stay.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
     """
-    for path in sorted(_path(plan, key).parent.glob("*.json")):
-        document = _read(path)
-        is_own = document is None or document.get("study") == plan.study.name
-        if is_own or path.stem == key.fingerprint:
-            path.unlink(missing_ok=True)
-    with suppress(OSError):  # of another study, or never made
-        _path(plan, key).parent.rmdir()
+    folder = _path(plan, key).parent
+    with disk_errors(str(folder)):
+        for path in sorted(folder.glob("*.json")):
+            kept = _read(path)
+            if kept is None or kept[0] == plan.study.name or path.stem == key.fingerprint:
+                path.unlink(missing_ok=True)
 
 
 def failure_at(plan: Plan, stage: str, cell: Cell, *, only_kept: bool = False) -> Failure | None:
@@ -196,11 +199,10 @@ def failure_at(plan: Plan, stage: str, cell: Cell, *, only_kept: bool = False) -
     key = attempted(lambda: plan.key(stage, cell), f"the key of {stage} {'/'.join(cell)}")
     if isinstance(key, TaprobeError):
         return None if only_kept else failure_of(stage, cell, key)
-    document = _read(_path(plan, key))
-    if document is None or plan.is_complete(stage, cell):
+    kept = _read(_path(plan, key))
+    if kept is None or plan.is_complete(stage, cell):
         return None
-    faults = tuple(Fault(_error(each), each["part"], each["trace"]) for each in document["faults"])
-    return Failure(stage, cell, faults)
+    return Failure(stage, cell, kept[1])
 
 
 def kept_failures(plan: Plan) -> list[Failure]:
@@ -223,16 +225,19 @@ def _path(plan: Plan, key: ArtifactKey) -> Path:
     return folder / f"{key.fingerprint}.json"
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A record; None where there is none, or none that can be read: the cell is tried again."""
+def _read(path: Path) -> tuple[str, tuple[Fault, ...]] | None:
+    """A record's study and faults; None without one that can be read: the cell is tried again."""
     try:
-        document = json.loads(path.read_bytes())
-        return document if isinstance(document["faults"], list) else None
+        values = json.loads(path.read_bytes())
+        faults = tuple(
+            Fault(_error(each), each["part"], each["trace"]) for each in values["faults"]
+        )
+        return (values["study"], faults) if faults else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
 def _error(values: Mapping[str, Any]) -> TaprobeError:
-    kind = getattr(errors, str(values["error"]), TaprobeError)
+    kind = getattr(errors, values["error"], None)
     is_known = isinstance(kind, type) and issubclass(kind, TaprobeError)
     return (kind if is_known else TaprobeError)(values["what"], values["where"], values["fix"])

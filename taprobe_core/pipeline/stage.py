@@ -184,7 +184,7 @@ class Stage(Generic[P]):
         tables: each table that it writes -> the name of its contract in `taprobe_core.tables`.
         op: the Dagster op that makes it; stages that share a grid may share one.
         config: the slice of the study that a cell depends on, beside what it reads.
-        parts: keys that stand in the fingerprint in place of those that are read: of parts that
+        keyed_by: keys that stand in the fingerprint for those that are read: of parts that
             each say what they are made from.
         part: what its artifacts list, if they are indexes.
         checks: by name.
@@ -205,7 +205,7 @@ class Stage(Generic[P]):
     tables: Mapping[str, str]
     op: str
     config: Callable[[P, Cell], Mapping[str, Any]] = _no_config
-    parts: Callable[[P, Cell], Sequence[ArtifactKey]] | None = None
+    keyed_by: Callable[[P, Cell], Sequence[ArtifactKey]] | None = None
     part: Part | None = None
     checks: Mapping[str, Check[P]] = field(default_factory=dict)
     asked_by: Condition | None = None

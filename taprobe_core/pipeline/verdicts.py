@@ -16,12 +16,11 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import polars as pl
-
-from taprobe_core.errors import CorruptArtifactError, TaprobeError
+from taprobe_core.errors import CorruptArtifactError, TaprobeError, attempted
 from taprobe_core.pipeline.grid import Cell
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.stage import Check, Found
@@ -146,13 +145,14 @@ def _known(
         found = _read(store, key)
         if found is not None or not looks:
             return found
-        found = check.look(plan, cell)
+        looked = attempted(partial(check.look, plan, cell), f"{stage} {'/'.join(cell)}")
+        if isinstance(looked, TaprobeError):
+            raise looked
+        found = looked
     except TaprobeError as error:
         where = f" in {error.where}" if error.where else ""
         fault = f"it could not look: {error.what}{where}"
         return Found((fault,), fix=error.fix) if looks else None
-    except pl.exceptions.PolarsError as error:
-        return Found((f"it could not look: {error}",))
     _keep(store, key, found)
     return found
 

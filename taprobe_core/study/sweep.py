@@ -8,7 +8,7 @@ becomes belongs in `taprobe_core.sweep`, what cannot stand beside the rest of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -186,14 +186,3 @@ class Sweep(TargetFactors):
         if not any("vertical_attention" in recipe.features for recipe in recipes):
             return (OFF,)
         return tuple(v for v in ATTENTION_VARIANTS if v.lacks(attention) is None)
-
-
-SWEEP_READS: Mapping[str, set[str]] = {
-    "stage1": {
-        *("targets", *TargetFactors.model_fields, "drop_last_sentence"),
-        *("poolings", "residualize", "residualized"),
-    },
-    "stage2": {"attention", "poolings", "residualized"},
-    "stage3": {"tuning", "attention", "poolings", "residualized"},
-}
-"""Stage -> the fields of `Sweep` that decide its configurations, beside its shortlist."""

@@ -187,7 +187,7 @@ def test_prune_says_first_and_then_removes(built: Any, taprobe: Command, copied:
     old, newer = (ArtifactKey("study_report", ("small",), digit * 20) for digit in "01")
     for key in (old, newer):
         store.commit(key, lambda folder: write_json(folder / "v.json", 1), provenance={})
-    store.adopt(open_plan(built.study, copied).study_report())
+    store.adopt(open_plan(built.study, copied).key("study_report"))
     before = set(store.keys())
 
     said = taprobe("prune", built.study, "--keep", 1, "--dry-run")

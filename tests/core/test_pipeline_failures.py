@@ -40,6 +40,7 @@ from taprobe_core.pipeline import (
     open_plan,
     run_stage,
     stages_of,
+    verdicts_of,
 )
 from taprobe_core.probes import Fit
 from taprobe_core.probes import fit as probe_fit
@@ -270,6 +271,55 @@ def test_one_text_that_fails_at_one_layer_costs_one_shard(
     (new,) = after.keys() - before.keys()
     assert f"tiny@L01/{CORRECT}/problem_{problem_id}/" in new
     assert before.items() < after.items()
+
+
+def test_a_model_whose_texts_all_fail_is_given_up(
+    own: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = without(own, "activation_shards", "activations")
+    real = extract.load_base_model
+    runs: list[object] = []
+
+    def load(*arguments: Any) -> Any:
+        loaded = real(*arguments)
+        loaded.module.embed_tokens.weight.data *= float("nan")
+        return loaded
+
+    def check(ranges: Any, *rest: Any) -> None:
+        runs.append(rest)
+        real_check(ranges, *rest)
+
+    real_check = passes.check_finite
+    monkeypatch.setattr(passes, "check_finite", check)
+    monkeypatch.setattr(extract, "load_base_model", load)
+    monkeypatch.setattr(extract, "MAX_VAIN_TEXTS", 2)
+    run = Run(plan, "activations", [("tiny@L00", CORRECT)])
+    assert len(runs) == 2
+    (told,) = run.told
+    assert [fault.part.split()[0] for fault in told.faults] == ["problem", "problem", "the"]
+    assert "the first 2 texts all failed, so 4 others were not run" in str(run.error)
+    assert list(plan.store.keys("activation_shards")) == []
+
+
+def test_a_check_that_crashes_is_a_fault_of_its_cell_and_no_crash(
+    own: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(own.data_root / "checks")
+    plan = again(own)
+    (name, check), *_ = plan.stages["labels"].checks.items()
+
+    def look(plan: Plan, cell: Cell) -> Any:
+        if cell == ("tiny", CORRECT):
+            raise ZeroDivisionError("division by zero")
+        return check.look(plan, cell)
+
+    monkeypatch.setitem(plan.stages["labels"].checks, name, replace(check, look=look))  # type: ignore[arg-type]
+    cells = {
+        cell: list(verdicts_of(plan, "labels", cell)) for cell in cells_of(plan.study, "labels")
+    }
+    (crashed,) = [each for each in cells["tiny", CORRECT] if each.status == "failed"]
+    assert crashed.faults[0].startswith("it could not look: ZeroDivisionError: division by zero")
+    assert {each.status for each in cells["tiny", INCORRECT]} == {"passed"}
 
 
 def test_a_model_that_cannot_be_loaded_fails_its_cells_and_no_other_models(

@@ -72,7 +72,7 @@ def test_another_name_for_other_texts(plans: tuple[Plan, Plan]) -> None:
     assert "bos" not in with_bos.checkpoint("tiny")
     assert without.checkpoint("tiny")["bos"] == "none"
     assert with_bos.rollouts("tiny", SETTING) == without.rollouts("tiny", SETTING)
-    assert with_bos.spans("tiny", SETTING) != without.spans("tiny", SETTING)
+    assert with_bos.key("spans", ("tiny", SETTING)) != without.key("spans", ("tiny", SETTING))
 
 
 def test_check_says_it(plans: tuple[Plan, Plan]) -> None:
