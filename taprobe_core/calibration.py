@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 from taprobe_core.score_blocks import ScoreBlocks
-from taprobe_core.study.config import Target
+from taprobe_core.study.targets import TARGETS, Target
 from taprobe_core.tables import CALIBRATION, RELIABILITY_BINS, schema_of
 
 Doubles = NDArray[np.float64]
@@ -67,7 +67,7 @@ def calibrate(
 
     Args:
         scored: from `make_blocks`.
-        targets: recipe -> what its scores predict; others than `anchor_binary` are left out, and
+        targets: recipe -> what its scores predict; others than classes are left out, and
             so are recipes with a score outside [0, 1].
         n_bins: bins of about equally many scores.
 
@@ -75,7 +75,7 @@ def calibrate(
         `tables.CALIBRATION` and `tables.RELIABILITY_BINS`.
     """
     key = ["recipe", "protocol"]
-    is_binary = pl.col("recipe").is_in([n for n, t in targets.items() if t == "anchor_binary"])
+    is_binary = pl.col("recipe").is_in([n for n, t in targets.items() if TARGETS[t].is_binary])
     wanted = scored.units.select(is_binary).to_series().to_numpy()
     parts: dict[tuple[str, str], list[tuple[Doubles, NDArray[np.bool_]]]] = {}
     names = scored.units.select(key).rows()

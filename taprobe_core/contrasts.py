@@ -22,8 +22,8 @@ from taprobe_core.batched_metrics import centred_rank_rows, pr_auc_rows, rank_ro
 from taprobe_core.comparison import compare_values, no_comparison
 from taprobe_core.metrics import primary_metric
 from taprobe_core.score_blocks import ScoreBlocks
-from taprobe_core.study.config import Evaluation, Target
-from taprobe_core.study.probes import UNSIGNED_TARGETS
+from taprobe_core.study.config import Evaluation
+from taprobe_core.study.targets import TARGETS, Target
 from taprobe_core.tables import CONTRASTS, DELTAS, schema_of
 
 _PAIR = ["protocol", "fold", "seed", "problem_id"]
@@ -111,7 +111,7 @@ def paired_deltas(
 
 
 def _is_comparable(target: Target, other: Target) -> bool:
-    return (target in UNSIGNED_TARGETS) == (other in UNSIGNED_TARGETS)
+    return TARGETS[target].ranks_anchors == TARGETS[other].ranks_anchors
 
 
 def _ranks_by_precision(scored: ScoreBlocks, targets: Mapping[str, Target]) -> NDArray[np.bool_]:

@@ -3,7 +3,8 @@
 Each error says what was found, where (a file, and in it a field or a record), and how to fix it.
 The core raises; the command line prints without a traceback; Dagster turns `where` and `fix` into
 failure metadata. Whoever prints one prints no control characters with it. An exception that is not
-a `TaprobeError` is a defect of ours and keeps its traceback.
+a `TaprobeError` is a defect of ours and keeps its traceback; where other pieces of work can go on
+without the one that raised it (`attempted`), it becomes an `UnexpectedError`.
 
     TaprobeError
       ConfigError                study file, key, environment variable
@@ -23,6 +24,8 @@ a `TaprobeError` is a defect of ours and keeps its traceback.
       NumericsError              results that are not numbers
         NonFiniteError           NaN or infinity, with layer and sentence
       FailedCheckError           a blocking check failed, so what comes after is refused
+      FailedCellsError           cells of a stage failed, by errors of several kinds
+      UnexpectedError            code failed on one input in a way that nobody foresaw
       ArtifactError              the store
         MissingArtifactError     never built, or pruned
         CorruptArtifactError     bytes differ from the manifest
@@ -34,7 +37,10 @@ a `TaprobeError` is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _OBEYED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
@@ -157,6 +163,14 @@ class FailedCheckError(TaprobeError):
     """A blocking check of an artifact failed, so nothing is computed from it."""
 
 
+class FailedCellsError(TaprobeError):
+    """Cells failed by errors of several kinds; what does not read them is committed."""
+
+
+class UnexpectedError(TaprobeError):
+    """Code of a library or of ours failed on one input; `__cause__` is what it raised."""
+
+
 class ArtifactError(TaprobeError):
     """The store cannot serve or take an artifact."""
 
@@ -179,3 +193,55 @@ class BusyArtifactError(ArtifactError):
 
 class DiskFullError(ArtifactError):
     """No space left; names the folder, the bytes needed and the bytes free."""
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Whether an error says that other work would fail too: disk, store, memory, device.
+
+    An artifact that is absent, cut or of another version concerns only what reads it.
+    """
+    if isinstance(error, TaprobeError):
+        return isinstance(error, DiskFullError | BusyArtifactError) or type(error) is ArtifactError
+    # PyTorch's own, which this module does not import: the device takes no more work.
+    return isinstance(error, OSError | MemoryError) or type(error).__name__ == "AcceleratorError"
+
+
+def attempted(work: Callable[[], T], where: str) -> T | TaprobeError:
+    """Do one piece of work of several; return its error, so that the other pieces can go on.
+
+    Args:
+        work: the piece.
+        where: names it, for an error that nobody foresaw. Whoever takes that error logs it: its
+            `__cause__` has the traceback.
+
+    Returns:
+        What `work` returns, or its error.
+
+    Raises:
+        Exception: an error of the machine (`is_of_machine`), which the others would meet too.
+    """
+    try:
+        return work()
+    except Exception as error:
+        if is_of_machine(error):
+            raise
+        return _own(error, where)
+
+
+def original(error: TaprobeError) -> BaseException:
+    """Return what was raised where `attempted` returned this error."""
+    return (error.__cause__ or error) if isinstance(error, UnexpectedError) else error
+
+
+def _own(error: Exception, where: str) -> TaprobeError:
+    if isinstance(error, TaprobeError):
+        return error
+    said = (str(error).splitlines() or ["no message"])[0]
+    unexpected = UnexpectedError(
+        f"{type(error).__name__}: {said}",
+        where,
+        "read the traceback in the log; mend or leave out the input that it names, or report it as "
+        "a defect",
+    )
+    unexpected.__cause__ = error
+    return unexpected

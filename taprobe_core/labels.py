@@ -80,7 +80,7 @@ def make_labels(
         importance_abs.alias("importance_abs"),
         pl.Series(
             "is_anchor",
-            _anchors_by_problem(kept["problem_id"].to_numpy(), importance_abs.to_numpy(), labels),
+            _anchors(kept, importance_abs, labels),
             dtype=pl.Boolean,
         ),
         _status(labels.field).alias("label_status"),
@@ -118,7 +118,8 @@ def unlabelled(sentences: pl.DataFrame, labels: Labels) -> pl.DataFrame:
             f"{indices[0]} (absent is not 0: a zero would call it unimportant)",
             "where": f"problem {problem_id}, sentence {indices[0]}",
             "fix": f"state the measure in its chunks_labeled.json, choose another labels.field, or "
-            f"leave the problem out: rollouts.exclude_ids: [{problem_id}]",
+            f"leave the problem out: rollouts.exclude_ids: [{problem_id}], or "
+            "rollouts.on_bad_problem: skip",
         }
         for problem_id, indices, n in missing.iter_rows()
     ]
@@ -159,6 +160,26 @@ def anchors(
     is_anchor = np.zeros(len(values), dtype=np.bool_)
     is_anchor[first] = True
     return is_anchor & (values > 0)
+
+
+def anchors_by_problem(
+    problem_id: npt.NDArray[np.int64], values: FloatArray, percentile: float, tie_rule: str
+) -> npt.NDArray[np.bool_]:
+    """Mark the anchors of every problem by `anchors`.
+
+    Args:
+        problem_id: [sentence], rows of one problem together.
+        values: [sentence], finite; what ranks the sentences. Under the rank rule a value that is
+            not positive makes no anchor.
+        percentile: in (0, 100).
+        tie_rule: `rank` or `legacy`.
+
+    Returns:
+        bool [sentence].
+    """
+    starts = np.flatnonzero(np.diff(problem_id)) + 1
+    parts = [anchors(part, percentile, tie_rule) for part in np.split(values, starts)]
+    return np.concatenate(parts)
 
 
 def _with_noise(frame: pl.DataFrame, labels: Labels, n_max: int) -> pl.DataFrame:
@@ -237,15 +258,9 @@ def _true_anchors(kept: pl.DataFrame, labels: Labels) -> npt.NDArray[np.bool_] |
     true = kept["true_importance"]
     if true.null_count():
         return [None] * kept.height
-    return _anchors_by_problem(kept["problem_id"].to_numpy(), true.abs().to_numpy(), labels)
+    return _anchors(kept, true.abs(), labels)
 
 
-def _anchors_by_problem(
-    problem_id: npt.NDArray[np.int64], importance_abs: FloatArray, labels: Labels
-) -> npt.NDArray[np.bool_]:
-    starts = np.flatnonzero(np.diff(problem_id)) + 1
-    parts = [
-        anchors(values, labels.percentile, labels.tie_rule)
-        for values in np.split(importance_abs, starts)
-    ]
-    return np.concatenate(parts)
+def _anchors(kept: pl.DataFrame, values: pl.Series, labels: Labels) -> npt.NDArray[np.bool_]:
+    ids = kept["problem_id"].to_numpy()
+    return anchors_by_problem(ids, values.to_numpy(), labels.percentile, labels.tie_rule)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from taprobe_core.study.config import Target
+from taprobe_core.study.targets import TARGETS, Target
 
 _DOUBLES = NDArray[np.float64]
 
@@ -93,8 +93,8 @@ def recall_at_k(importance_abs: ArrayLike, score: ArrayLike, k: int) -> float:
 
 
 def primary_metric(target: Target) -> str:
-    """Return the metric that recipes are ranked by: `pr_auc` for anchors, else `spearman`."""
-    return "pr_auc" if target == "anchor_binary" else "spearman"
+    """Return the metric that recipes are ranked by: `pr_auc` for classes, else `spearman`."""
+    return TARGETS[target].metric
 
 
 def metric_names(recall_at: Sequence[int], has_truth: bool) -> list[str]:

@@ -92,6 +92,8 @@ class ReportData:
         versions: library -> version.
         fingerprints: stage, partition, fingerprint.
         checks: what the study's checks found; None leaves the section out.
+        failed: cells that failed, whose failures the page does not depend on: stage, cell, what,
+            fix; none leaves the section out.
     """
 
     study: str
@@ -111,6 +113,7 @@ class ReportData:
     versions: Mapping[str, str] = field(default_factory=dict)
     fingerprints: pl.DataFrame = field(default_factory=pl.DataFrame)
     checks: CheckSummary | None = None
+    failed: pl.DataFrame = field(default_factory=pl.DataFrame)
 
 
 def render_report(data: ReportData) -> str:

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from taprobe_core.labels import anchors_by_problem
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.ridge import solve_ridge
 from taprobe_core.study.config import Labels
 from taprobe_core.study.probes import Feature, ProbeRecipe, Residualize
-from taprobe_core.targets import TargetValues, anchors_by_problem
+from taprobe_core.targets import TargetValues
 
 if TYPE_CHECKING:
     from taprobe_core.solvers.fold_matrix import FoldMatrix

@@ -23,6 +23,7 @@ from taprobe_core.keys import Site
 from taprobe_core.multiplicity import adjust, benjamini_hochberg
 from taprobe_core.study.config import Evaluation, ProbeRecipe
 from taprobe_core.study.evaluation import ANY_ACTIVATION_PROBE
+from taprobe_core.study.targets import target_settings
 from taprobe_core.tables import PROTOCOLS
 
 __all__ = ["ANY_ACTIVATION_PROBE", "Cell", "chosen_values", "select_on_validation"]
@@ -74,8 +75,8 @@ def select_on_validation(
     Per model, setting, protocol and fold, the candidate with the highest validation mean of its
     primary metric is chosen (ties: lower layer, then name). For each activation recipe the
     candidates are its layers. For `ANY_ACTIVATION_PROBE` they are the layers of all activation
-    recipes that predict what the first baseline predicts (same target, percentile, threshold,
-    window and residualisation): values of different targets are not compared.
+    recipes that predict what the first baseline predicts (same target with the same settings, and
+    residualisation): values of different targets are not compared.
 
     Args:
         cells: evaluations of the study.
@@ -142,7 +143,8 @@ def _joint(
     """Return the activation recipes that predict what the first baseline predicts."""
     predicts = {
         recipe.name: (
-            *(recipe.target, recipe.percentile, recipe.threshold, recipe.window),
+            recipe.target,
+            *(getattr(recipe, name) for name in target_settings()),
             recipe.residualize,
         )
         for recipe in recipes

@@ -1,5 +1,8 @@
 """From labels to what a recipe is fitted to and judged by, one value per labelled sentence.
 
+What is known of a target beside its values (settings, what it reads, how its scores are read)
+stands in its entry in `study.targets`; here each has its `MAKERS`, under the same name.
+
     anchor_binary      among the most important of its problem, at the recipe's percentile
     importance_abs     |importance|
     importance_signed  importance
@@ -26,6 +29,7 @@ of the Beta(k + 1, n - k + 1) posterior stands for it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,9 +38,10 @@ from numpy.typing import NDArray
 
 from taprobe_core.effects import EffectPrior, fit_effects, posterior
 from taprobe_core.errors import ConfigError, LabelError
-from taprobe_core.labels import anchors
+from taprobe_core.labels import anchors_by_problem
 from taprobe_core.study.config import Labels
-from taprobe_core.study.probes import UNSIGNED_TARGETS, ProbeRecipe
+from taprobe_core.study.probes import ProbeRecipe
+from taprobe_core.study.targets import TARGETS
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -46,6 +51,20 @@ _OWN_SAMPLE = {
     "resampling_importance_accuracy": ("n_rollouts", "n_correct"),
 }
 """Measure -> rollouts and successes of the sentence's own side of the difference."""
+
+
+MEASURED = (
+    "problem_id",
+    "sentence_idx",
+    "importance_signed",
+    "importance_abs",
+    "n_rollouts",
+    "n_correct",
+    "n_dissimilar",
+    "n_dissimilar_correct",
+    "importance_se",
+)
+"""Columns of `tables.LABELS` that every target may read; others stand in its entry's `reads`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +84,102 @@ class TargetValues:
     is_positive: BoolArray | None
     weight: FloatArray
     is_defined: BoolArray
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What a target's values are made of, for one recipe.
+
+    Attributes:
+        rows: the columns of `MEASURED` and the target's `reads` of `tables.LABELS`.
+        recipe: with its target filled in.
+        labels: the study's, for the measure, the tie rule and the percentile.
+        effect: [sentence] float64, the difference of success rates that the target is about.
+        se: [sentence] float64, its standard error; NaN where it was not measured.
+        prior_rows: [sentence] bool, rows that the prior of effects is fitted to; None for all.
+    """
+
+    rows: pl.DataFrame
+    recipe: ProbeRecipe
+    labels: Labels
+    effect: FloatArray
+    se: FloatArray
+    prior_rows: BoolArray | None
+
+    def prior(self) -> tuple[EffectPrior, BoolArray]:
+        """Return the prior of effects, and which rows are measured, [sentence] bool.
+
+        Raises:
+            LabelError: no row is measured.
+        """
+        known = np.isfinite(self.effect) & np.isfinite(self.se)
+        fitted = known if self.prior_rows is None else known & self.prior_rows
+        if not fitted.any():
+            raise _uncounted(self.recipe)
+        return fit_effects(self.effect[fitted], self.se[fitted]), known
+
+
+def _importance(
+    rows: pl.DataFrame, recipe: ProbeRecipe, labels: Labels
+) -> tuple[FloatArray, FloatArray]:
+    return _floats(rows, "importance_signed"), importance_errors(rows, labels.field)
+
+
+def _change(
+    rows: pl.DataFrame, recipe: ProbeRecipe, labels: Labels
+) -> tuple[FloatArray, FloatArray]:
+    return windowed_change(rows, int(setting_of(recipe, "window")))
+
+
+def _exceeds(measured: Measurement) -> FloatArray:
+    prior, known = measured.prior()
+    value = np.full(len(known), np.nan)
+    shrunk = posterior(prior, measured.effect[known], measured.se[known])
+    value[known] = shrunk.exceeds(setting_of(measured.recipe, "threshold"))
+    return value
+
+
+def _absolute(measured: Measurement) -> FloatArray:
+    return _floats(measured.rows, "importance_abs")
+
+
+def _effect(measured: Measurement) -> FloatArray:
+    return measured.effect
+
+
+def _anchors(measured: Measurement) -> BoolArray:
+    percentile = measured.recipe.percentile or measured.labels.percentile
+    ids = measured.rows["problem_id"].to_numpy()
+    return anchors_by_problem(ids, _absolute(measured), percentile, measured.labels.tie_rule)
+
+
+@dataclass(frozen=True)
+class TargetMaker:
+    """How labels become the values of one target.
+
+    Attributes:
+        value: the values, [sentence] float64, NaN where the target is not defined.
+        measure: rows, recipe and the study's labels to the difference of success rates that the
+            target is about and its standard error, [sentence] float64 each.
+        positive: the sentences that its scores should find, [sentence] bool, and the class that it
+            is fitted to where its entry says `is_binary`; not asked of signed targets.
+    """
+
+    value: Callable[[Measurement], FloatArray]
+    measure: Callable[[pl.DataFrame, ProbeRecipe, Labels], tuple[FloatArray, FloatArray]] = (
+        _importance
+    )
+    positive: Callable[[Measurement], BoolArray] = _anchors
+
+
+MAKERS: dict[str, TargetMaker] = {
+    "anchor_binary": TargetMaker(_absolute),
+    "importance_abs": TargetMaker(_absolute),
+    "importance_signed": TargetMaker(_effect),
+    "exceeds_threshold": TargetMaker(_exceeds),
+    "windowed_change": TargetMaker(_effect, _change),
+}
+"""Name of a target (`study.TARGETS`) -> how it is made."""
 
 
 def target_values(
@@ -88,59 +203,30 @@ def target_values(
 
     Raises:
         LabelError: the target or its weights need counts, and no row has them.
-        ConfigError: the target's own setting is not filled in.
+        ConfigError: the target or its own setting is not filled in.
     """
-    absolute, effect = _floats(rows, "importance_abs"), _floats(rows, "importance_signed")
-    if recipe.target == "windowed_change":
-        effect, se = windowed_change(rows, int(_setting(recipe, "window")))
-    else:
-        se = importance_errors(rows, labels.field)
-    if recipe.target == "exceeds_threshold":
-        prior, known = _prior(effect, se, prior_rows, recipe)
-        value = np.full(len(effect), np.nan)
-        shrunk = posterior(prior, effect[known], se[known])
-        value[known] = shrunk.exceeds(_setting(recipe, "threshold"))
-    else:
-        value = absolute if recipe.target in UNSIGNED_TARGETS else effect
+    if recipe.target is None:
+        raise _unresolved(recipe, "a recipe without a target")
+    entry, maker = TARGETS[recipe.target], MAKERS[recipe.target]
+    read = rows.select(*MEASURED, *entry.reads)
+    effect, se = maker.measure(read, recipe, labels)
+    measured = Measurement(read, recipe, labels, effect, se, prior_rows)
+    value = maker.value(measured)
     is_defined = np.isfinite(value)
     if not is_defined.any():
         raise _uncounted(recipe)
     value = np.where(is_defined, value, 0.0)
-    is_positive = None
-    if recipe.target in UNSIGNED_TARGETS:
-        percentile = recipe.percentile or labels.percentile
-        ids = rows["problem_id"].to_numpy()
-        is_positive = anchors_by_problem(ids, absolute, percentile, labels.tie_rule)
+    is_positive = maker.positive(measured) if entry.ranks_anchors else None
     weight = is_defined.astype(np.float64)
     if recipe.weights == "inverse_variance":
-        prior, known = _prior(effect, se, prior_rows, recipe)
+        prior, known = measured.prior()
         weight[~known] = 0.0
         weight[known] /= se[known] ** 2 + prior.variance
         weight *= is_defined.sum() / weight.sum()
     y = value
-    if recipe.target == "anchor_binary" and is_positive is not None:
+    if entry.is_binary and is_positive is not None:
         y = is_positive.astype(np.float64)
     return TargetValues(y, value, is_positive, weight, is_defined)
-
-
-def anchors_by_problem(
-    problem_id: NDArray[np.int64], values: FloatArray, percentile: float, tie_rule: str
-) -> BoolArray:
-    """Mark the anchors of every problem by `labels.anchors`.
-
-    Args:
-        problem_id: [sentence], rows of one problem together.
-        values: [sentence], finite; what ranks the sentences. Under the rank rule a value that is
-            not positive makes no anchor.
-        percentile: in (0, 100).
-        tie_rule: `rank` or `legacy`.
-
-    Returns:
-        bool [sentence].
-    """
-    starts = np.flatnonzero(np.diff(problem_id)) + 1
-    parts = [anchors(part, percentile, tie_rule) for part in np.split(values, starts)]
-    return np.concatenate(parts)
 
 
 def windowed_change(rows: pl.DataFrame, window: int) -> tuple[FloatArray, FloatArray]:
@@ -207,26 +293,21 @@ def importance_errors(rows: pl.DataFrame, field: str) -> FloatArray:
 _ROUNDING = 1e-12
 
 
-def _prior(
-    effect: FloatArray, se: FloatArray, prior_rows: BoolArray | None, recipe: ProbeRecipe
-) -> tuple[EffectPrior, BoolArray]:
-    """Return the prior, and which rows are measured."""
-    known = np.isfinite(effect) & np.isfinite(se)
-    fitted = known if prior_rows is None else known & prior_rows
-    if not fitted.any():
-        raise _uncounted(recipe)
-    return fit_effects(effect[fitted], se[fitted]), known
+def setting_of(recipe: ProbeRecipe, name: str) -> float:
+    """Return a setting of the recipe's target.
 
-
-def _setting(recipe: ProbeRecipe, name: str) -> float:
+    Raises:
+        ConfigError: it is not filled in.
+    """
     value = getattr(recipe, name)
     if value is None:
-        raise ConfigError(
-            f"target {recipe.target} without {name}",
-            f"recipe {recipe.name!r}",
-            "resolve the recipe first (ProbeRecipe.resolved)",
-        )
+        raise _unresolved(recipe, f"target {recipe.target} without {name}")
     return float(value)
+
+
+def _unresolved(recipe: ProbeRecipe, what: str) -> ConfigError:
+    fix = "resolve the recipe first (ProbeRecipe.resolved)"
+    return ConfigError(what, f"recipe {recipe.name!r}", fix)
 
 
 def _uncounted(recipe: ProbeRecipe) -> LabelError:

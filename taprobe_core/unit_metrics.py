@@ -9,7 +9,7 @@ Invariant: a metric that has no value, or no meaning for the recipe's target, is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -27,8 +27,8 @@ from taprobe_core.batched_metrics import (
 from taprobe_core.errors import DataError
 from taprobe_core.metrics import metric_names, primary_metric, spearman
 from taprobe_core.score_blocks import UNIT, Block, ScoreBlocks
-from taprobe_core.study.config import Target
-from taprobe_core.study.probes import UNSIGNED_TARGETS, Residualize
+from taprobe_core.study.probes import Residualize
+from taprobe_core.study.targets import TARGETS, Target, TargetEntry
 
 Doubles = NDArray[np.float64]
 
@@ -55,15 +55,15 @@ def measure_units(
           the k sentences whose target is largest. Scores of signed targets rank no anchors: PR-AUC
           and recall are null;
         - `label_pr_auc`, `label_spearman`: by the study's anchors and its absolute importance
-          (`importance_signed` by the signed one; null for `windowed_change`, whose sign and span
-          are others). For a residualised recipe this is its value on the raw target;
+          (signed targets by the signed one; null for targets that are no importance, whose sign
+          and span are others). For a residualised recipe this is its value on the raw target;
         - with the truth: `true_pr_auc`, by the true anchors; `oracle_pr_auc` and
           `oracle_spearman`, what the true importance as a score reaches by the recipe's target
-          (null if residualised, or a windowed change);
+          (null if residualised, or no importance);
         - `n_sentences` judged; `n_anchors`, null where the recipe ranks none.
 
     Raises:
-        DataError: a recipe without a target, or of `anchor_binary` without anchors.
+        DataError: a recipe without a target, or of a class without anchors.
     """
     recipes = scored.units["recipe"]
     unknown = sorted(set(recipes.unique()) - set(targets))
@@ -72,8 +72,8 @@ def measure_units(
             f"no target given of the recipes {unknown}", "targets", "name the target of each recipe"
         )
     target = recipes.replace_strict(dict(targets), return_dtype=pl.String)
-    is_signed = ~target.is_in(UNSIGNED_TARGETS).to_numpy()
-    is_change = (target == "windowed_change").to_numpy()
+    is_signed = ~_told(target, lambda entry: entry.ranks_anchors)
+    is_change = ~_told(target, lambda entry: entry.is_importance)
     is_residual = (
         recipes.replace_strict(dict(residualize), default="none", return_dtype=pl.String) != "none"
     ).to_numpy()
@@ -98,6 +98,12 @@ def measure_units(
         pl.Series("n_sentences", counts[0]),
         pl.Series("n_anchors", counts[1]).replace({-1: None}),
     ).sort(UNIT)
+
+
+def _told(target: pl.Series, fact: Callable[[TargetEntry], bool]) -> NDArray[np.bool_]:
+    """What the entries of targets say, [unit] bool."""
+    known = {name: fact(TARGETS[name]) for name in target.unique()}
+    return target.replace_strict(known, return_dtype=pl.Boolean).to_numpy()
 
 
 def _own(block: Block, recall_at: Sequence[int], signed: NDArray[np.bool_]) -> dict[str, Doubles]:

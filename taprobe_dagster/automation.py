@@ -17,9 +17,9 @@ import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from dagster._time import get_current_timestamp
 
-from taprobe_core.pipeline import Gate, cells_of, failed_checks, missing_cells
+from taprobe_core.pipeline import STAGES, Gate, Verdict, all_stops, cells_of, is_made
 from taprobe_core.study import Study
-from taprobe_dagster.assets import OPS, ops_of
+from taprobe_dagster.assets import ops_of
 from taprobe_dagster.launch import Launch, launches_of
 from taprobe_dagster.resources import Workbench
 
@@ -68,13 +68,15 @@ def schedules(jobs: Jobs) -> list[dg.ScheduleDefinition]:
 
 
 def _schedule(name: str, op: str, cron: str, jobs: Jobs) -> dg.ScheduleDefinition:
+    made = ", ".join(stage for stage in STAGES if STAGES[stage].op == op)
+
     @dg.schedule(
         name=name,
         job=jobs[op],
         cron_schedule=cron,
         execution_timezone="UTC",
         default_status=dg.DefaultScheduleStatus.STOPPED,
-        description=f"Every cell of {', '.join(OPS[op])} that has changed.",
+        description=f"Every cell of {made} that has changed.",
     )
     def nightly(
         context: dg.ScheduleEvaluationContext, workbench: dg.ResourceParam[Workbench]
@@ -123,9 +125,14 @@ def _is_busy(instance: dg.DagsterInstance) -> bool:
 def _next_requests(
     instance: dg.DagsterInstance, workbench: Workbench, ops: tuple[str, ...]
 ) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """Requests of the first op that lacks anything, else the reason why there is none."""
+    """Requests of the first op that lacks anything, else the reason why there is none.
+
+    An op that lacks only what has failed before does not hold up those after it: what they could
+    not have without it is stopped.
+    """
     plan = workbench.plan()
     stages = ops_of(plan.study)
+    waits: list[str] = []
     for op in ops:
         launches = list(launches_of(instance, plan, op, stages[op]))
         answers = [_attempt(instance, launch) for launch in launches]
@@ -133,17 +140,23 @@ def _next_requests(
         if requests:
             yield from requests
             return
-        if answers:
-            yield dg.SkipReason("; ".join(each for each in answers if isinstance(each, str)))
-            return
+        waits += [each for each in answers if isinstance(each, str)]
+        if not all(launch.has_failed for launch in launches):
+            break
+    if waits:
+        yield dg.SkipReason("; ".join(waits))
+        return
     wanted = {
-        stage: list(missing_cells(plan, stage, cells_of(plan.study, stage)))
+        stage: [c for c in cells_of(plan.study, stage) if not is_made(plan, stage, c)]
         for op in ops
         for stage in stages[op]
     }
-    if failed := failed_checks(Gate(plan, looks=False), wanted):
+    if stops := all_stops(Gate(plan, looks=False), wanted):
         n = sum(map(len, wanted.values()))
-        told = "; ".join(f"{each.check} on {each.where}" for each in failed)
+        told = "; ".join(
+            f"{each.check} on {each.where}" if isinstance(each, Verdict) else each.headline
+            for each in stops
+        )
         yield dg.SkipReason(f"{n} cells wait until failed checks are mended or waived: {told}")
     else:
         yield dg.SkipReason("every cell is present at its present fingerprint")

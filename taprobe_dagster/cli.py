@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import time
-from contextlib import suppress
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -21,16 +20,17 @@ from taprobe_core.cli.app import (
     print_skipped,
     show_progress,
 )
-from taprobe_core.errors import ConfigError, FailedCheckError
+from taprobe_core.errors import ConfigError, TaprobeError, is_of_machine
 from taprobe_core.pipeline import (
     STAGES,
     CellFilter,
     Gate,
     Plan,
+    all_stops,
     cells_of,
     check_stage,
     dimension_keys,
-    failed_checks,
+    is_made,
     open_plan,
     refusal,
     split_stopped,
@@ -38,9 +38,6 @@ from taprobe_core.pipeline import (
 )
 
 ListOption = list[str] | None
-
-OF_THE_WHOLE = frozenset({"receiver_heads", "evaluation", "leaderboard", "study_report"})
-"""Stages that read more sites or trials than the one they stand at."""
 
 
 @app.command()
@@ -67,13 +64,13 @@ def run(
     if is_part and stages is None:
         # Heads are ranked over all layers of a model, and one leaderboard and one report stand for
         # the whole study, so a part does not make them.
-        stages = frozenset(stages_of(plan.study)) - OF_THE_WHOLE
+        stages = frozenset(stages_of(plan.study)) - STAGES.of_the_whole()
     _materialize(plan, chosen, stages)
     print_skipped(plan)
     if stages is None or "leaderboard" in stages:
         print_leaderboard(plan)
     if stages is None or "study_report" in stages:
-        report = plan.store.open(plan.study_report())
+        report = plan.open("study_report")
         out.print(f"report: {report.path / 'report.html'}")
 
 
@@ -153,6 +150,7 @@ def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) 
     logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
     start = time.monotonic()
     n_computed, n_runs = 0, 0
+    errors: list[TaprobeError] = []
     selected = {op: stages_in(plan.study, op, stages) for op in ops_of(plan.study)}
     with open_instance() as instance, watched(instance, err.print):
         defs = build_defs(plan.study, {"workbench": Workbench(plan.study, plan.data_root)})
@@ -163,9 +161,13 @@ def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) 
                 if holders := who_holds_pool(instance, launch):
                     err.print(f"waiting for run {', '.join(holders)}, which extracts already")
                 run_id = make_new_run_id()
-                # A failed check stops what comes after it and nothing else: it is told at the end.
-                with suppress(FailedCheckError):
+                # What fails stops what comes after it and nothing else: it is told at the end.
+                try:
                     execute(defs, instance, launch, run_id)
+                except TaprobeError as error:
+                    if is_of_machine(error):
+                        raise
+                    errors.append(error)
                 n_computed += n_computed_in(instance, run_id)
                 n_runs += 1
         refresh_checks(instance, plan)
@@ -173,16 +175,26 @@ def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) 
         stage: cells_of(plan.study, stage, chosen) for of_op in selected.values() for stage in of_op
     }
     gate = Gate(plan)
-    stopped = [cell for stage in cells for cell in split_stopped(gate, stage, cells[stage])[1]]
-    n_cells = sum(map(len, cells.values()))
-    n_reused = n_cells - n_computed - len(stopped)
+    stopped = {stage: split_stopped(gate, stage, of)[1] for stage, of in cells.items()}
+    stops = all_stops(gate, cells)
+    n_cells, n_stopped = sum(map(len, cells.values())), sum(map(len, stopped.values()))
+    n_failed = sum(
+        cell not in stopped[stage] and not is_made(plan, stage, cell)
+        for stage, of in cells.items()
+        for cell in of
+        if stops or errors
+    )
+    n_reused = n_cells - n_computed - n_stopped - n_failed
+    failed = f", {n_failed} failed" if n_failed else ""
     err.print(
-        f"{n_cells} artifacts: {n_computed} computed, {n_reused} reused; "
+        f"{n_cells} artifacts: {n_computed} computed, {n_reused} reused{failed}; "
         f"{n_runs} Dagster run(s), {time.monotonic() - start:.0f} s"
     )
-    if failed := failed_checks(gate, cells):
-        n = len(stopped)
-        raise refusal(plan.study, failed, f"{n} of {n_cells} artifacts are stopped" if n else "")
+    if stops:
+        so = f"{n_stopped} of {n_cells} artifacts are stopped" if n_stopped else ""
+        raise refusal(plan.study, stops, so)
+    if errors:
+        raise errors[0]
 
 
 def main() -> None:

@@ -27,11 +27,10 @@ from dagster._core.events import DagsterEventType
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
 
 from taprobe_core.pipeline import (
-    CHECKS,
-    CODE_VERSIONS,
-    WARNINGS,
+    STAGES,
     Cell,
     Description,
+    Failure,
     Outcome,
     Plan,
     Verdict,
@@ -65,9 +64,35 @@ def materialization(
         metadata=cell_metadata(outcome, description),
         tags={
             DATA_VERSION_TAG: outcome.key.fingerprint,
-            CODE_VERSION_TAG: CODE_VERSIONS[stage],
+            CODE_VERSION_TAG: STAGES[stage].code_version,
             DATA_VERSION_IS_USER_PROVIDED_TAG: "true",
             **inputs,
+        },
+    )
+
+
+def failure_event(failure: Failure) -> dg.AssetObservation:
+    """The event of one cell that failed: what, where, how to mend it.
+
+    Dagster's own failed-to-materialize event is refused by every storage but that of its hosted
+    product. The run ends as failed, which marks the partition; this event tells why.
+
+    Args:
+        failure: of the core.
+    """
+    traces = [each.trace for each in failure.faults if each.trace]
+    return dg.AssetObservation(
+        asset_key=failure.stage,
+        partition=partition_key(failure.stage, failure.cell),
+        description=f"{failure.headline}: {failure.details}",
+        metadata={
+            "failed": True,
+            "error": _lines(dict.fromkeys(type(each.error).__name__ for each in failure.faults)),
+            "what": _lines(each.told for each in failure.faults),
+            "where": _lines(dict.fromkeys(each.error.where or "" for each in failure.faults)),
+            "fix": failure.fix,
+            "n_faults": len(failure.faults),
+            **({"traceback": dg.MetadataValue.md(f"```\n{traces[0]}\n```")} if traces else {}),
         },
     )
 
@@ -159,7 +184,7 @@ def check_result(stage: str, check: str, verdicts: Sequence[Verdict]) -> dg.Asse
     # The figures of the cell to look at: of the first that fails, else of the first.
     for name, value in next((each.numbers for each in [*red, *verdicts]), {}).items():
         metadata[name] = float(value)
-    warns = check in WARNINGS
+    warns = not STAGES[stage].checks[check].is_blocking
     return dg.AssetCheckResult(
         asset_key=stage,
         check_name=check,
@@ -180,11 +205,10 @@ def refresh_checks(instance: dg.DagsterInstance, plan: Plan) -> None:
     A waiver changes what a check says without a run of its asset, and so does a store that somebody
     mended.
     """
-    stages = [stage for stage in stages_of(plan.study) if stage in CHECKS]
     keys = {
         dg.AssetCheckKey(dg.AssetKey(stage), name): stage
-        for stage in stages
-        for name in CHECKS[stage]
+        for stage in stages_of(plan.study)
+        for name in STAGES[stage].checks
     }
     logged = instance.event_log_storage.get_latest_asset_check_execution_by_key(list(keys))
     for key, stage in keys.items():
@@ -199,7 +223,7 @@ def refresh_checks(instance: dg.DagsterInstance, plan: Plan) -> None:
                     metadata=now.metadata,
                     severity=now.severity,
                     description=now.description,
-                    blocking=CHECKS[stage][key.name].is_blocking,
+                    blocking=STAGES[stage].checks[key.name].is_blocking,
                 )
             )
 

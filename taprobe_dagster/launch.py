@@ -36,12 +36,14 @@ from taprobe_core.pipeline import (
     Gate,
     Plan,
     cells_of,
+    failure_at,
+    has_key,
     is_complete,
     key_of,
     split_stopped,
 )
 from taprobe_core.study import Study
-from taprobe_dagster.assets import POOLS, ops_of
+from taprobe_dagster.assets import ops_of, pool_of
 from taprobe_dagster.liveness import recorded
 from taprobe_dagster.partitions import box_cells, boxes, partition_key
 
@@ -62,6 +64,8 @@ class Launch:
     It is another one as soon as a wanted cell has been made, by whichever run, so that a cell
     that is discarded afterwards is not taken for the attempt before.
     """
+    has_failed: bool = False
+    """Whether every cell that it wants has failed before: later ops need not wait for it."""
 
     @property
     def tags(self) -> dict[str, str]:
@@ -80,11 +84,15 @@ def wanted_cells(
     logged = _logged_versions(instance, stage)
     wanted = []
     for cell in cells:
-        key = key_of(plan, stage, cell)
-        is_logged = logged.get(partition_key(stage, cell)) == key.fingerprint
+        is_logged = logged.get(partition_key(stage, cell)) == _fingerprint(plan, stage, cell)
         if not (is_logged and is_complete(plan, stage, cell)):
             wanted.append(cell)
     return wanted
+
+
+def _fingerprint(plan: Plan, stage: str, cell: Cell) -> str:
+    """Empty where a cell has no key here: its run says why."""
+    return key_of(plan, stage, cell).fingerprint if has_key(plan, stage, cell) else ""
 
 
 def _logged_versions(instance: dg.DagsterInstance, stage: str) -> Mapping[str | None, str]:
@@ -109,7 +117,8 @@ def launches_of(
 ) -> Iterator[Launch]:
     """The runs that one op needs to give its stages every cell they lack and may have.
 
-    A cell that a failed check is known to stop is not launched: its run would be refused.
+    A cell that is known to be stopped, by a failed check or because what it reads failed, is not
+    launched: its run would be refused.
     """
     if not stages:
         return
@@ -124,12 +133,17 @@ def launches_of(
     events = {stage: _last_events(instance, stage, set(found)) for stage, found in wanted.items()}
     for first, last in boxes(plan.study, stages[0], list(cells)):
         state = [
-            (stage, cell, key_of(plan, stage, cell).fingerprint, events[stage].get(cell, "present"))
+            (stage, cell, _fingerprint(plan, stage, cell), events[stage].get(cell, "present"))
             for stage in stages
             for cell in box_cells(plan.study, stage, first, last)
         ]
         digest = hashlib.sha256(repr(state).encode()).hexdigest()[:20]
-        yield Launch(op, tuple(stages), first, last, digest)
+        has_failed = all(
+            failure_at(plan, stage, cell) is not None
+            for stage, cell, *_ in state
+            if cell in wanted[stage]
+        )
+        yield Launch(op, tuple(stages), first, last, digest, has_failed)
 
 
 def _last_events(
@@ -163,9 +177,8 @@ def execute(
         run_id: of the run; None makes a new one.
 
     Raises:
-        FailedCheckError: a blocking check failed, or had failed before; what it does not stop is
-            committed (`n_computed_in`).
-        TaprobeError: what a stage raised.
+        TaprobeError: cells or blocking checks failed, now or before, and what they do not stop is
+            committed (`n_computed_in`); or the store cannot be written (`errors.is_of_machine`).
         KeyboardInterrupt: Ctrl-C, which Dagster turns into an error of its own while a step runs.
     """
     job = defs.resolve_implicit_global_asset_job_def()
@@ -206,7 +219,7 @@ def who_holds_pool(instance: dg.DagsterInstance, launch: Launch) -> list[str]:
     The slot itself is claimed by Dagster, as the step begins; this is for telling why it takes
     long.
     """
-    pool = POOLS.get(launch.op)
+    pool = pool_of(launch.stages)
     if pool is None:
         return []
     info = instance.event_log_storage.get_concurrency_info(pool)

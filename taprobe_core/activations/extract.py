@@ -27,16 +27,20 @@ from taprobe_core.activations.progress import Progress
 from taprobe_core.activations.schedule import run_ahead, run_in_step
 from taprobe_core.activations.shards import ActivationShard, AttentionShard
 from taprobe_core.activations.tasks import TextTask
-from taprobe_core.errors import ModelMismatchError, SpanError
+from taprobe_core.errors import ModelMismatchError, SpanError, TaprobeError, original
 
 
 class Extracted(NamedTuple):
-    """One text's shards by layer, and how far the extraction is with them."""
+    """One text's shards by layer, and how far the extraction is with them.
+
+    `faults` says of a layer why a shard of it is not there.
+    """
 
     problem_id: int
     shards: dict[int, ActivationShard]
     attention: dict[int, AttentionShard]
     progress: Progress
+    faults: dict[int, TaprobeError]
 
 
 def extract(
@@ -46,6 +50,7 @@ def extract(
     *,
     gemm_rate: float | None = None,
     clock: Callable[[], float] = time.monotonic,
+    keeps_faults: bool = False,
 ) -> Iterator[Extracted]:
     """Run each text once and yield its shards, the longest text's pack first.
 
@@ -59,6 +64,7 @@ def extract(
         options: what to keep; None for float16 means.
         gemm_rate: FLOP/s of the device's matrix products, for the progress.
         clock: seconds, for the progress.
+        keeps_faults: go on where a text fails, and tell with it what failed; otherwise raise it.
 
     Raises:
         SpanError: a span lies outside its text.
@@ -80,7 +86,15 @@ def extract(
         )
     for task in wanted:
         _check_spans(task)
-    return _Run(models, wanted, options, gemm_rate, clock).items()
+    items = _Run(models, wanted, options, gemm_rate, clock).items()
+    return items if keeps_faults else _raising(items)
+
+
+def _raising(items: Iterator[Extracted]) -> Iterator[Extracted]:
+    for item in items:
+        for fault in item.faults.values():
+            raise original(fault)
+        yield item
 
 
 def _check_spans(task: TextTask) -> None:
@@ -130,7 +144,7 @@ class _Run:
         n_tokens = flop = 0
         run = run_ahead if self._device.type == "cuda" else run_in_step
         texts = run(self._models, packs, self._options)
-        for n_texts, (task, shards, attention) in enumerate(texts, 1):
+        for n_texts, (task, shards, attention, faults) in enumerate(texts, 1):
             n_tokens += len(task.token_ids)
             flop += pass_flop(self._shape, [len(task.token_ids)], task.deepest + 1)
             progress = Progress(
@@ -142,4 +156,4 @@ class _Run:
                 flop,
                 self._gemm_rate,
             )
-            yield Extracted(task.problem_id, shards, attention, progress)
+            yield Extracted(task.problem_id, shards, attention, progress, faults)

@@ -54,6 +54,7 @@ from taprobe_core.attention import (
     tail_mass,
     tail_mass_of,
 )
+from taprobe_core.errors import NonFiniteError, TaprobeError
 
 _fused: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _ways: WeakKeyDictionary[nn.Module, tuple[object, Ways]] = WeakKeyDictionary()
@@ -68,11 +69,12 @@ class _Kept(NamedTuple):
 
 
 class TextShards(NamedTuple):
-    """What one text leaves behind, by layer."""
+    """What one text leaves behind, by layer, and why nothing is left at other layers."""
 
     task: TextTask
     activations: dict[int, ActivationShard]
     attention: dict[int, AttentionShard]
+    faults: dict[int, TaprobeError]
 
 
 class QueuedPack:
@@ -193,8 +195,8 @@ class QueuedPack:
     def results(self) -> Iterator[TextShards]:
         """Wait for the pack, and yield each text's shards.
 
-        Raises:
-            NonFiniteError: a value is NaN or infinite; names problem, layer and sentence.
+        A layer at which a value is NaN or infinite has a `NonFiniteError` in place of its
+        activations, which names problem, layer and sentence; the other layers have theirs.
         """
         self._transfer.wait()
         first_row = {"sentence": 0, "token": 0}
@@ -204,7 +206,13 @@ class QueuedPack:
                 unit: slice(first_row[unit], first_row[unit] + n_rows[unit]) for unit in n_rows
             }
             first_row = {unit: ranges[unit].stop for unit in ranges}
-            activations = {layer: self._shard(task, layer, index, ranges) for layer in task.layers}
+            activations: dict[int, ActivationShard] = {}
+            faults: dict[int, TaprobeError] = {}
+            for layer in task.layers:
+                try:
+                    activations[layer] = self._shard(task, layer, index, ranges)
+                except NonFiniteError as fault:
+                    faults[layer] = fault
             attention = {
                 layer: AttentionShard(
                     task.problem_id,
@@ -217,7 +225,7 @@ class QueuedPack:
                 )
                 for layer in task.attention_layers
             }
-            yield TextShards(task, activations, attention)
+            yield TextShards(task, activations, attention, faults)
 
     def _shard(
         self, task: TextTask, layer: int, index: SpanIndex, rows_of: dict[str, slice]

@@ -4,8 +4,8 @@ On a CPU a pass begins when its results are asked for. On CUDA a thread per mode
 that no device waits for the host, for another device, or for results to be taken. What does not
 belong here: which texts make a pack, and what a pack does.
 
-The invariant: short memory makes packs smaller and is logged; whatever ends the iteration ends the
-threads.
+The invariant: short memory makes packs smaller and is logged; a text that the model fails on costs
+itself, and the others of its pack run without it; whatever ends the iteration ends the threads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 from taprobe_core.activations.options import ExtractOptions
 from taprobe_core.activations.passes import QueuedPack, TextShards
 from taprobe_core.activations.tasks import TextTask
-from taprobe_core.errors import ModelError
+from taprobe_core.errors import ModelError, TaprobeError, attempted
 
 _log = logging.getLogger(__name__)
 
@@ -44,18 +44,15 @@ def run_in_step(
         packs: texts of each pass, in order.
         options: what to keep.
 
-    Raises:
-        ModelError: out of memory on a single text.
-        NonFiniteError: a value is NaN or infinite.
+    Yields:
+        Each text; one that fails, or is too long for the memory, with its error at every layer.
     """
     waiting = deque(packs)
     n_run = 0
     while waiting:
         tasks = waiting.popleft()
-        try:
-            pack = QueuedPack(models[n_run % len(models)], tasks, options)
-        except RuntimeError as error:
-            _check_out_of_memory(error, tasks)
+        pack = _queued(models[n_run % len(models)], tasks, options)
+        if pack is None:
             waiting.extendleft(reversed(_halves(tasks)))
             continue
         n_run += 1
@@ -72,9 +69,8 @@ def run_ahead(
         packs: texts of each pass; the first ones begin first.
         options: what to keep.
 
-    Raises:
-        ModelError: out of memory on a single text.
-        NonFiniteError: a value is NaN or infinite.
+    Yields:
+        Each text; one that fails, or is too long for the memory, with its error at every layer.
     """
     lanes = _Lanes(packs, options)
     with ThreadPoolExecutor(len(models), thread_name_prefix="lane") as threads:
@@ -99,7 +95,7 @@ class _Lanes:
     """What the threads share: packs that wait, packs in flight, packs that are queued."""
 
     def __init__(self, packs: Packs, options: ExtractOptions) -> None:
-        self.done: SimpleQueue[tuple[nn.Module, QueuedPack] | None] = SimpleQueue()
+        self.done: SimpleQueue[tuple[nn.Module, QueuedPack | _FailedText] | None] = SimpleQueue()
         self._options = options
         self._waiting = deque(packs)
         self._in_flight: dict[nn.Module, int] = {}
@@ -159,14 +155,52 @@ class _Lanes:
         self.release(model)
 
     def _is_queued(self, model: nn.Module, tasks: Sequence[TextTask], *, is_last: bool) -> bool:
-        """Queue a pack; False where it finds no memory."""
-        try:
-            pack = QueuedPack(model, tasks, self._options)
-        except RuntimeError as error:
-            _check_out_of_memory(error, tasks if is_last else ())
+        """Queue a pack; False where it has to be tried again, or smaller."""
+        pack = _queued(model, tasks, self._options, is_last=is_last)
+        if pack is None:
             return False
         self.done.put((model, pack))
         return True
+
+
+class _FailedText:
+    """Stands for the pack of a single text that failed."""
+
+    def __init__(self, task: TextTask, error: TaprobeError) -> None:
+        self._task, self._error = task, error
+
+    def results(self) -> Iterator[TextShards]:
+        layers = {*self._task.layers, *self._task.attention_layers}
+        yield TextShards(self._task, {}, {}, dict.fromkeys(sorted(layers), self._error))
+
+
+def _queued(
+    model: nn.Module, tasks: Sequence[TextTask], options: ExtractOptions, *, is_last: bool = True
+) -> QueuedPack | _FailedText | None:
+    """Queue a pack; None where it fails and a smaller one, or another try, may not."""
+    where = ", ".join(f"problem {task.problem_id}" for task in tasks)
+
+    def queue() -> QueuedPack | None:
+        try:
+            return QueuedPack(model, tasks, options)
+        except RuntimeError as error:
+            _check_out_of_memory(error, tasks if is_last else ())
+            if is_last:
+                _say_smaller(tasks, "out of memory")
+            return None
+
+    found = attempted(queue, where)
+    if not isinstance(found, TaprobeError):
+        return found
+    if len(tasks) > 1:
+        if is_last:
+            _say_smaller(tasks, found.what)
+        return None
+    if not (found.where or "").startswith(where):
+        named = type(found)(found.what, f"{where}, {found.where}", found.fix)
+        named.__cause__ = found.__cause__
+        found = named
+    return _FailedText(tasks[0], found)
 
 
 def _check_out_of_memory(error: RuntimeError, tasks: Sequence[TextTask]) -> None:
@@ -187,11 +221,12 @@ def _check_out_of_memory(error: RuntimeError, tasks: Sequence[TextTask]) -> None
 
 def _halves(tasks: Sequence[TextTask]) -> tuple[Sequence[TextTask], Sequence[TextTask]]:
     half = len(tasks) // 2
-    _log.warning(
-        "out of memory on a pack of %d texts, %d tokens: going on with packs of %d and %d",
-        len(tasks),
-        sum(len(task.token_ids) for task in tasks),
-        half,
-        len(tasks) - half,
-    )
     return tasks[:half], tasks[half:]
+
+
+def _say_smaller(tasks: Sequence[TextTask], why: str) -> None:
+    half, n_tokens = len(tasks) // 2, sum(len(task.token_ids) for task in tasks)
+    _log.warning(
+        "%s on a pack of %d texts, %d tokens: going on with packs of %d and %d",
+        *(why, len(tasks), n_tokens, half, len(tasks) - half),
+    )

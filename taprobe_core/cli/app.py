@@ -29,8 +29,17 @@ from taprobe_core.cli.skips import render_skips
 from taprobe_core.cli.verdicts import acceptance_line, verify_document, verify_lines
 from taprobe_core.errors import ConfigError, FailedCheckError, TaprobeError, visible
 from taprobe_core.leaderboard import render_text
-from taprobe_core.pipeline import DIMENSIONS, Cell, Plan, dimension_keys, open_plan, run_stage
-from taprobe_core.pipeline.cells import check_stage, key_of
+from taprobe_core.pipeline import (
+    STAGES,
+    Cell,
+    Plan,
+    check_stage,
+    dimension_keys,
+    key_of,
+    open_plan,
+    run_stage,
+)
+from taprobe_core.pipeline.failures import kept_failures
 from taprobe_core.pipeline.forecast import Assumptions, forecast, model_shapes
 from taprobe_core.pipeline.input_faults import input_faults
 from taprobe_core.pipeline.skips import foreseen_skips, stored_skips
@@ -157,6 +166,8 @@ def check(
     speed = measure_speed(plan, blocks, is_measured=measure)
     rows = forecast(plan, assumptions, shapes, speed)
     skipped, unknown = foreseen_skips(plan)
+    failures = kept_failures(plan)
+    code = EXIT_FIXABLE if faults or failures else 0
     if as_json:
         found = {
             **summary,
@@ -166,10 +177,13 @@ def check(
             "faults": [
                 {"what": each.what, "where": each.where, "fix": each.fix} for each in faults
             ],
+            "failures": [each.document for each in failures],
         }
         out.print_json(json.dumps(found, default=str))
-        raise typer.Exit(EXIT_FIXABLE if faults else 0)
+        raise typer.Exit(code)
     verdict = f"cannot run yet, {len(faults)} input(s) as said below" if faults else "is valid"
+    if failures:
+        verdict += f", {len(failures)} cell(s) failed when they were last tried"
     out.print(f"study [bold]{escape(plan.study.name)}[/] {verdict}; data folder {plan.data_root}")
     stages = pl.DataFrame(summary["stages"], schema_overrides={"n_present": pl.Int64})
     models = summary["models"]
@@ -185,7 +199,10 @@ def check(
         out.print(f"note: {escape(note)}")
     for fault in faults:
         err.print(f"[bold red]error:[/] {escape(str(fault))}")
-    raise typer.Exit(EXIT_FIXABLE if faults else 0)
+    for failure in failures:
+        err.print(f"[bold red]failed:[/] {escape(f'{failure.where}: {failure.details}')}")
+        err.print(f"Fix: {escape(failure.fix)}; `taprobe run` then tries it again")
+    raise typer.Exit(code)
 
 
 def _ask_for_inputs(plan: Plan, accept: bool) -> list[TaprobeError]:
@@ -267,7 +284,7 @@ def _on_disk(study: Path | None) -> Plan:
 
 @app.command()
 def lineage(
-    stage: Annotated[str, typer.Argument(help=f"One of {', '.join(DIMENSIONS)}.")],
+    stage: Annotated[str, typer.Argument(help=f"One of {', '.join(STAGES)}.")],
     cell: Annotated[list[str] | None, typer.Argument(help="Partition keys of the cell.")] = None,
     study: StudyOption = None,
 ) -> None:
@@ -313,7 +330,7 @@ def checked_cell(plan: Plan, stage: str, keys: Sequence[str]) -> Cell:
     Raises:
         ConfigError: the study has no such stage or key, or the stage takes another number of keys.
     """
-    wanted = DIMENSIONS[check_stage(plan.study, stage)]
+    wanted = STAGES[check_stage(plan.study, stage)].grid
     if len(keys) != len(wanted):
         raise ConfigError(
             f"{len(keys)} keys of a cell of {stage}",
@@ -340,6 +357,6 @@ def print_skipped(plan: Plan) -> None:
 
 def print_leaderboard(plan: Plan) -> None:
     """Print the best rows of the study's leaderboard."""
-    frame = plan.store.open(plan.leaderboard()).read_table("leaderboard.parquet")
+    frame = plan.read("leaderboard", (), "leaderboard")
     for table in render_text(frame):
         out.print(table)

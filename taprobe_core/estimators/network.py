@@ -10,6 +10,7 @@ takes no part in a fit.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Self
 
 import numpy as np
@@ -25,6 +26,8 @@ from taprobe_core.solvers.network_stopping import EarlyStopping
 from taprobe_core.solvers.networks import NetworkSolution, fit_networks
 
 MAX_SEED = 2**32 - 1
+
+_OPTIONS = tuple(each.name for each in fields(NetworkOptions) if each.name != "is_classifier")
 
 
 class _MLPProbe(BaseEstimator):  # type: ignore[misc]
@@ -72,18 +75,8 @@ class _MLPProbe(BaseEstimator):  # type: ignore[misc]
         trained = ~watched & (weight > 0)
         if is_classifier and len(np.unique(y[trained])) < 2:
             raise ValueError("the rows to train on, those of weight above 0, have one class only")
-        options = NetworkOptions(
-            hidden=tuple(self.hidden),
-            is_classifier=is_classifier,
-            max_iter=self.max_iter,
-            alpha=self.alpha,
-            learning_rate=self.learning_rate,
-            batch_size=self.batch_size,
-            early_stopping=self.early_stopping,
-            validation_fraction=self.validation_fraction,
-            patience=self.patience,
-            tol=self.tol,
-        )
+        own = {name: getattr(self, name) for name in _OPTIONS} | {"hidden": tuple(self.hidden)}
+        options = NetworkOptions(is_classifier=is_classifier, **own)
         columns = Columns(
             fold=np.zeros(1, np.int64),
             y=y[:, None],

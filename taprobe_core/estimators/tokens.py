@@ -12,6 +12,7 @@ early and to calibrate, so that repeating a sentence is not the same as giving i
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Literal, Self
 
 import numpy as np
@@ -40,6 +41,8 @@ from taprobe_core.solvers.token_probes import (
 
 MAX_SEED = 2**31 - 1
 
+_OPTIONS = tuple(each.name for each in fields(TokenProbeOptions) if each.name != "loss")
+
 
 class _TokenProbe(BaseEstimator):  # type: ignore[misc]
     """What classifier and regressor share."""
@@ -47,20 +50,8 @@ class _TokenProbe(BaseEstimator):  # type: ignore[misc]
     arrays_: dict[str, NDArray[np.float32]]
 
     def _options(self, loss: Loss) -> TokenProbeOptions:
-        return TokenProbeOptions(
-            pooling=self.pooling,
-            loss=loss,
-            n_heads=self.n_heads,
-            width=self.width,
-            depth=self.depth,
-            window=self.window,
-            training=self.training,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            batch_size=self.batch_size,
-            max_epochs=self.max_epochs,
-            patience=self.patience,
-        )
+        own = {name: getattr(self, name) for name in _OPTIONS}
+        return TokenProbeOptions(loss=loss, **own)
 
     def _fit(
         self,

@@ -4,37 +4,33 @@ What shares a feature matrix is done on one loaded matrix: cells are grouped by 
 all that their trials lack goes into the solvers together. A fit is keyed by what it depends on, so
 baselines are solved once for all sites of a model and deterministic recipes once for all seeds; it
 is committed as soon as its solve is done, and a trial's artifact is an index of its fits. A setting
-that repeats another's rows takes over its fits.
+that repeats another's rows takes over its fits. A fit that fails costs itself, and the index of the
+trials that want it.
 """
 
 from __future__ import annotations
 
-import time
+import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import polars as pl
-
 from taprobe_core.attention_tables import variant_scores
 from taprobe_core.checkpoints import pick_devices
+from taprobe_core.errors import TaprobeError, attempted
 from taprobe_core.features import ProbeData
-from taprobe_core.keys import Site, Trial
-from taprobe_core.pipeline.attention import read_attention
-from taprobe_core.pipeline.inputs import read_probe_data
-from taprobe_core.pipeline.outcome import Outcome, commit_once
+from taprobe_core.keys import Site
+from taprobe_core.pipeline.commit import commit_once
+from taprobe_core.pipeline.fit_rows import WHOLE, View, kept_rows, take_rows, with_attention
+from taprobe_core.pipeline.inputs import read_attention, read_probe_data
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.skips import folds_of
-from taprobe_core.pipeline.twins import find_twin, take_over
-from taprobe_core.pipeline.view import WHOLE, View, kept_rows, take_rows, with_attention
-from taprobe_core.probes import Contents, Design, Fit, RecipeFit, fit_batches, save_probes
-from taprobe_core.probes.threads import side_by_side
-from taprobe_core.store import ArtifactKey, write_table
+from taprobe_core.probes import Contents, Design, Fit, RecipeFit, fit_each, save_probes
+from taprobe_core.store import Artifact, ArtifactKey, write_table
 from taprobe_core.study import ProbeRecipe
-from taprobe_core.tables import SCORES, schema_of
 
 
 class Wanted(NamedTuple):
@@ -51,67 +47,27 @@ class Wanted(NamedTuple):
     view: View = WHOLE
 
 
-def read_scores(plan: Plan, site: Site, trial: Trial) -> pl.DataFrame:
-    """Read the scores of every recipe of one site and trial (`tables.SCORES`).
+class Fits(NamedTuple):
+    """What became of the fits that were asked for.
 
-    Raises:
-        MissingArtifactError: a recipe is not fitted yet.
+    Attributes:
+        is_reused: key of every fit that is there -> whether it stood in the store before.
+        failed: key of every other -> its error.
     """
-    fits = [plan.fit(site, trial.setting, recipe, trial.seed) for recipe in plan.study.recipes]
-    return pl.concat([plan.store.open(key).read_table("scores.parquet") for key in fits])
 
+    is_reused: dict[ArtifactKey, bool]
+    failed: dict[ArtifactKey, TaprobeError]
 
-def read_control_scores(plan: Plan, site: Site, trial: Trial) -> pl.DataFrame:
-    """Read the scores of the control tasks, under the names of the recipes that they control.
+    @property
+    def new(self) -> set[ArtifactKey]:
+        """Keys of the fits that were made now."""
+        return {key for key, is_reused in self.is_reused.items() if not is_reused}
 
-    Returns:
-        `tables.SCORES`; without rows where the study asks for none.
-
-    Raises:
-        MissingArtifactError: a control is not fitted yet.
-    """
-    parts = [schema_of(SCORES).to_frame()]
-    for name, control in plan.study.controls.items():
-        artifact = plan.store.open(plan.fit(site, trial.setting, control, trial.seed))
-        scores = artifact.read_table("scores.parquet")
-        parts.append(scores.with_columns(pl.lit(name).alias("recipe")))
-    return pl.concat(parts)
-
-
-def ensure_probe_fits(plan: Plan, cells: Sequence[tuple[Site, Trial]]) -> Iterator[Outcome]:
-    """Fit what the cells lack and yield one outcome per cell.
-
-    Args:
-        plan: the plan.
-        cells: (site, trial) pairs in any order.
-
-    Yields:
-        One outcome per cell: the index of its fits, table `fits`.
-
-    Raises:
-        MissingArtifactError: labels, spans or activations are not there yet.
-        PlanError: a split side would be empty.
-    """
-    groups: dict[tuple[Site, str], list[Trial]] = defaultdict(list)
-    for site, trial in cells:
-        groups[site, trial.setting].append(trial)
-
-    def fit(group: tuple[Site, str]) -> dict[ArtifactKey, bool]:
-        trials = groups[group]
-        wanted = [Wanted(recipe, trial.seed) for trial in trials for recipe in plan.study.fitted]
-        return ensure_fits(plan, *group, wanted)
-
-    start = time.monotonic()
-    results = side_by_side(fit, list(groups))
-    for ((site, _), trials), done in zip(groups.items(), results, strict=True):
-        new = {key for key, is_reused in done.items() if not is_reused}
-        for trial in trials:
-            index, fits = _commit_index(plan, site, trial)
-            # A fit that trials share is the first one's work.
-            is_reused = index.is_reused and new.isdisjoint(fits)
-            new -= set(fits)
-            yield Outcome(index.artifact, is_reused, time.monotonic() - start)
-            start = time.monotonic()
+    def errors_of(self, wanted: Iterable[ArtifactKey]) -> dict[str, TaprobeError]:
+        """The errors of those of some fits that failed, by the name of their recipe."""
+        return {
+            f"recipe {key.partition[-1]}": self.failed[key] for key in wanted if key in self.failed
+        }
 
 
 def fit_key(plan: Plan, site: Site, setting: str, fit: Wanted) -> ArtifactKey:
@@ -119,9 +75,7 @@ def fit_key(plan: Plan, site: Site, setting: str, fit: Wanted) -> ArtifactKey:
     return plan.fit(site, setting, fit.recipe, fit.seed, fit.view)
 
 
-def ensure_fits(
-    plan: Plan, site: Site, setting: str, wanted: Sequence[Wanted]
-) -> dict[ArtifactKey, bool]:
+def ensure_fits(plan: Plan, site: Site, setting: str, wanted: Sequence[Wanted]) -> Fits:
     """Fit what the store lacks of one (site, setting), each distinct fit once.
 
     Unlike other artifacts, fits are computed before the lock of their partition is taken, so two
@@ -132,44 +86,37 @@ def ensure_fits(
         site: model and layer.
         setting: the setting.
         wanted: what to fit.
-
-    Returns:
-        Key of every wanted fit -> whether it stood in the store before.
-
-    Raises:
-        MissingArtifactError: labels, spans or activations are not there yet.
-        PlanError: a split side would be empty.
     """
     keys = {fit_key(plan, site, setting, fit): fit for fit in wanted}
     lacking = {key: fit for key, fit in keys.items() if plan.store.adopt(key) is None}
+    failed = _fit(plan, site, setting, lacking) if lacking else {}
+    return Fits({key: key not in lacking for key in keys if key not in failed}, failed)
+
+
+def _fit(
+    plan: Plan, site: Site, setting: str, lacking: Mapping[ArtifactKey, Wanted]
+) -> dict[ArtifactKey, TaprobeError]:
+    """Commit fits of one (site, setting); return the errors of those that fail."""
+    bench = _Bench(plan, site, setting, tuple(lacking.values()))
+    data = attempted(lambda: bench.data, f"data of {site}, {setting}")
+    failed: dict[ArtifactKey, TaprobeError] = {}
+    if isinstance(data, TaprobeError):
+        by_reads: dict[object, dict[ArtifactKey, Wanted]] = defaultdict(dict)
+        for key, fit in lacking.items():
+            looks = "vertical_attention" in fit.recipe.features
+            by_reads[frozenset(fit.recipe.poolings_read), looks][key] = fit
+        if len(by_reads) == 1:
+            return dict.fromkeys(lacking, data)
+        # What one recipe reads cannot be read; the others do without it.
+        for part in by_reads.values():
+            failed |= _fit(plan, site, setting, part)
+        return failed
     by_view: dict[View, dict[Fit, ArtifactKey]] = defaultdict(dict)
     for key, each in lacking.items():
         by_view[each.view][Fit(each.recipe, each.seed)] = key
-    if lacking:
-        bench = _Bench(plan, site, setting, tuple(lacking.values()))
-        for view, fits in by_view.items():
-            bench.make(view, fits)
-    return {key: key not in lacking for key in keys}
-
-
-def _commit_index(plan: Plan, site: Site, trial: Trial) -> tuple[Outcome, list[ArtifactKey]]:
-    recipes = plan.study.fitted
-    keys = [plan.fit(site, trial.setting, recipe, trial.seed) for recipe in recipes]
-
-    def write(folder: Path) -> None:
-        table = pl.DataFrame(
-            {
-                "recipe": [recipe.name for recipe in recipes],
-                "target": [recipe.target for recipe in recipes],
-                "scope": [key.partition[0] for key in keys],
-                "fit": [key.partition[2] for key in keys],
-                "fit_fingerprint": [key.fingerprint for key in keys],
-            }
-        )
-        write_table(folder / "fits.parquet", table)
-
-    provenance = {"site": str(site), "trial": str(trial)}
-    return commit_once(plan, plan.probe_fits(site, trial), write, provenance, keys), keys
+    for view, fits in by_view.items():
+        failed |= {fits[fit]: error for fit, error in bench.make(view, fits).items()}
+    return failed
 
 
 @dataclass(frozen=True)
@@ -186,12 +133,12 @@ class _Bench:
         return str(pick_devices(self.plan.study.activations.device)[0])
 
     @cached_property
-    def _data(self) -> ProbeData:
+    def data(self) -> ProbeData:
         recipes = [each.recipe for each in self.wanted]
         return read_probe_data(self.plan, self.site.model, self.setting, self.site, recipes)
 
     def design(self, view: View) -> Design:
-        data = self._data
+        data = self.data
         if view.attention is not None:
             masses = read_attention(self.plan, self.site, self.setting)
             data = with_attention(data, variant_scores(masses, view.attention))
@@ -200,29 +147,57 @@ class _Bench:
         folds = folds_of(self.plan, self.site.model, self.setting, data.problems)
         return Design(data, tuple(folds), splits, self.plan.study.labels)
 
-    def make(self, view: View, keys: Mapping[Fit, ArtifactKey]) -> None:
-        """Commit fits of one view: those of a twin as they are, the others solved together."""
+    def make(self, view: View, keys: Mapping[Fit, ArtifactKey]) -> dict[Fit, TaprobeError]:
+        """Commit fits of one view: equal ones of another setting as they are, the rest solved.
+
+        Returns:
+            The fits that fail, each with its error.
+        """
         plan, probes = self.plan, self.plan.study.probes
-        design = self.design(view)
+        where = f"{self.site}, {self.setting}"
+        design = attempted(lambda: self.design(view), where)
+        if isinstance(design, TaprobeError):
+            return dict.fromkeys(keys, design)
         contents = Contents(design, probes.precision)
-        names = {fit: contents.of(fit) for fit in keys}
+        names: dict[Fit, str] = {}
+        failed: dict[Fit, TaprobeError] = {}
+
+        def is_there(fit: Fit) -> bool:
+            names[fit] = contents.of(fit)
+            equal = _find_equal(plan, self.site, self.setting, fit, view, names[fit])
+            if equal is not None:
+                same = {"content_sha256": names[fit], "twin": str(equal.key)}
+                self._commit(keys[fit], fit, partial(_take_over, equal), same)
+            return equal is not None
+
         rest = []
-        for fit, key in keys.items():
-            twin = find_twin(plan, self.site, self.setting, fit, view, names[fit])
-            if twin is None:
+        for fit in keys:
+            there = attempted(partial(is_there, fit), f"{where}, recipe {fit.recipe.name}")
+            if isinstance(there, TaprobeError):
+                failed[fit] = there
+            elif not there:
                 rest.append(fit)
-            else:
-                same = {"content_sha256": names[fit], "twin": str(twin.key)}
-                self._commit(key, fit, partial(take_over, twin), same)
-        for fit, result in fit_batches(
+        for fit, result in fit_each(
             design,
             rest,
             self.device,
             keep_probes=probes.keep == "probes",
             precision=probes.precision,
         ):
-            write = partial(_write, result)
-            self._commit(keys[fit], fit, write, {"content_sha256": names[fit]})
+            if isinstance(result, TaprobeError):
+                failed[fit] = result
+                continue
+            commit = partial(
+                self._commit,
+                keys[fit],
+                fit,
+                partial(_write, result),
+                {"content_sha256": names[fit]},
+            )
+            done = attempted(commit, f"{where}, recipe {fit.recipe.name}")
+            if done is not None:
+                failed[fit] = done
+        return failed
 
     def _commit(
         self, key: ArtifactKey, fit: Fit, write: Callable[[Path], None], more: Mapping[str, str]
@@ -242,3 +217,37 @@ def _write(result: RecipeFit, folder: Path) -> None:
     if result.probes:
         save_probes(folder, result.probes)
     write_table(folder / "scores.parquet", result.scores)
+
+
+def _find_equal(
+    plan: Plan, site: Site, setting: str, fit: Fit, view: View, content: str
+) -> Artifact | None:
+    """Return a stored fit of another setting of the study that saw the same; None without one.
+
+    What a fit saw stands in its manifest (`probes.content`).
+
+    Args:
+        plan: the plan.
+        site: model and layer of both.
+        setting: that of the fit.
+        fit: recipe and seed of both.
+        view: rows and attention of both.
+        content: `probes.Contents.of` the fit.
+    """
+    for other in plan.study.settings:
+        if other == setting:
+            continue
+        found = plan.store.adopt(plan.fit(site, other, fit.recipe, fit.seed, view))
+        if found is not None and found.manifest.provenance.get("content_sha256") == content:
+            return found
+    return None
+
+
+def _take_over(equal: Artifact, folder: Path) -> None:
+    """Copy the files of an equal fit into a folder.
+
+    Raises:
+        CorruptArtifactError: a file is not what its manifest says.
+    """
+    for name in equal.manifest.files:
+        shutil.copyfile(equal.file(name), folder / name)

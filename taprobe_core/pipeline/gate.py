@@ -1,26 +1,31 @@
-"""What failed checks stop: every cell that reads, directly or not, one whose check failed.
+"""What failed checks and failed cells stop: every cell that reads them, directly or not.
 
-The verdicts are in `verdicts`; running what is not stopped is in `run`. Invariant: a cell is
-stopped by what the store holds now, in whichever run and process that was found, until the input is
-another one or the study waives the check of that cell by name.
+The verdicts are in `verdicts`, the failures in `failures`; running what is not stopped is in `run`.
+Invariant: a cell is stopped by what the store holds now, in whichever run and process that was
+found: by a check until the input is another one or the study waives the check of that cell by name,
+by a failed cell until that is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from taprobe_core.errors import FailedCheckError
-from taprobe_core.pipeline.cells import Cell, cells_of, parent_cells
+from taprobe_core.errors import FailedCellsError, FailedCheckError, TaprobeError
+from taprobe_core.pipeline.failures import Failure, failure_at
+from taprobe_core.pipeline.grid import Cell
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.verdicts import Verdict, verdicts_of
 from taprobe_core.study import Study
 
 _SHOWN = 10
-"""Failed checks that an error lists."""
+"""Failed checks and cells that an error lists."""
+
+Stop = Verdict | Failure
+"""What stops the cells that read a cell: a failed check of it, or that it failed itself."""
 
 
 class Gate:
-    """Asks each cell's checks once; made anew for every question about a store that changes.
+    """Asks each cell once how it fared; made anew for every question about a store that changes.
 
     Args:
         plan: the plan.
@@ -31,31 +36,34 @@ class Gate:
     def __init__(self, plan: Plan, *, looks: bool = True) -> None:
         self._plan = plan
         self._looks = looks
-        self._of: dict[tuple[str, Cell], tuple[Verdict, ...]] = {}
+        self._of: dict[tuple[str, Cell], tuple[Stop, ...]] = {}
 
-    def above(self, stage: str, cell: Cell) -> tuple[Verdict, ...]:
-        """The failed checks that stop a cell, in data-path order."""
-        parents = parent_cells(self._plan.study, stage, cell)
-        return tuple(_distinct(each for parent in parents for each in self.through(*parent)))
+    def above(self, stage: str, cell: Cell) -> tuple[Stop, ...]:
+        """The failed checks and cells that stop a cell, in data-path order."""
+        parents = self._plan.stages.parent_cells(self._plan.study, stage, cell)
+        return tuple(distinct_stops(each for parent in parents for each in self.through(*parent)))
 
-    def through(self, stage: str, cell: Cell) -> tuple[Verdict, ...]:
-        """The failed checks that stop what reads a cell: those above it, else its own."""
+    def through(self, stage: str, cell: Cell) -> tuple[Stop, ...]:
+        """What stops the readers of a cell: what is above it, else its own failure or checks."""
         place = (stage, cell)
         if place not in self._of:
-            self._of[place] = self.above(stage, cell) or tuple(
-                verdict
-                for verdict in verdicts_of(self._plan, stage, cell, looks=self._looks)
-                if verdict.stops
-            )
+            self._of[place] = self.above(stage, cell) or self._own(stage, cell)
         return self._of[place]
+
+    def _own(self, stage: str, cell: Cell) -> tuple[Stop, ...]:
+        failure = failure_at(self._plan, stage, cell)
+        if failure is not None:
+            return (failure,)
+        verdicts = verdicts_of(self._plan, stage, cell, looks=self._looks)
+        return tuple(verdict for verdict in verdicts if verdict.stops)
 
 
 def split_stopped(
     gate: Gate, stage: str, cells: Iterable[Cell]
-) -> tuple[list[Cell], dict[Cell, tuple[Verdict, ...]]]:
-    """Divide cells of a stage into those that may run and those that failed checks stop."""
+) -> tuple[list[Cell], dict[Cell, tuple[Stop, ...]]]:
+    """Divide cells of a stage into those that may run and those that are stopped, with by what."""
     free: list[Cell] = []
-    stopped: dict[Cell, tuple[Verdict, ...]] = {}
+    stopped: dict[Cell, tuple[Stop, ...]] = {}
     for cell in cells:
         found = gate.above(stage, cell)
         if found:
@@ -65,29 +73,56 @@ def split_stopped(
     return free, stopped
 
 
-def refusal(study: Study, failed: Sequence[Verdict], stopped: str) -> FailedCheckError:
-    """Return the error that names failed checks, what they found, and what to do.
+def refusal(study: Study, stops: Sequence[Stop], stopped: str) -> TaprobeError:
+    """Return the error that names failed checks and cells, what was found, and what to do.
+
+    Where cells failed by errors of one class it is of that class, otherwise a `FailedCellsError`;
+    a `FailedCheckError` where none failed.
 
     Args:
         study: the study.
-        failed: the checks that failed, at least one.
+        stops: what failed, at least one.
         stopped: what they stop, in words; may be empty.
     """
-    first, n = failed[0], len(failed)
+    checks = [each for each in stops if isinstance(each, Verdict)]
+    failures = [each for each in stops if isinstance(each, Failure)]
+    n = len(stops)
     so = f", so {stopped}" if stopped else ""
     if n == 1:
-        what = f"check {first.check} failed on {first.where}{so}: {'; '.join(first.faults)}"
-        where = first.path
+        what, where = f"{stops[0].headline}{so}: {stops[0].details}", stops[0].path
     else:
-        told = [f"{each.check} on {each.where}: {'; '.join(each.faults)}" for each in failed]
+        counted = [
+            f"{count} {noun}{'' if count == 1 else 's'}"
+            for count, noun in ((len(failures), "cell"), (len(checks), "check"))
+            if count
+        ]
+        told = [f"{each.headline}: {each.details}" for each in stops]
         rest = [f"and {n - _SHOWN} more"] if n > _SHOWN else []
-        what = f"{n} checks failed{so}"
+        what = f"{' and '.join(counted)} failed{so}"
         where = f"study {study.name}:" + "".join(f"\n  - {each}" for each in told[:_SHOWN] + rest)
-    fixes = "; or ".join(dict.fromkeys(each.fix for each in failed[:_SHOWN]))
-    waiver = f"{{check: {first.check}, cell: {first.place}, reason: ...}}"
-    each = "" if n == 1 else ", one for each check and cell"
-    return FailedCheckError(
-        what, where, f"{fixes}; to go on all the same, add `waivers: [{waiver}]` to the study{each}"
+    fix = "; ".join(dict.fromkeys(each.fix for each in stops[:_SHOWN] if each.fix))
+    if checks:
+        first = checks[0]
+        waiver = f"{{check: {first.check}, cell: {first.place}, reason: ...}}"
+        each = "" if len(checks) == 1 else ", one for each check and cell"
+        fix += f"; to go on all the same, add `waivers: [{waiver}]` to the study{each}"
+    kinds = {type(fault.error) for each in failures for fault in each.faults}
+    kind = FailedCheckError if not kinds else kinds.pop() if len(kinds) == 1 else FailedCellsError
+    return kind(what, where, fix)
+
+
+def all_stops(gate: Gate, cells: Mapping[str, Iterable[Cell]]) -> list[Stop]:
+    """Return what failed in some cells and in all that these are made from.
+
+    Args:
+        gate: of the plan.
+        cells: stage -> its cells.
+    """
+    return distinct_stops(
+        each
+        for stage, its_cells in cells.items()
+        for cell in its_cells
+        for each in gate.through(stage, cell)
     )
 
 
@@ -98,22 +133,28 @@ def failed_checks(gate: Gate, cells: Mapping[str, Iterable[Cell]]) -> list[Verdi
         gate: of the plan.
         cells: stage -> its cells.
     """
-    return _distinct(
-        each
-        for stage, its_cells in cells.items()
-        for cell in its_cells
-        for each in gate.through(stage, cell)
-    )
+    return [each for each in all_stops(gate, cells) if isinstance(each, Verdict)]
 
 
-def _distinct(verdicts: Iterable[Verdict]) -> list[Verdict]:
-    return list({(each.stage, each.cell, each.check): each for each in verdicts}.values())
+def failed_cells(gate: Gate, cells: Mapping[str, Iterable[Cell]]) -> list[Failure]:
+    """Return which of some cells, and of all that these are made from, failed themselves.
+
+    Args:
+        gate: of the plan.
+        cells: stage -> its cells.
+    """
+    return [each for each in all_stops(gate, cells) if isinstance(each, Failure)]
+
+
+def distinct_stops(stops: Iterable[Stop]) -> list[Stop]:
+    """Return each failed check and cell once, in order."""
+    return list({each.headline: each for each in stops}.values())
 
 
 def stage_verdicts(plan: Plan, stage: str, check: str, *, looks: bool = True) -> list[Verdict]:
     """Return what a check says of every cell of its stage that is stored, in grid order."""
     return [
         verdict
-        for cell in cells_of(plan.study, stage)
+        for cell in plan.stages.cells(plan.study, stage)
         for verdict in verdicts_of(plan, stage, cell, looks=looks, only=check)
     ]

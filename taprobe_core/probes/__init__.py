@@ -2,11 +2,12 @@
 
 inputs      what a recipe reads, and the feature matrix from stored arrays
 design      rows, folds and targets that recipes share
+solved      what an estimator has to offer, and what a solve leaves
 linear      logistic regression and ridge of many recipes in one solve
 network     multilayer perceptrons of many recipes and seeds in one solve
 token_sets  attention, MultiMax and rolling MultiMax probes in one solve
-solved      what a solve leaves
-fitted      a fitted probe: arrays in, scores out
+registry    name of an estimator to how it is fitted and scored
+fitted      a fitted probe: arrays and what they were fitted on
 fit         recipes to solves to scores
 files       probes on disk
 content     a name for what a fit sees
@@ -17,8 +18,9 @@ threads     how many threads a solve gets
 from taprobe_core.probes.content import Contents
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.files import load_probes, save_probes
-from taprobe_core.probes.fit import RecipeFit, fit_batches
+from taprobe_core.probes.fit import RecipeFit, fit_batches, fit_each
 from taprobe_core.probes.fitted import FittedProbe, Training
+from taprobe_core.probes.registry import predict
 
 __all__ = [
     "Contents",
@@ -28,6 +30,8 @@ __all__ = [
     "RecipeFit",
     "Training",
     "fit_batches",
+    "fit_each",
     "load_probes",
+    "predict",
     "save_probes",
 ]

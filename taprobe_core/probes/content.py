@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -25,19 +25,7 @@ from taprobe_core.probes.inputs import DENSE_BLOCKS, dense_matrix
 from taprobe_core.residuals import BASELINE_FEATURES
 from taprobe_core.store.canonical import canonical_json
 from taprobe_core.study import ControlRecipe, Precision, ProbeRecipe
-
-LABEL_COLUMNS = (
-    "problem_id",
-    "sentence_idx",
-    "importance_signed",
-    "importance_abs",
-    "n_rollouts",
-    "n_correct",
-    "n_dissimilar",
-    "n_dissimilar_correct",
-    "importance_se",
-)
-"""Columns of `tables.LABELS` that targets are made of."""
+from taprobe_core.targets import MEASURED
 
 
 class Contents:
@@ -64,13 +52,17 @@ class Contents:
             "recipe": recipe.content(),
             "seed": fit.seed if recipe.is_stochastic else None,
             "precision": self._precision if recipe.is_stochastic else None,
-            "labels": [design.labels.field, design.labels.tie_rule, self._once("labels", _labels)],
+            "labels": [design.labels.field, design.labels.tie_rule, self._labels(recipe)],
             "folds": self._once("folds", _folds),
             "blocks": sorted(self._blocks(recipe)),
         }
         if isinstance(recipe, ControlRecipe):
             seen["kinds"] = self._once("kinds", _kinds)
         return hashlib.sha256(canonical_json(seen).encode()).hexdigest()
+
+    def _labels(self, recipe: ProbeRecipe) -> str:
+        further = () if recipe.target_entry is None else recipe.target_entry.reads
+        return self._once(" ".join(["labels", *further]), lambda design: _labels(design, further))
 
     def _blocks(self, recipe: ProbeRecipe) -> set[str]:
         found = self._features(recipe)
@@ -98,9 +90,9 @@ class Contents:
         return self._known[name]
 
 
-def _labels(design: Design) -> bytes:
+def _labels(design: Design, further: Sequence[str]) -> bytes:
     out = io.BytesIO()
-    design.data.labels.select(LABEL_COLUMNS).rechunk().write_ipc(out)
+    design.data.labels.select(*MEASURED, *further).rechunk().write_ipc(out)
     return out.getvalue()
 
 

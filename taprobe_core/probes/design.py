@@ -23,12 +23,13 @@ from taprobe_core.errors import DataError, NotEnoughDataError
 from taprobe_core.features import ProbeData
 from taprobe_core.probes.inputs import dense_matrix
 from taprobe_core.residuals import BASELINE_FEATURES, baseline_predictions, residual_targets
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import Columns, class_sizes
 from taprobe_core.solvers.fold_matrix import FoldMatrix
 from taprobe_core.solvers.text_block import TextBlock
 from taprobe_core.splits import Fold, check_no_leakage, inner_folds
 from taprobe_core.study import ControlRecipe, Labels, ProbeRecipe, Splits
 from taprobe_core.study.probes import Residualize
+from taprobe_core.study.targets import target_settings
 from taprobe_core.tables import PROTOCOLS, SPLITS
 from taprobe_core.targets import TargetValues, target_values
 from taprobe_core.words import FoldWords, fold_words
@@ -36,7 +37,7 @@ from taprobe_core.words import FoldWords, fold_words
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
-TARGET_SETTINGS = ("target", "percentile", "threshold", "window", "weights", "residualize")
+TARGET_SETTINGS = ("target", *target_settings(), "weights", "residualize")
 """All that `targets` and `residuals` read of a recipe but its name, which errors give."""
 
 
@@ -176,7 +177,7 @@ class Design:
         predictions = self._predictions(recipe.residualize, own)
         left = residual_targets(predictions, own, self.data.problem_id, recipe, self.labels)
         y = left.value
-        if recipe.target == "anchor_binary" and left.is_positive is not None:
+        if recipe.is_binary and left.is_positive is not None:
             y = left.is_positive.astype(np.float64)
         return FoldTarget(y, left.value, left.is_positive, weight)
 
@@ -265,19 +266,17 @@ class Design:
             mine = slice(index * n_folds, (index + 1) * n_folds)
             y[:, mine] = np.broadcast_to(target.y, (n_folds, n_rows)).T
             weight[:, mine] = (train * target.weight).T
-            if fit.recipe.target == "anchor_binary":
+            if fit.recipe.is_binary:
                 self._check_classes(fit.recipe, y[:, mine], weight[:, mine])
         seed = np.repeat([fit.seed for fit in fits], n_folds).astype(np.int64)
         return Columns(np.tile(np.arange(n_folds), len(fits)), y, weight, seed)
 
     def _check_classes(self, recipe: ProbeRecipe, y: Floats, weight: Floats) -> None:
-        is_row = weight > 0
-        n_positive, n_rows = (y * is_row).sum(axis=0), is_row.sum(axis=0)
-        for fold, found, n in zip(self.folds, n_positive, n_rows, strict=True):
-            if found in (0, n):
+        for fold, n_others, n_anchors in zip(self.folds, *class_sizes(y, weight > 0), strict=True):
+            if not (n_others and n_anchors):
                 raise NotEnoughDataError(
-                    f"training needs two classes, found {'anchors' if found else 'no anchor'} "
-                    f"among {n} sentences of problems {list(fold.train)}",
+                    f"training needs two classes, found {'anchors' if n_anchors else 'no anchor'} "
+                    f"among {n_others + n_anchors} sentences of problems {list(fold.train)}",
                     f"recipe {recipe.name!r}, {fold}",
                     "use more problems, or "
                     + (

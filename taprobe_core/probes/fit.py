@@ -2,43 +2,44 @@
 
 Recipes that read the same features with the same kind of estimator are one solve, whatever their
 targets, penalties, residualisations and seeds. What does not belong here: folds and targets
-(`design`), the solves (`linear`, `network`, `token_sets`), keeping the result (`files`).
+(`design`), the solves (`registry`), keeping the result (`files`).
 
-Invariant: given its seed a fit depends on nothing else, also not on what is solved with it.
+Invariant: given its seed a fit depends on nothing else, also not on what is solved with it; so one
+that fails is found by solving fewer together, and costs itself.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from taprobe_core.errors import NonFiniteError
+from taprobe_core.errors import NonFiniteError, TaprobeError, attempted, original
 from taprobe_core.features import ProbeData
-from taprobe_core.probes.design import Design, Fit
+from taprobe_core.probes.design import TARGET_SETTINGS, Design, Fit
 from taprobe_core.probes.fitted import FittedProbe
-from taprobe_core.probes.inputs import joint_features, n_values, n_weights
-from taprobe_core.probes.linear import fit_linear
-from taprobe_core.probes.network import fit_mlp
+from taprobe_core.probes.inputs import n_inputs, n_values
 from taprobe_core.probes.precision import products_in
+from taprobe_core.probes.registry import SOLVERS
 from taprobe_core.probes.solved import Solved
 from taprobe_core.probes.threads import threads_for
-from taprobe_core.probes.token_sets import fit_token_sets
 from taprobe_core.study import Precision
 from taprobe_core.tables import SCORES, check_table
+
+_log = logging.getLogger(__name__)
 
 MAX_COLUMNS = 4096
 """Models of one solve: bounds what a kill can cost."""
 
 MAX_HOST_BYTES = 4 * 2**30
 """Of targets, weights and results of one solve, on the host."""
-
-_SOLVE = {"linear": fit_linear, "mlp": fit_mlp}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,28 @@ def fit_batches(
     keep_probes: bool = True,
     precision: Precision = "float32",
 ) -> Iterator[tuple[Fit, RecipeFit]]:
+    """Fit every recipe on every fold; arguments and order are those of `fit_each`.
+
+    Raises:
+        DataError: a recipe reads what the data lacks.
+        NotEnoughDataError: the training side of a fold has one class only, or no word.
+        NumericsError: a fit did not converge, or a network diverged.
+        NonFiniteError: a score is NaN or infinite.
+    """
+    for fit, found in fit_each(design, fits, device, keep_probes=keep_probes, precision=precision):
+        if isinstance(found, TaprobeError):
+            raise original(found)
+        yield fit, found
+
+
+def fit_each(
+    design: Design,
+    fits: Sequence[Fit],
+    device: str = "cpu",
+    *,
+    keep_probes: bool = True,
+    precision: Precision = "float32",
+) -> Iterator[tuple[Fit, RecipeFit | TaprobeError]]:
     """Fit every recipe on every fold; yield each as soon as the solve that it is part of is done.
 
     `regularization` is the inverse penalty C of a binary linear probe and the penalty alpha of a
@@ -77,33 +100,52 @@ def fit_batches(
         precision: of the products of networks and token probes on CUDA.
 
     Yields:
-        Each fit with its scores and probes. Solves run in the order in which their first fit
-        stands in `fits`.
-
-    Raises:
-        DataError: a recipe reads what the data lacks.
-        NotEnoughDataError: the training side of a fold has one class only, or no word.
-        NumericsError: a fit did not converge, or a network diverged.
-        NonFiniteError: a score is NaN or infinite.
+        Each fit with its scores and probes, or with the error that it failed by; solves run in the
+        order in which their first fit stands in `fits`.
     """
     groups: dict[str, list[Fit]] = defaultdict(list)
     for fit in fits:
         groups[_shared(fit, design.data)].append(fit)
     for group in groups.values():
         recipe = group[0].recipe
-        weights = n_weights(recipe, design.data) if keep_probes else 0
+        solver = SOLVERS[recipe.estimator]
+        weights = solver.n_weights(recipe, n_inputs(recipe, design.data)) if keep_probes else 0
         n_columns = columns_at_once(len(design.data.texts), weights)
         size = max(1, n_columns // len(design.folds))
-        solve = _SOLVE.get(recipe.estimator, fit_token_sets)
         for start in range(0, len(group), size):
-            part = group[start : start + size]
-            with (
-                threads_for(n_values(recipe, design.data)),
-                products_in(precision if recipe.is_stochastic else "float32", device),
-            ):
-                solved = solve(design, part, device, keep_probes)
-            for index, fit in enumerate(part):
-                yield fit, _result(design, fit, solved, index, keep_probes)
+            yield from _solved(design, group[start : start + size], device, keep_probes, precision)
+
+
+def _solved(
+    design: Design, fits: Sequence[Fit], device: str, keep_probes: bool, precision: Precision
+) -> Iterator[tuple[Fit, RecipeFit | TaprobeError]]:
+    """Solve fits together; where that fails, each half by itself, down to the fit that fails."""
+    recipe = fits[0].recipe
+    solve = SOLVERS[recipe.estimator].solve
+
+    def together() -> Solved:
+        with (
+            threads_for(n_values(recipe, design.data)),
+            products_in(precision if recipe.is_stochastic else "float32", device),
+        ):
+            return solve(design, fits, device, keep_probes)
+
+    solved = attempted(together, _named(fits))
+    if not isinstance(solved, TaprobeError):
+        for index, fit in enumerate(fits):
+            result = partial(_result, design, fit, solved, index, keep_probes)
+            yield fit, attempted(result, _named([fit]))
+    elif len(fits) == 1:
+        yield fits[0], solved
+    else:
+        _log.warning("%d fits failed together, solved in halves: %s", len(fits), solved.what)
+        half = len(fits) // 2
+        yield from _solved(design, fits[:half], device, keep_probes, precision)
+        yield from _solved(design, fits[half:], device, keep_probes, precision)
+
+
+def _named(fits: Sequence[Fit]) -> str:
+    return f"recipe {', '.join(dict.fromkeys(fit.recipe.name for fit in fits))}"
 
 
 def columns_at_once(n_rows: int, n_weights: int) -> int:
@@ -117,23 +159,20 @@ def columns_at_once(n_rows: int, n_weights: int) -> int:
 
 
 def _shared(fit: Fit, data: ProbeData) -> str:
-    """What fits of one solve have in common: everything but target, penalty and seed.
+    """What fits of one solve have in common: all but targets, seeds and what models may differ in.
 
-    Wide linear fits may also differ in a few features.
+    Their targets are all classes or all values.
     """
-    recipe = fit.recipe
-    per_column = {
-        "target", "percentile", "threshold", "window", "weights", "residualize", "regularization",
-        "control_seed",
-    }  # fmt: skip
+    recipe, solver = fit.recipe, SOLVERS[fit.recipe.estimator]
+    per_column = {*TARGET_SETTINGS, "control_seed", *solver.per_model}
     common = {name: value for name, value in recipe.content().items() if name not in per_column}
-    if recipe.estimator == "linear":
-        common["features"] = joint_features(recipe, data)
-    kind: object = recipe.target == "anchor_binary"
-    if recipe.reads_tokens and recipe.target in ("exceeds_threshold", "windowed_change"):
+    common["features"] = solver.features(recipe, data)
+    entry = recipe.target_entry
+    rows = None
+    if solver.is_watched and entry is not None and entry.undefined_by is not None:
         # Where the target is undefined there is no validation loss either.
-        kind = [recipe.target, recipe.window]
-    return json.dumps([common, kind], sort_keys=True)
+        rows = [entry.name, *(getattr(recipe, name) for name in entry.undefined_by)]
+    return json.dumps([common, recipe.is_binary, rows], sort_keys=True)
 
 
 def _result(design: Design, fit: Fit, solved: Solved, index: int, keep_probes: bool) -> RecipeFit:

@@ -1,17 +1,13 @@
-"""A fitted probe: arrays in, scores out, no estimator object.
+"""A fitted probe: arrays and what they were fitted on, no estimator object.
 
-What does not belong here: how the arrays were found (`linear`, `network`, `token_sets`) and how
-they are kept (`files`). Invariant: a score is a function of arrays, terms and the row alone.
+What does not belong here: how the arrays are found and how they score (`linear`, `network`,
+`token_sets`), and how they are kept (`files`). Invariant: what a probe reads of a row is a function
+of arrays, terms and the row alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-from scipy.special import expit
 
 from taprobe_core.errors import DataError
 from taprobe_core.features import ProbeData
@@ -58,24 +54,18 @@ class FittedProbe:
     terms: tuple[str, ...] | None
     training: Training
 
-    def predict(self, data: ProbeData) -> NDArray[np.float32]:
-        """Score every row of `data`.
+    def inputs(self, data: ProbeData) -> Matrix:
+        """Return the dense features and texts of every row as the probe reads them.
 
         Args:
             data: rows of any problems, with what the recipe reads of the same site.
 
         Returns:
-            [sentence] float32: the probability of an anchor for `anchor_binary`, else the
-            predicted value.
+            [row, feature] float64, sparse when the recipe reads text.
 
         Raises:
             DataError: `data` lacks a feature, or has another d_model.
         """
-        if self.recipe.reads_tokens:
-            # Deferred: a linear probe should not pay for PyTorch's import.
-            from taprobe_core.probes.token_sets import score_tokens
-
-            return score_tokens(self, data)
         dense = dense_matrix(self.recipe, data)
         found, expected = (0 if dense is None else dense.shape[1]), len(self.arrays.get("mean", ()))
         if found != expected:
@@ -84,21 +74,4 @@ class FittedProbe:
                 f"recipe {self.recipe.name!r}, {self.fold}",
                 "use activations of the model that the probe was fitted on",
             )
-        output = self._output(transform_inputs(dense, data.texts, self.arrays, self.terms))
-        score = expit(output) if self.recipe.target == "anchor_binary" else output
-        return np.asarray(score, dtype=np.float32)
-
-    def _output(self, X: Matrix) -> NDArray[np.float64]:
-        if self.recipe.estimator == "mlp":
-            return self._forward(X)
-        output: NDArray[np.float64] = X @ self.arrays["coef"] + self.arrays["intercept"][0]
-        return output
-
-    def _forward(self, X: Matrix) -> NDArray[np.float64]:
-        """ReLU layers, and a linear one at the end."""
-        value: Any = X
-        for depth in range(len(self.recipe.hidden) + 1):
-            inputs = value if depth == 0 else np.maximum(value, 0)
-            value = inputs @ self.arrays[f"weight_{depth}"] + self.arrays[f"bias_{depth}"]
-        output: NDArray[np.float64] = value[:, 0]
-        return output
+        return transform_inputs(dense, data.texts, self.arrays, self.terms)

@@ -8,7 +8,6 @@ matrix that a stored probe scores. What does not belong here: learning (`linear`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -110,18 +109,14 @@ def n_values(recipe: ProbeRecipe, data: ProbeData) -> int:
     return sum(block.size for block in (pooled, heads) if block is not None)
 
 
-def n_weights(recipe: ProbeRecipe, data: ProbeData) -> int:
-    """Return about how many weights one probe of `recipe` has; 0 where text decides it.
+def n_inputs(recipe: ProbeRecipe, data: ProbeData) -> int:
+    """Return about how many dense values `recipe` reads of a row, or of a token if it reads those.
 
-    Biases, heads and other small parts are left out.
+    Few columns, such as position, are left out.
     """
     if recipe.reads_tokens:
-        width, depth = recipe.token_probe.width, recipe.token_probe.depth
-        d_model = 0 if data.tokens is None else data.tokens.values.shape[1]
-        return width * (d_model + (depth - 1) * width)
-    n_features = n_values(recipe, data) // max(len(data.texts), 1)
-    sizes = (n_features, *recipe.hidden, 1) if recipe.estimator == "mlp" else (n_features, 1)
-    return sum(n_in * n_out for n_in, n_out in pairwise(sizes))
+        return 0 if data.tokens is None else data.tokens.values.shape[1]
+    return n_values(recipe, data) // max(len(data.texts), 1)
 
 
 def _dense_block(recipe: ProbeRecipe, data: ProbeData, name: str) -> NDArray[np.float32]:

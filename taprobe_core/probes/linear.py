@@ -1,4 +1,4 @@
-"""Logistic regression and ridge of many recipes and folds, solved together.
+"""Logistic regression and ridge of many recipes and folds, solved together, and their scores.
 
 What does not belong here: the solvers (`solvers.logistic`, `solvers.ridge`), rows and targets
 (`design`).
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 
+from taprobe_core.features import ProbeData
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.fitted import FittedProbe, Training
-from taprobe_core.probes.inputs import Arrays, joint_blocks
-from taprobe_core.probes.solved import Solved
+from taprobe_core.probes.inputs import Arrays, joint_blocks, joint_features
+from taprobe_core.probes.solved import Solved, Solver, scores_of
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.fold_matrix import FoldMatrix
 from taprobe_core.solvers.logistic import balanced_weights, solve_logistic
@@ -37,7 +37,7 @@ WIDE = 1024
 def fit_linear(
     design: Design, fits: Sequence[Fit], device: str, keep_weights: bool = True
 ) -> Solved:
-    """Solve linear recipes: logistic regression for anchors, ridge for the rest.
+    """Solve linear recipes: logistic regression for classes, ridge for the rest.
 
     Recipes may differ in dense features (`inputs.joint_features`): then the matrix holds those of
     all, every fold stands in it once for each set of features, and sees its own.
@@ -60,17 +60,15 @@ def fit_linear(
     penalty = np.repeat([fit.recipe.regularization for fit in fits], n_folds)
     columns = design.columns(fits)
     weight = columns.weight
-    if recipe.target == "anchor_binary":
+    if recipe.is_binary:
         # Both classes count alike, as scikit-learn's `class_weight="balanced"`.
         weight = weight * balanced_weights(columns.y, design.train, columns.fold)
     fold = columns.fold + n_folds * np.repeat(blocks.of_recipe, n_folds)
     columns = Columns(fold, columns.y, weight)
-    if recipe.target == "anchor_binary":
+    if recipe.is_binary:
         found = solve_logistic(matrix, columns, penalty, tol=tolerance_of(matrix))
-        score = expit(found.decision)
     else:
         found = solve_ridge(matrix, columns, penalty)
-        score = found.decision
 
     def probe(fit: Fit, column: int) -> FittedProbe:
         own = int(columns.fold[column])
@@ -81,7 +79,13 @@ def fit_linear(
             fit.recipe, design.folds[own % n_folds], fit.seed, arrays, terms, training
         )
 
-    return Solved(score.astype(np.float32), found.n_iter, probe)
+    return Solved(scores_of(found.decision, recipe), found.n_iter, probe)
+
+
+def score_linear(probe: FittedProbe, data: ProbeData) -> NDArray[np.float32]:
+    """Score every row of `data` with a stored linear probe, [sentence] float32."""
+    decision = probe.inputs(data) @ probe.arrays["coef"] + probe.arrays["intercept"][0]
+    return scores_of(decision, probe.recipe)
 
 
 def tolerance_of(matrix: FoldMatrix) -> float:
@@ -110,3 +114,13 @@ def _arrays(
         arrays["idf"] = words.idf[own, is_own]
         dense = np.concatenate([coef[: matrix.n_terms][is_own], dense])
     return {**arrays, "coef": dense}, terms
+
+
+LINEAR = Solver(
+    fit_linear,
+    score_linear,
+    n_weights=lambda recipe, n_features: n_features,
+    per_model=("regularization",),
+    features=joint_features,
+)
+"""Logistic regression for classes, ridge for values."""

@@ -1,4 +1,4 @@
-"""Multilayer perceptrons of many recipes, folds and seeds, trained together.
+"""Multilayer perceptrons of many recipes, folds and seeds, trained together, and their scores.
 
 What does not belong here: the training (`solvers.networks`), rows and targets (`design`).
 
@@ -11,18 +11,22 @@ accuracy, which hardly moves when one sentence in ten is an anchor (a continuous
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
-from scipy.special import expit
+from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError
+from taprobe_core.features import ProbeData
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.fitted import FittedProbe, Training
 from taprobe_core.probes.inputs import Arrays, dense_matrix
-from taprobe_core.probes.solved import Solved
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.probes.solved import Solved, Solver, scores_of
+from taprobe_core.solvers.columns import Columns, class_sizes
 from taprobe_core.solvers.network_stopping import EarlyStopping
 from taprobe_core.solvers.networks import NetworkOptions, NetworkSolution, fit_networks
+from taprobe_core.study import ProbeRecipe
 
 MIN_ROWS = 11
 """Fewer rows hold out a single one, which has neither both classes nor an R^2."""
@@ -53,12 +57,11 @@ def fit_mlp(design: Design, fits: Sequence[Fit], device: str, keep_weights: bool
     stopping, in_words = _stopping(fits, columns)
     options = NetworkOptions(
         hidden=recipe.hidden,
-        is_classifier=recipe.target == "anchor_binary",
+        is_classifier=recipe.is_binary,
         max_iter=recipe.max_iter,
         early_stopping=stopping,
     )
     found = fit_networks(X, train, columns, options, validation, device, keep_weights=keep_weights)
-    score = expit(found.decision) if options.is_classifier else found.decision
 
     def probe(fit: Fit, column: int) -> FittedProbe:
         fold = int(found.fold[column])
@@ -66,7 +69,21 @@ def fit_mlp(design: Design, fits: Sequence[Fit], device: str, keep_weights: bool
         arrays = _arrays(found, column, fold)
         return FittedProbe(fit.recipe, design.folds[fold], fit.seed, arrays, None, training)
 
-    return Solved(score.astype(np.float32), found.n_iter, probe)
+    return Solved(scores_of(found.decision, recipe), found.n_iter, probe)
+
+
+def score_mlp(probe: FittedProbe, data: ProbeData) -> NDArray[np.float32]:
+    """Score every row of `data` with a stored network, [sentence] float32: ReLU, linear at last."""
+    value: Any = probe.inputs(data)
+    for depth in range(len(probe.recipe.hidden) + 1):
+        inputs = value if depth == 0 else np.maximum(value, 0)
+        value = inputs @ probe.arrays[f"weight_{depth}"] + probe.arrays[f"bias_{depth}"]
+    return scores_of(value[:, 0], probe.recipe)
+
+
+def _n_weights(recipe: ProbeRecipe, n_features: int) -> int:
+    sizes = (n_features, *recipe.hidden, 1)
+    return sum(n_in * n_out for n_in, n_out in pairwise(sizes))
 
 
 def _arrays(found: NetworkSolution, column: int, fold: int) -> Arrays:
@@ -87,11 +104,11 @@ def _stopping(fits: Sequence[Fit], columns: Columns) -> tuple[EarlyStopping, str
     n_rows = int(is_row.sum(axis=0).min())
     if n_rows < MIN_ROWS:
         return "off", f"off: {n_rows} training rows in a fold, {MIN_ROWS} needed"
-    is_binary = recipe.target == "anchor_binary"
-    if is_binary:
-        n_positive = (columns.y * is_row).sum(axis=0)
-        n_least = int(np.minimum(n_positive, is_row.sum(axis=0) - n_positive).min())
-        if n_least < 2:
-            return "off", "off: a class has one training row in a fold, 2 needed"
-    score = "accuracy" if is_binary else "R^2"
+    if recipe.is_binary and int(np.minimum(*class_sizes(columns.y, is_row)).min()) < 2:
+        return "off", "off: a class has one training row in a fold, 2 needed"
+    score = "accuracy" if recipe.is_binary else "R^2"
     return "rows", f"on: 10 % of the training rows held out, watched by {score}"
+
+
+MLP = Solver(fit_mlp, score_mlp, _n_weights)
+"""Multilayer perceptrons."""

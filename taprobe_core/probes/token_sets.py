@@ -1,4 +1,4 @@
-"""Attention, MultiMax and rolling MultiMax probes of many recipes, folds and seeds.
+"""Attention, MultiMax and rolling MultiMax probes of many recipes, folds and seeds; their scores.
 
 What does not belong here: the training (`solvers.token_probes`), rows and targets (`design`).
 """
@@ -16,7 +16,7 @@ from taprobe_core.errors import DataError
 from taprobe_core.features import ProbeData
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.fitted import FittedProbe, Training
-from taprobe_core.probes.solved import Solved
+from taprobe_core.probes.solved import Solved, Solver
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.platt import probabilities
 from taprobe_core.solvers.ragged import RaggedTokens
@@ -111,6 +111,15 @@ def token_options(recipe: ProbeRecipe) -> TokenProbeOptions:
     own = recipe.token_probe
     return TokenProbeOptions(
         pooling=recipe.estimator,  # type: ignore[arg-type] # the recipe has a token estimator
-        loss="logistic" if recipe.target == "anchor_binary" else own.loss,
+        loss="logistic" if recipe.is_binary else own.loss,
         **own.model_dump(exclude={"loss"}),
     )
+
+
+def _n_weights(recipe: ProbeRecipe, d_model: int) -> int:
+    width, depth = recipe.token_probe.width, recipe.token_probe.depth
+    return width * (d_model + (depth - 1) * width)
+
+
+TOKEN_SETS = Solver(fit_token_sets, score_tokens, _n_weights, is_watched=True)
+"""Probes that read each token of a sentence and pool what they read."""

@@ -8,7 +8,7 @@ problem and sentence, whatever order the files came in.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,6 +23,9 @@ from taprobe_core.rollouts.sources import FILE_NAMES, RolloutSource
 from taprobe_core.study.config import Model, Rollouts
 
 _THREADS = 8
+
+_SHOWN = 10
+"""Problems that an error lists."""
 
 T = TypeVar("T")
 
@@ -114,17 +117,18 @@ def read_rollouts(
         except SourceUnavailableError:
             raise
         except DataError as error:
-            if rollouts.on_bad_problem == "fail":
-                raise
             return error
 
     results = _in_threads(read_one, chosen)
     records = [result for result in results if isinstance(result, ProblemRecord)]
-    skipped = [
-        _skipped_row(problem_id, result)
+    bad = {
+        problem_id: result
         for problem_id, result in zip(chosen, results, strict=True)
         if isinstance(result, DataError)
-    ]
+    }
+    if bad and rollouts.on_bad_problem == "fail":
+        raise _refused(bad)
+    skipped = [_skipped_row(problem_id, error) for problem_id, error in bad.items()]
     if not records:
         raise _nothing_read(skipped, where, is_filtered=bool(rollouts.exclude_ids))
     notes = [
@@ -170,6 +174,17 @@ def _skipped_row(problem_id: int, error: DataError) -> dict[str, Any]:
         "where": error.where,
         "fix": error.fix,
     }
+
+
+def _refused(bad: Mapping[int, DataError]) -> DataError:
+    """Return the error of the first problem that cannot be read, which names the others too."""
+    (first, error), *others = bad.items()
+    ids = ", ".join(str(problem_id) for problem_id, _ in others[:_SHOWN])
+    more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+    also = f"; problems {ids}{more} cannot be read either" if others else ""
+    skip = "set rollouts.on_bad_problem: skip to leave out every such problem"
+    exclude = "" if "exclude_ids" in (error.fix or "") else f"; rollouts.exclude_ids: [{first}]"
+    return type(error)(f"{error.what}{also}", error.where, f"{error.fix}{exclude}; or {skip}")
 
 
 def _reason(error: DataError) -> str:

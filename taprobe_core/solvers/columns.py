@@ -10,11 +10,25 @@ Invariant: a row outside the training side of a column's fold has weight 0 in th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError
+
+
+def class_sizes(
+    y: NDArray[Any], counts: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return how many rows of class 0 and of class 1 count, [column] each.
+
+    Args:
+        y: [row, column], or [row, 1] for all columns; 0 or 1 where it counts.
+        counts: [row, column].
+    """
+    positive = ((y > 0.5) & counts).sum(axis=0)
+    return counts.sum(axis=0) - positive, positive
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError, NotEnoughDataError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import Columns, class_sizes
 from taprobe_core.solvers.fold_matrix import FoldMatrix
 from taprobe_core.solvers.linear_solution import (
     LinearSolution,
@@ -54,17 +54,17 @@ def balanced_weights(
         NotEnoughDataError: a column has one class only; names it.
     """
     inside = train[fold].T
-    count = inside.sum(axis=0)
-    positive = ((y > 0.5) & inside).sum(axis=0)
-    _require_two_classes(positive, count, fold)
-    weight = np.where(y > 0.5, count / (2.0 * positive), count / (2.0 * (count - positive)))
+    negative, positive = class_sizes(y, inside)
+    _require_two_classes(negative, positive, fold)
+    count = negative + positive
+    weight = np.where(y > 0.5, count / (2.0 * positive), count / (2.0 * negative))
     return np.asarray(np.where(inside, weight, 0.0))
 
 
 def _require_two_classes(
-    positive: NDArray[np.int64], count: NDArray[np.int64], fold: NDArray[np.int64]
+    negative: NDArray[np.int64], positive: NDArray[np.int64], fold: NDArray[np.int64]
 ) -> None:
-    bad = np.flatnonzero((positive == 0) | (positive == count))
+    bad = np.flatnonzero((negative == 0) | (positive == 0))
     if bad.size:
         raise NotEnoughDataError(
             f"{bad.size} columns have one class only among their training rows",

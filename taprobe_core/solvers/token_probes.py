@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError, NonFiniteError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import Columns, class_sizes
 from taprobe_core.solvers.platt import calibrate, probabilities
 from taprobe_core.solvers.ragged import RaggedTokens
 from taprobe_core.solvers.replay import Recorder, recording
@@ -98,10 +98,9 @@ def positive_weights(y: Floats, fold: NDArray[np.int64], train: Mask) -> Floats:
         training negatives, 0 elsewhere.
     """
     is_train = train[fold].T
-    is_positive = is_train & (y > 0.5)
-    positives = is_positive.sum(axis=0)
-    weight = (is_train.sum(axis=0) - positives) / np.maximum(positives, 1)
-    return np.where(is_positive, weight, is_train.astype(np.float64))
+    negatives, positives = class_sizes(y, is_train)
+    weight = negatives / np.maximum(positives, 1)
+    return np.where(is_train & (y > 0.5), weight, is_train.astype(np.float64))
 
 
 def fit_token_probes(

@@ -145,7 +145,11 @@ def token_ranges(
     if not len(offsets) or (where[:, 0] >= where[:, 1]).any():
         empty = int(np.argmax(where[:, 0] >= where[:, 1]))
         what = f"sentence {empty} has no characters" if len(offsets) else "the text has no tokens"
-        raise SpanError(what, f"sentence {empty}", "leave its problem out: rollouts.exclude_ids")
+        raise SpanError(
+            what,
+            f"sentence {empty}",
+            "leave its problem out: rollouts.exclude_ids, or rollouts.on_bad_problem: skip",
+        )
     # Running bounds make both columns sorted, as the binary search needs. They change nothing
     # unless a normaliser's offsets step back, and then widen a range, never narrow it.
     bounds = np.asarray(offsets, dtype=np.int64)

@@ -20,7 +20,7 @@ TextView = Literal["base", "flattened"]
 _EXCERPT_CHARS = 24
 _FIX = (
     "compare chunks_labeled.json with base_solution.json, fetch both from one dataset revision, or "
-    "leave the problem out with rollouts.exclude_ids"
+    "leave the problem out with rollouts.exclude_ids, or rollouts.on_bad_problem: skip"
 )
 
 
@@ -66,7 +66,8 @@ def view_text(problem: Mapping[str, Any], sentences: Sequence[str], view: TextVi
                 f"the prompt already begins the reasoning ({_excerpt(begun)}), which the flattened "
                 "text would repeat",
                 f"prompt, character {problem['thinking_start_char']}",
-                "set spans.text_view to base, or leave the problem out with rollouts.exclude_ids",
+                "set spans.text_view to base, or leave the problem out with rollouts.exclude_ids, "
+                "or rollouts.on_bad_problem: skip",
             )
         text = flatten_text(prompt, sentences)
         return TextPart(text, len(prompt), len(text))

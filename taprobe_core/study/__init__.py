@@ -3,7 +3,8 @@
     source ─► document ─► config          YAML text ─► values with lines ─► frozen models
                  └─ environment  └─ wording ─► faults
 
-`schema` (the JSON schema for editors) stands beside them and is imported by its own name.
+`targets` and `estimators` are the registries that all later stages read. `schema` (the JSON schema
+for editors) stands beside them and is imported by its own name.
 """
 
 from taprobe_core.study.activations import SPEED_ONLY, Activations, Attention, Pooling, Storage
@@ -30,7 +31,7 @@ from taprobe_core.study.config import (
     StandInCheckpoint,
     Study,
     Sweep,
-    Target,
+    TokenProbe,
     resolve_folder,
 )
 from taprobe_core.study.controls import (
@@ -39,17 +40,19 @@ from taprobe_core.study.controls import (
     ControlRecipe,
     Selectivity,
 )
-from taprobe_core.study.probes import TOKEN_ESTIMATORS, UNSIGNED_TARGETS, Precision, TokenProbe
+from taprobe_core.study.estimators import ESTIMATORS, Estimator, EstimatorEntry
+from taprobe_core.study.probes import Precision
 from taprobe_core.study.source import load_study, parse_study, shipped_studies
+from taprobe_core.study.targets import TARGETS, Target, TargetEntry
 from taprobe_core.study.waivers import CheckName, Waiver, checked_dimensions
 
 __all__ = [
     "ANY_ANCHOR_PROBE",
     "ANY_LINEAR_PROBE",
     "DEFAULT_RECIPES",
+    "ESTIMATORS",
     "SPEED_ONLY",
-    "TOKEN_ESTIMATORS",
-    "UNSIGNED_TARGETS",
+    "TARGETS",
     "Activations",
     "Attention",
     "CheckName",
@@ -58,6 +61,8 @@ __all__ = [
     "Deferral",
     "DemoCheckpoint",
     "DemoSource",
+    "Estimator",
+    "EstimatorEntry",
     "Evaluation",
     "HubSource",
     "Labels",
@@ -80,6 +85,7 @@ __all__ = [
     "Study",
     "Sweep",
     "Target",
+    "TargetEntry",
     "TokenProbe",
     "Waiver",
     "checked_dimensions",

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, model_validator
 from taprobe_core.keys import LONGEST_KEY, Site, Trial
 from taprobe_core.study.activations import Activations, Attention, Pooling
 from taprobe_core.study.controls import ControlRecipe, control_fault, controls_of
+from taprobe_core.study.estimators import TokenProbe
 from taprobe_core.study.evaluation import Evaluation
 from taprobe_core.study.fields import (
     CommitSha,
@@ -39,16 +40,11 @@ from taprobe_core.study.models import (
     PretrainedCheckpoint,
     StandInCheckpoint,
 )
-from taprobe_core.study.probes import (
-    DEFAULT_RECIPES,
-    ProbeRecipe,
-    Probes,
-    Target,
-    TokenProbe,
-)
+from taprobe_core.study.probes import DEFAULT_RECIPES, ProbeRecipe, Probes
 from taprobe_core.study.splits import Splits
 from taprobe_core.study.sweep import Sweep
 from taprobe_core.study.sweep_faults import sweep_fault
+from taprobe_core.study.targets import Target
 from taprobe_core.study.waivers import Waiver, waiver_fault
 
 __all__ = [

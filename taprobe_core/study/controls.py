@@ -108,10 +108,10 @@ def control_fault(
 
 
 def _has_control(recipe: ProbeRecipe) -> bool:
-    return recipe.target == "anchor_binary" and recipe.residualize == "none"
+    return recipe.is_binary and recipe.residualize == "none"
 
 
 def _called(recipe: ProbeRecipe) -> set[str]:
     """Names under which a recipe of anchors is asked for."""
-    is_linear_probe = recipe.estimator == "linear" and recipe.reads_activations
+    is_linear_probe = recipe.estimator_entry.is_linear and recipe.reads_activations
     return {recipe.name, ANY_ANCHOR_PROBE, *([ANY_LINEAR_PROBE] if is_linear_probe else [])}

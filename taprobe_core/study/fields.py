@@ -5,10 +5,20 @@ What belongs here constrains one value. What relates two values belongs to the p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 from taprobe_core.errors import ConfigError
 from taprobe_core.keys import check_slug, is_reserved
@@ -18,6 +28,38 @@ class StudyPart(BaseModel):
     """Base of every part: frozen, unknown keys refused, no coercion, no NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, eq=False)
+class NameOf:
+    """Annotation of a field that holds a name of a registry, as it stands when a value is read.
+
+    Faults and JSON schema are those of a `Literal` of the names.
+
+    Attributes:
+        entries: the registry.
+    """
+
+    entries: Mapping[str, object]
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        """Return what validates the field."""
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Return the schema of the field: the names that there are."""
+        return {"enum": list(self.entries), "type": "string"}
+
+    def _checked(self, value: Any) -> str:
+        if isinstance(value, str) and value in self.entries:
+            return value
+        *others, last = (repr(name) for name in self.entries)
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise PydanticKnownError("literal_error", {"expected": expected})
 
 
 def study_fault(what: str, fix: str, at: tuple[str | int, ...] = ()) -> PydanticCustomError:

@@ -12,68 +12,31 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from taprobe_core.study.activations import Pooling
-from taprobe_core.study.fields import (
-    Count,
-    Depth,
-    StudyPart,
-    Width,
-    distinct,
-    free_name,
-    study_fault,
+from taprobe_core.study.estimators import (
+    ESTIMATORS,
+    Estimator,
+    EstimatorEntry,
+    EstimatorSettings,
+    token_estimators,
+)
+from taprobe_core.study.fields import StudyPart, distinct, free_name, study_fault
+from taprobe_core.study.targets import (
+    TARGETS,
+    Target,
+    TargetEntry,
+    TargetSettings,
+    target_settings,
+    targets_with,
 )
 
-Target = Literal[
-    "anchor_binary",
-    "importance_abs",
-    "importance_signed",
-    "exceeds_threshold",
-    "windowed_change",
-]
 Feature = Literal[
     "text", "activations", "vertical_attention", "causal_position", "position", "tokens"
 ]
-Estimator = Literal["linear", "mlp", "attention", "multimax", "rolling_multimax"]
 Residualize = Literal["none", "position", "position_plus_text"]
 Precision = Literal["float32", "tf32"]
 
-TOKEN_ESTIMATORS = ("attention", "multimax", "rolling_multimax")
-"""Estimators that read the set of a sentence's token states."""
 
-UNSIGNED_TARGETS = ("anchor_binary", "importance_abs", "exceeds_threshold")
-"""Targets whose scores rank anchors; a large negative signed importance makes an anchor too."""
-
-_TARGET_SETTINGS = {
-    "percentile": "anchor_binary",
-    "threshold": "exceeds_threshold",
-    "window": "windowed_change",
-}
-"""Settings that one target has and the others do not."""
-
-
-class TokenProbe(StudyPart):
-    """Settings of the probes that read token sets.
-
-    A ReLU network of `depth` layers of `width` reads each token; `n_heads` heads pool a sentence.
-    `window` tokens make a window of `rolling_multimax`. `training: soft` replaces the maximum over
-    tokens or windows by a softmax-weighted mean while training; scores always take the maximum.
-    `loss` is that of continuous targets. Training stops after `patience` epochs without a better
-    loss on the fold's validation problems.
-    """
-
-    n_heads: Width = 4
-    width: Width = 128
-    depth: Depth = 1
-    window: Count = 10
-    training: Literal["hard", "soft"] = "hard"
-    loss: Literal["huber", "squared"] = "huber"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    batch_size: Count = 32
-    max_epochs: Count = 50
-    patience: Count = 5
-
-
-class ProbeRecipe(StudyPart):
+class ProbeRecipe(TargetSettings, EstimatorSettings):
     """Target, features, estimator and its settings: one probe.
 
     `features` may join `text`, `activations` (of one `pooling`), `vertical_attention`, `position`
@@ -95,17 +58,8 @@ class ProbeRecipe(StudyPart):
     pooling: Pooling = "mean"
     estimator: Estimator = "linear"
     target: Target | None = None
-    percentile: Annotated[float, Field(gt=0, lt=100)] | None = None
-    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
-    window: Count | None = None
     weights: Literal["none", "inverse_variance"] = "none"
     residualize: Residualize = "none"
-    regularization: Annotated[float, Field(gt=0)] = 1.0
-    hidden: Annotated[tuple[Width, ...], Field(min_length=1, max_length=64)] = (100, 100)
-    max_iter: Count = 300
-    early_stopping: bool = True
-    held_out: Literal["rows", "problems"] = "rows"
-    token_probe: TokenProbe = TokenProbe()
 
     @property
     def reads_activations(self) -> bool:
@@ -113,14 +67,35 @@ class ProbeRecipe(StudyPart):
         return not {"activations", "tokens", "vertical_attention"}.isdisjoint(self.features)
 
     @property
+    def estimator_entry(self) -> EstimatorEntry:
+        """What is known of the estimator."""
+        return ESTIMATORS[self.estimator]
+
+    @property
+    def target_entry(self) -> TargetEntry | None:
+        """What is known of the target; None before it is filled in."""
+        return None if self.target is None else TARGETS[self.target]
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether the target is a class, so that scores are probabilities."""
+        return self.target_entry is not None and self.target_entry.is_binary
+
+    @property
+    def ranks_anchors(self) -> bool:
+        """Whether the scores rank anchors as they are: not those of signed targets or residuals."""
+        entry = self.target_entry
+        return entry is not None and entry.ranks_anchors and self.residualize == "none"
+
+    @property
     def reads_tokens(self) -> bool:
         """Whether the estimator reads token sets."""
-        return self.estimator in TOKEN_ESTIMATORS
+        return self.estimator_entry.reads_tokens
 
     @property
     def is_stochastic(self) -> bool:
         """Whether the scores depend on the seed; a deterministic recipe is solved once."""
-        return self.estimator != "linear"
+        return self.estimator_entry.is_stochastic
 
     @property
     def poolings_read(self) -> tuple[Pooling, ...]:
@@ -135,26 +110,14 @@ class ProbeRecipe(StudyPart):
         Recipes of equal content are one fit, whatever they are called.
         """
         settings = {"features", "estimator", "target", "weights", "residualize"}
-        settings |= {name for name in _TARGET_SETTINGS if getattr(self, name) is not None}
+        settings |= {name for name in target_settings() if getattr(self, name) is not None}
         if "activations" in self.features:
             settings |= {"pooling"}
-        if self.estimator == "linear":
-            settings |= {"regularization"}
-        if self.estimator == "mlp":
-            settings |= {"hidden", "max_iter", "early_stopping"}
-            settings |= {"held_out"} if self.early_stopping else set()
-        if self.reads_tokens:
-            settings |= {"token_probe"}
-        found = self.model_dump(mode="json", include=settings)
-        for name in self._unread_of_tokens() if self.reads_tokens else ():
-            del found["token_probe"][name]
-        return found
-
-    def _unread_of_tokens(self) -> set[str]:
-        """Settings of `token_probe` that this estimator or target does not read."""
-        unread = {"window"} if self.estimator != "rolling_multimax" else set()
-        unread |= {"training"} if self.estimator == "attention" else set()
-        return unread | ({"loss"} if self.target == "anchor_binary" else set())
+        part = self.estimator_entry.part
+        own = self if part is None else getattr(self, part)
+        read = {each.name for each in self.estimator_entry.read(own, is_binary=self.is_binary)}
+        found = self.model_dump(mode="json", include=settings | (read if part is None else set()))
+        return found if part is None else found | {part: own.model_dump(mode="json", include=read)}
 
     def resolved(self, target: Target, percentile: float) -> ProbeRecipe:
         """Return the recipe with every setting of its target filled in.
@@ -164,11 +127,10 @@ class ProbeRecipe(StudyPart):
             percentile: that of the study's labels.
         """
         own = self.target or target
-        filled = {"percentile": percentile, "threshold": 0.1, "window": 4}
         update = {
-            name: (filled[name] if getattr(self, name) is None else getattr(self, name))
-            for name, owner in _TARGET_SETTINGS.items()
-            if owner == own
+            setting.name: percentile if setting.default is None else setting.default
+            for setting in TARGETS[own].settings
+            if getattr(self, setting.name) is None
         }
         return self.model_copy(update={"target": own, **update})
 
@@ -179,21 +141,25 @@ class ProbeRecipe(StudyPart):
         ):
             raise study_fault(
                 f"estimator {self.estimator} with features {', '.join(self.features)}",
-                f"give {', '.join(TOKEN_ESTIMATORS)} the features [tokens] alone, and no other "
+                f"give {', '.join(token_estimators())} the features [tokens] alone, and no other "
                 "estimator",
             )
-        if self.estimator == "mlp" and "text" in self.features:
+        if "text" in self.features and not self.estimator_entry.reads_text:
+            readers = [name for name, entry in ESTIMATORS.items() if entry.reads_text]
             raise study_fault(
-                "a network that reads text", "use estimator: linear, or take text out of features"
+                f"estimator {self.estimator} with text",
+                f"use estimator: {' or '.join(readers)}, or take text out of features",
             )
         if self.pooling == "tokens":
             raise study_fault(
-                "pooling: tokens", f"use features: [tokens] with {', '.join(TOKEN_ESTIMATORS)}"
+                "pooling: tokens", f"use features: [tokens] with {', '.join(token_estimators())}"
             )
-        for name, owner in _TARGET_SETTINGS.items():
-            if getattr(self, name) is not None and self.target not in (owner, None):
+        for name in target_settings() if self.target is not None else ():
+            owners = targets_with(name)
+            if getattr(self, name) is not None and self.target not in owners:
                 raise study_fault(
-                    f"{name} with target {self.target}", f"remove it, or use target: {owner}"
+                    f"{name} with target {self.target}",
+                    f"remove it, or use target: {' or '.join(owners)}",
                 )
         return self
 

@@ -14,15 +14,12 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from taprobe_core.study.activations import Attention, Pooling
-from taprobe_core.study.fields import Count, Depth, Seed, StudyPart, Width, distinct, study_fault
-from taprobe_core.study.probes import ProbeRecipe, Residualize, Target
+from taprobe_core.study.estimators import Tuning
+from taprobe_core.study.fields import Count, Seed, StudyPart, distinct, study_fault
+from taprobe_core.study.probes import ProbeRecipe, Residualize
+from taprobe_core.study.targets import TARGETS, Target, TargetFactors
 
 RankBy = Literal["validation_skill", "validation_rank", "test_primary"]
-
-Percentile = Annotated[float, Field(gt=0, lt=100)]
-Threshold = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
 
 
 class AttentionVariant(StudyPart):
@@ -126,43 +123,17 @@ class Shortlists(StudyPart):
     to_stage3: Count = 12
 
 
-class Tuning(StudyPart):
-    """Values that stage 3 crosses, each for the estimators that read it alone.
-
-    `regularization` is read by `linear`; `hidden` and `early_stopping` by `mlp`; the rest by the
-    probes of token sets, of which `training` by `multimax` and `rolling_multimax`, `window` by
-    `rolling_multimax`, and `loss` on continuous targets.
-    """
-
-    regularization: Annotated[tuple[Positive, ...], AfterValidator(distinct)] = (
-        0.001,
-        0.01,
-        0.1,
-        1.0,
-        10.0,
-    )
-    hidden: Annotated[
-        tuple[Annotated[tuple[Width, ...], Field(min_length=1, max_length=64)], ...],
-        AfterValidator(distinct),
-    ] = ((50,), (100,), (100, 100))
-    early_stopping: Annotated[tuple[bool, ...], AfterValidator(distinct)] = (True, False)
-    n_heads: Annotated[tuple[Width, ...], AfterValidator(distinct)] = (4, 10)
-    width: Annotated[tuple[Width, ...], AfterValidator(distinct)] = (128,)
-    depth: Annotated[tuple[Depth, ...], AfterValidator(distinct)] = (1, 2)
-    learning_rate: Annotated[tuple[Positive, ...], AfterValidator(distinct)] = (1e-4, 1e-3)
-    weight_decay: Annotated[tuple[NotNegative, ...], AfterValidator(distinct)] = (0.0, 3e-3)
-    training: Annotated[tuple[Literal["hard", "soft"], ...], AfterValidator(distinct)] = (
-        "hard",
-        "soft",
-    )
-    window: Annotated[tuple[Count, ...], AfterValidator(distinct)] = (5, 10)
-    loss: Annotated[tuple[Literal["huber", "squared"], ...], AfterValidator(distinct)] = (
-        "huber",
-        "squared",
-    )
+def _swept(targets: tuple[str, ...]) -> tuple[str, ...]:
+    fixed = [name for name in targets if not TARGETS[name].is_swept]
+    if fixed:
+        able = [name for name, entry in TARGETS.items() if entry.is_swept]
+        raise study_fault(
+            f"{', '.join(fixed)}, which no sweep varies", f"name some of {', '.join(able)}"
+        )
+    return targets
 
 
-class Sweep(StudyPart):
+class Sweep(TargetFactors):
     """Factors of a campaign of three stages.
 
     Every recipe of `probes.recipes` is a kind: the sweep says its target, pooling and
@@ -174,18 +145,13 @@ class Sweep(StudyPart):
     eleven published variants as far as the study's attention yields them.
     """
 
-    targets: Annotated[tuple[Target, ...], Field(min_length=1), AfterValidator(distinct)] = (
+    targets: Annotated[
+        tuple[Target, ...], Field(min_length=1), AfterValidator(distinct), AfterValidator(_swept)
+    ] = (
         "anchor_binary",
         "importance_abs",
         "importance_signed",
     )
-    percentiles: Annotated[
-        tuple[Percentile, ...], Field(min_length=1), AfterValidator(distinct)
-    ] = (85.0, 90.0, 95.0)
-    thresholds: Annotated[tuple[Threshold, ...], Field(min_length=1), AfterValidator(distinct)] = (
-        0.1,
-    )
-    windows: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(distinct)] = (4,)
     drop_last_sentence: Annotated[
         tuple[bool, ...], Field(min_length=1), AfterValidator(distinct)
     ] = (True, False)

@@ -14,10 +14,9 @@ from taprobe_core.study.activations import Attention, Pooling
 from taprobe_core.study.fields import study_fault
 from taprobe_core.study.probes import ProbeRecipe
 from taprobe_core.study.sweep import Sweep
+from taprobe_core.study.targets import target_settings
 
 Faults = Iterator[PydanticCustomError]
-
-_TARGET_FACTORS = ("target", "percentile", "threshold", "window")
 
 
 def sweep_fault(
@@ -53,7 +52,9 @@ def sweep_fault(
 
 def _fixed_factors(recipes: Sequence[ProbeRecipe]) -> Faults:
     for recipe in recipes:
-        fixed = [name for name in _TARGET_FACTORS if getattr(recipe, name) is not None]
+        fixed = [
+            name for name in ("target", *target_settings()) if getattr(recipe, name) is not None
+        ]
         fixed += ["residualize"] if recipe.residualize != "none" else []
         if fixed:
             yield study_fault(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import polars as pl
 
 from taprobe_core.study.sweep import RankBy
+from taprobe_core.study.targets import target_settings
 from taprobe_core.sweep.sheets import with_status
 from taprobe_core.sweep.values import PLACE, problem_values, recipe_values
 from taprobe_core.tables.contract import check_table
@@ -20,7 +21,7 @@ from taprobe_core.tables.results import PROTOCOLS
 from taprobe_core.tables.sweep import SWEEP_LEADERBOARD
 
 _ALIKE = [
-    *("stage", "model", "setting", "target", "percentile", "threshold", "window"),
+    *("stage", "model", "setting", "target", *target_settings()),
     *("drop_last_sentence", "residualize"),
 ]
 """Configurations that agree in these are judged by the same values on the same sentences."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from taprobe_core.study.targets import TARGETS
 from taprobe_core.sweep.factors import Configuration
 from taprobe_core.sweep.space import SweepSpace
 from taprobe_core.sweep.uses import uses_of
@@ -63,9 +64,10 @@ def count_fits(
             n_deterministic += not template.is_stochastic
         if each.residualize != "none":
             n_residual += 1
-            learned = "importance_abs" if each.target == "anchor_binary" else each.target
-            own = (each.threshold, each.window, each.drop_last_sentence, each.residualize)
-            residuals.add((each.model, each.setting, learned, *own))
+            learned = TARGETS[TARGETS[each.target].value_of or each.target]
+            own = (getattr(each, name) for name in learned.setting_names)
+            shared = (each.model, each.setting, each.drop_last_sentence, each.residualize)
+            residuals.add((*shared, learned.name, *own))
     n_own_stochastic = sum(places.values())
     n_own_deterministic = len(places) - n_own_stochastic
     per_loop = n_folds * n_seeds

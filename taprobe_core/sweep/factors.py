@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, Self, cast, get_args
 
 from taprobe_core.errors import DataError
 from taprobe_core.store.canonical import canonical_json
 from taprobe_core.study.activations import Pooling
-from taprobe_core.study.probes import Residualize, Target
+from taprobe_core.study.probes import Residualize
+from taprobe_core.study.targets import Target, TargetConfiguration
+from taprobe_core.tables.sweep import SWEEP_FACTORS
 
 Stage = Literal["stage1", "stage2", "stage3"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -40,8 +42,10 @@ def configuration_id(stage: Stage, factors: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Configuration:
+class Configuration(TargetConfiguration):
     """One configuration. None stands for a factor that the stage or the target does not have.
+
+    The settings of its target are those of `TargetConfiguration`.
 
     Attributes:
         stage: the stage that crosses these factors.
@@ -49,9 +53,6 @@ class Configuration:
         layer: block index.
         setting: the study's setting.
         target: what is predicted.
-        percentile: of `anchor_binary`.
-        threshold: of `exceeds_threshold`.
-        window: of `windowed_change`, sentences.
         drop_last_sentence: whether the last sentence of a problem is left out.
         pooling: what is read of a sentence's states.
         residualize: what is first taken from the target.
@@ -65,9 +66,6 @@ class Configuration:
     layer: int
     setting: str
     target: Target
-    percentile: float | None = None
-    threshold: float | None = None
-    window: int | None = None
     drop_last_sentence: bool = True
     pooling: Pooling = "mean"
     residualize: Residualize = "none"
@@ -109,5 +107,5 @@ class Configuration:
         return cls(stage=stage, **values)
 
 
-FACTORS = tuple(field.name for field in fields(Configuration) if field.name != "stage")
+FACTORS = (*SWEEP_FACTORS, "kind", "tuning")
 """Names of all factors, in the order of columns."""

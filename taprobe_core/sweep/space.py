@@ -22,6 +22,7 @@ from taprobe_core.store.canonical import canonical_json
 from taprobe_core.study import Study
 from taprobe_core.study.probes import ProbeRecipe
 from taprobe_core.study.sweep import AttentionVariant, Sweep
+from taprobe_core.study.targets import TARGETS
 from taprobe_core.sweep.factors import Configuration
 from taprobe_core.sweep.tuning import grid
 
@@ -121,21 +122,14 @@ def sweep_space(sweep: Sweep, study: Study) -> SweepSpace:
 
 
 def _targets(sweep: Sweep) -> Iterator[dict[str, Any]]:
-    """Every target with the factors that are its own."""
+    """Every target with the factors that are its own, the last fastest."""
     first = sweep.drop_last_sentence[0]
     for target in sweep.targets:
-        own: list[dict[str, Any]] = [{"drop_last_sentence": first}]
-        if target == "anchor_binary":
-            own = [
-                {"percentile": percentile, "drop_last_sentence": drop}
-                for percentile, drop in product(sweep.percentiles, sweep.drop_last_sentence)
-            ]
-        elif target == "exceeds_threshold":
-            own = [{"threshold": value, **own[0]} for value in sweep.thresholds]
-        elif target == "windowed_change":
-            own = [{"window": value, **own[0]} for value in sweep.windows]
-        for factors in own:
-            yield {"target": target, **factors}
+        factors = TARGETS[target].factors
+        fixed = {each.name: each.default for each in TARGETS[target].settings if not each.factor}
+        for values in product(*(getattr(sweep, field) for field in factors.values())):
+            own = dict(zip(factors, values, strict=True))
+            yield {"target": target, "drop_last_sentence": first, **fixed, **own}
 
 
 def _listed(shortlist: pl.DataFrame, stage: str) -> list[tuple[Configuration, str]]:

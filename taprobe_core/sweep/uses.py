@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from taprobe_core.study.probes import ProbeRecipe
 from taprobe_core.study.sweep import OFF, AttentionVariant
+from taprobe_core.study.targets import target_settings
 from taprobe_core.sweep.factors import Configuration
 from taprobe_core.sweep.recipes import Role, SweptRecipe, Use
 from taprobe_core.sweep.space import SweepSpace
@@ -127,9 +128,7 @@ def _fits(
         update={
             "pooling": pooling if "activations" in kind.features else "mean",
             "target": configuration.target,
-            "percentile": configuration.percentile,
-            "threshold": configuration.threshold,
-            "window": configuration.window,
+            **{name: getattr(configuration, name) for name in target_settings()},
         }
     )
     named = space.sweep.residualized

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from taprobe_core.aggregation import chance_pr_auc
+from taprobe_core.aggregation import chance_pr_auc, normalised_skill
 from taprobe_core.errors import DataError
 
 PLACE = ("model", "layer", "setting")
@@ -55,16 +55,6 @@ def problem_values(results: pl.DataFrame, protocol: str) -> pl.DataFrame:
     return values.select(*key, value, excess.alias("excess"), room.alias("room"))
 
 
-def skill(excess: str = "excess", room: str = "room") -> pl.Expr:
-    """Skill over rows of a group: null where nothing is defined or the ceiling is not above chance.
-
-    Args:
-        excess: column of value minus chance.
-        room: column of ceiling minus chance, null where `excess` is.
-    """
-    return pl.when(pl.col(room).mean() > 0).then(pl.col(excess).mean() / pl.col(room).mean())
-
-
 def recipe_values(values: pl.DataFrame) -> pl.DataFrame:
     """Summarise each recipe on validation and on test, seeds averaged inside a problem.
 
@@ -85,7 +75,9 @@ def recipe_values(values: pl.DataFrame) -> pl.DataFrame:
             .group_by(FIT, maintain_order=True)
             .agg(
                 pl.col("value").mean(),
-                skill().alias("skill"),
+                normalised_skill(pl.col("excess").mean(), pl.lit(0.0), pl.col("room").mean()).alias(
+                    "skill"
+                ),
                 (pl.col("value") - pl.col("excess")).mean().alias("chance"),
                 pl.len().cast(pl.Int64).alias("n_problems"),
                 pl.col("value").null_count().cast(pl.Int64).alias("n_undefined"),

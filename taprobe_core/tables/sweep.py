@@ -7,9 +7,12 @@ value that is not defined, or not there yet.
 
 from __future__ import annotations
 
+from math import inf
+
 import pandera.polars as pa
 import polars as pl
 
+from taprobe_core.study.targets import target_settings
 from taprobe_core.tables.contract import FINITE, at_least, column, within
 from taprobe_core.tables.results import PROTOCOLS
 
@@ -30,14 +33,22 @@ _PLACE = {
 _FACTORS = {
     **_PLACE,
     "target": column(pl.String),
-    "percentile": column(pl.Float64, within(0, 100), nullable=True),
-    "threshold": column(pl.Float64, within(0, 1), nullable=True),
-    "window": column(pl.Int64, at_least(1), nullable=True),
+    **{
+        setting.name: column(
+            pl.Int64 if setting.is_whole else pl.Float64,
+            at_least(setting.low) if setting.high == inf else within(setting.low, setting.high),
+            nullable=True,
+        )
+        for setting in target_settings().values()
+    },
     "drop_last_sentence": column(pl.Boolean),
     "pooling": column(pl.String),
     "residualize": column(pl.String),
     "attention": column(pl.String, nullable=True),
 }
+SWEEP_FACTORS = tuple(_FACTORS)
+"""Factors that every stage of a sweep may have, in the order of columns."""
+
 _NUMBER = column(pl.Float64, FINITE, nullable=True)
 _P = column(pl.Float64, within(0, 1), nullable=True)
 _N = column(pl.Int64, at_least(0))

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError, NonFiniteError, NotEnoughDataError
+from taprobe_core.solvers.columns import class_sizes
 from taprobe_core.splits import Fold
 
 
@@ -100,8 +101,8 @@ def fold_masks(
                 f"problems {unknown} have no rows", str(fold), "make the folds from the rows' ids"
             )
     train = np.stack([np.isin(problem_id, fold.train) for fold in folds])
-    n_anchors = (train & is_anchor).sum(axis=1)
-    one_class = np.flatnonzero((n_anchors == 0) | (n_anchors == train.sum(axis=1)))
+    n_others, n_anchors = class_sizes(is_anchor[:, None], train.T)
+    one_class = np.flatnonzero((n_anchors == 0) | (n_others == 0))
     if one_class.size:
         raise NotEnoughDataError(
             f"training needs two classes, found {n_anchors[one_class[0]]} anchors among "

@@ -64,13 +64,13 @@ def study(mirror: Path, built: Any, small_text: str, tmp_path: Path) -> Path:
 def fitted(study: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Plan, list[str]]:
     """Run the study; return which fits were solved, by setting and recipe, in order."""
     plan, solved = open_plan(study, data), []
-    solve = fit.fit_batches
+    solve = fit.fit_each
 
     def counted(design: Any, fits: Any, *rest: Any, **more: Any) -> Any:
         solved.extend(each.recipe.name for each in fits)
         return solve(design, fits, *rest, **more)
 
-    monkeypatch.setattr(fit, "fit_batches", counted)
+    monkeypatch.setattr(fit, "fit_each", counted)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for stage in ("rollouts", "labels", "spans", "activations"):
         list(run_stage(plan, stage, cells_of(plan.study, stage)))

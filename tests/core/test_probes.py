@@ -37,6 +37,7 @@ from taprobe_core.probes import (
     RecipeFit,
     fit_batches,
     load_probes,
+    predict,
     save_probes,
     threads,
 )
@@ -44,7 +45,7 @@ from taprobe_core.probes import design as design_module
 from taprobe_core.probes import fit as module
 from taprobe_core.probes.design import TARGET_SETTINGS
 from taprobe_core.probes.inputs import DENSE_BLOCKS
-from taprobe_core.probes.linear import fit_linear
+from taprobe_core.probes.linear import LINEAR, fit_linear
 from taprobe_core.splits import Fold, inner_folds, make_folds
 from taprobe_core.study import (
     DEFAULT_RECIPES,
@@ -204,7 +205,7 @@ def test_scores_are_those_of_scikit_learn(
     probe = fitted(recipe, target, data, [fold], seed=3).probes[0]
 
     tolerance = 2e-3 if recipe.estimator == "mlp" else 1e-4 if is_binary else 1e-6
-    np.testing.assert_allclose(probe.predict(data), expected, atol=tolerance)
+    np.testing.assert_allclose(predict(probe, data), expected, atol=tolerance)
 
 
 @by_name
@@ -224,7 +225,7 @@ def test_scores_cover_validation_and_test_and_are_what_the_probes_say(
         for split, side in (("val", fold.val), ("test", fold.test)):
             scored = own.filter(split=split).join(keyed, on=["problem_id", "sentence_idx"])
             assert sorted(scored["row"]) == data.rows(side).tolist()
-            predicted = probe.predict(data)[scored["row"].to_numpy()]
+            predicted = predict(probe, data)[scored["row"].to_numpy()]
             np.testing.assert_allclose(scored["score"].to_numpy(), predicted, atol=1e-5)
         assert len(own) == len(data.rows(fold.val + fold.test))
 
@@ -288,7 +289,7 @@ def test_wide_recipes_that_differ_in_position_are_one_solve_and_what_they_are_al
         n_solves.append(len(part))
         return solve(design, part, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setitem(module._SOLVE, "linear", counted)
+    monkeypatch.setitem(module.SOLVERS, "linear", replace(LINEAR, solve=counted))
     design = design_of(wide, folds)
     together = dict(fit_batches(design, fits))
     assert sorted(n_solves) == [1, 4]
@@ -302,7 +303,7 @@ def test_wide_recipes_that_differ_in_position_are_one_solve_and_what_they_are_al
                 name: each.shape for name, each in theirs.arrays.items()
             }
             np.testing.assert_allclose(mine.arrays["mean"], theirs.arrays["mean"], rtol=1e-9)
-            np.testing.assert_allclose(mine.predict(wide), theirs.predict(wide), atol=2e-5)
+            np.testing.assert_allclose(predict(mine, wide), predict(theirs, wide), atol=2e-5)
 
 
 @pytest.mark.parametrize("target", ["anchor_binary", "importance_signed", "windowed_change"])
@@ -386,13 +387,13 @@ def test_a_control_is_one_more_target_of_the_same_solve(
     data: ProbeData, folds: list[Fold], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solves = []
-    solve = module._SOLVE["linear"]
+    solve = LINEAR.solve
 
     def counted(design: Design, fits: Sequence[Fit], *rest: object) -> object:
         solves.append([fit.recipe.name for fit in fits])
         return solve(design, fits, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setitem(module._SOLVE, "linear", counted)
+    monkeypatch.setitem(module.SOLVERS, "linear", replace(LINEAR, solve=counted))
     task = Fit(DEFAULT_RECIPES[2].resolved("anchor_binary", 70), 0)
     control = Fit(control_of_mean(), 0)
     design = design_of(data, folds)
@@ -582,7 +583,7 @@ def test_constant_features_are_only_centred(data: ProbeData, folds: list[Fold]) 
     probe = fitted(DEFAULT_RECIPES[2], "anchor_binary", data, [fold]).probes[0]
 
     assert probe.arrays["scale"][[0, 2]].tolist() == [1.0, 1.0]
-    assert np.isfinite(probe.predict(data)).all()
+    assert np.isfinite(predict(probe, data)).all()
     np.testing.assert_allclose(probe.arrays["coef"][[0, 2]], 0.0, atol=1e-9)
 
 
@@ -661,7 +662,7 @@ def test_recipes_say_what_data_they_lack(data: ProbeData, folds: list[Fold]) -> 
         fitted(looking, "anchor_binary", bare, folds)
     probe = fitted(linear, "anchor_binary", data, folds[:1]).probes[0]
     with pytest.raises(DataError, match="the data has 5 features, the probe was fitted on 12"):
-        probe.predict(_data(d_model=5))
+        predict(probe, _data(d_model=5))
 
 
 def test_a_feature_that_is_no_number_is_refused(data: ProbeData, folds: list[Fold]) -> None:
@@ -741,7 +742,7 @@ def test_small_data_is_fitted_on_one_thread_and_large_data_on_all(
         return fit_linear(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(threads, "MAX_VALUES_ON_ONE_THREAD", limit)
-    monkeypatch.setitem(module._SOLVE, "linear", spy)
+    monkeypatch.setitem(module.SOLVERS, "linear", replace(LINEAR, solve=spy))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     before = torch.get_num_threads()
     torch.set_num_threads(2)

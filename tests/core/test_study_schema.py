@@ -7,16 +7,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 
 from taprobe_core.errors import ConfigError
 from taprobe_core.keys import Site
-from taprobe_core.study import Study, load_study, shipped_studies
+from taprobe_core.study import ESTIMATORS, Study, load_study, shipped_studies
 from taprobe_core.study.fields import FOLDER_NAME
-from taprobe_core.study.probes import Estimator
 from taprobe_core.study.schema import REGENERATE, schema_text, study_schema
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
@@ -77,7 +76,7 @@ def test_the_demo_needs_nothing_from_outside() -> None:
     assert len(study.sites) == 8
     assert study.settings == ("correct_base_solution", "incorrect_base_solution")
     assert study.seeds == (0, 1, 2, 3, 4)
-    assert {recipe.estimator for recipe in study.recipes} == set(get_args(Estimator))
+    assert {recipe.estimator for recipe in study.recipes} == set(ESTIMATORS)
 
 
 def test_the_scaling_matrix_reads_quartiles_of_two_depths() -> None:

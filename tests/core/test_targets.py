@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 
 from taprobe_core.effects import fit_effects, posterior
 from taprobe_core.errors import ConfigError, LabelError
-from taprobe_core.labels import anchors, make_labels
+from taprobe_core.labels import anchors, anchors_by_problem, make_labels
 from taprobe_core.rollouts import FolderRollouts, read_rollouts
 from taprobe_core.study.config import Labels, MirrorSource, Model, Rollouts, StandInCheckpoint
 from taprobe_core.study.probes import ProbeRecipe
 from taprobe_core.targets import (
     TargetValues,
-    anchors_by_problem,
     importance_errors,
     target_values,
     windowed_change,

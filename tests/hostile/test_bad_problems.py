@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from taprobe_core.errors import LabelError, NotEnoughDataError, PlanError, SpanError
 from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline import (
-    CHECKS,
+    STAGES,
     Plan,
     cells_of,
     open_plan,
@@ -181,25 +181,22 @@ def test_bad_problems_of_every_kind_cost_themselves_alone(tmp_path: Path, tokeni
     for problem_id, (_, said) in BAD.items():
         assert said in found[problem_id]["what"]
         assert found[problem_id]["fix"]
-    for key_of, name in (
+    for stage, name in (
         ("rollouts", "problems"), ("rollouts", "sentences"), ("rollouts", "notes"),
         ("labels", "labels"), ("spans", "texts"), ("spans", "spans"),
     ):  # fmt: skip
-        mine, alone = (
-            each.store.open(getattr(each, key_of)(*CELL)).read_table(f"{name}.parquet")
-            for each in (plan, clean)
-        )
+        mine, alone = (each.read(stage, CELL, name) for each in (plan, clean))
         assert mine.filter(~pl.col("problem_id").is_in([*BAD])).equals(alone)
         assert alone["problem_id"].n_unique() == (1 if name == "notes" else 6)
     scores = read_scores(plan, Site("m", 1), Trial(SETTING, 0))
     assert set(scores["problem_id"]) == set(range(1, 7))
     for stage in stages_of(plan.study):
-        for name, check in CHECKS.get(stage, {}).items():
+        for name, check in STAGES[stage].checks.items():
             if name == "passages_differ_across_problems":
                 continue  # these sentences are drawn from few words
             for cell in cells_of(plan.study, stage):
                 assert check(plan, cell) == [], name
-    page = plan.store.open(plan.study_report()).path / "report.html"
+    page = plan.open("study_report").path / "report.html"
     assert all(str(problem_id) in page.read_text() for problem_id in BAD)
 
 
