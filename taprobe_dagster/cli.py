@@ -1,4 +1,7 @@
-"""The `taprobe` command with Dagster: `demo`, `run`, `ui`, beside the verbs of the core."""
+"""The `taprobe` command with Dagster: `demo`, `run`, `ui`, beside the verbs of the core.
+
+As there, a verb imports what it needs when it is called: help must answer at once.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,20 +25,9 @@ from taprobe_core.cli.app import (
     show_progress,
 )
 from taprobe_core.errors import ConfigError, FailedCheckError
-from taprobe_core.pipeline import (
-    STAGES,
-    CellFilter,
-    Gate,
-    Plan,
-    cells_of,
-    check_stage,
-    dimension_keys,
-    failed_checks,
-    open_plan,
-    refusal,
-    split_stopped,
-    stages_of,
-)
+
+if TYPE_CHECKING:
+    from taprobe_core.pipeline import CellFilter, Plan
 
 ListOption = list[str] | None
 
@@ -47,7 +39,8 @@ OF_THE_WHOLE = frozenset({"receiver_heads", "evaluation", "leaderboard", "study_
 def run(
     study: StudyArgument = None,
     select: Annotated[
-        ListOption, typer.Option(help=f"Stages to run: {', '.join(STAGES)}. Repeatable.")
+        ListOption,
+        typer.Option(help="Only this stage, as `taprobe check` names them. Repeatable."),
     ] = None,
     site: Annotated[
         ListOption, typer.Option(help="Only this site (model@Lnn). Repeatable.")
@@ -57,6 +50,14 @@ def run(
     ] = None,
 ) -> None:
     """Materialize what a study lacks, through Dagster; what is there already is not redone."""
+    from taprobe_core.pipeline import (
+        CellFilter,
+        check_stage,
+        dimension_keys,
+        open_plan,
+        stages_of,
+    )
+
     plan = open_plan(study)
     stages = frozenset(check_stage(plan.study, stage) for stage in select) if select else None
     chosen = CellFilter(
@@ -108,6 +109,7 @@ def ui(
         raise ConfigError(
             "the UI is not installed", "this environment", "pip install 'taprobe[ui]'"
         )
+    from taprobe_core.pipeline import open_plan
     from taprobe_dagster.access import checked_token, new_token
     from taprobe_dagster.serve import serve
 
@@ -130,9 +132,9 @@ def _known(chosen: ListOption, known: tuple[str, ...], noun: str) -> frozenset[s
 
 
 def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) -> None:
-    # Dagster takes two seconds to import, which `taprobe --help` need not pay.
     from dagster._core.utils import make_new_run_id
 
+    from taprobe_core.pipeline import Gate, cells_of, failed_checks, refusal, split_stopped
     from taprobe_dagster.assets import ops_of
     from taprobe_dagster.definitions import build_defs
     from taprobe_dagster.events import refresh_checks
