@@ -22,21 +22,6 @@ from taprobe_core.activations.packing import to_device
 from taprobe_core.errors import NonFiniteError, SpanError
 from taprobe_core.study import Pooling, Storage
 
-__all__ = [
-    "FLOAT16_MAX",
-    "OVERFLOW_FIX",
-    "Pooling",
-    "SpanIndex",
-    "Storage",
-    "check_finite",
-    "fits",
-    "join_indexes",
-    "pool",
-    "span_index",
-    "span_means",
-    "value_range",
-]
-
 FLOAT16_MAX = 65504.0
 """Largest finite float16."""
 

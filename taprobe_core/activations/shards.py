@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from taprobe_core.activations.pooling import Storage
 from taprobe_core.store import tensor_parts, write_bytes
+from taprobe_core.study.activations import Storage
 
 ACTIVATIONS_FILE = "activations.safetensors"
 ATTENTION_FILE = "attention.safetensors"

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 
 from taprobe_core import plots
-from taprobe_core.attention import average_matrix
+from taprobe_core.attention.scores import average_matrix
 from taprobe_core.keys import parse_site
 from taprobe_core.pipeline.attention import read_attention, read_kurtosis
 from taprobe_core.pipeline.cells import Cell

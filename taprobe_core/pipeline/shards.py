@@ -9,7 +9,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from taprobe_core.activations import ActivationShard, AttentionShard, Extracted, shard_file
+from taprobe_core.activations.extract import Extracted
+from taprobe_core.activations.shards import ActivationShard, AttentionShard, shard_file
 from taprobe_core.keys import Site
 from taprobe_core.pipeline.plan import CODE_VERSIONS, Plan
 from taprobe_core.store import ArtifactKey, FileCommit

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import polars as pl
 import torch
 
-from taprobe_core.activations import finite_faults, mass_faults, shape_faults
+from taprobe_core.activations.faults import finite_faults, mass_faults, shape_faults
 from taprobe_core.attention_tables import VERTICAL_TABLES
 from taprobe_core.errors import TaprobeError
 from taprobe_core.keys import parse_site, parse_trial

@@ -8,23 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taprobe_core.activations import (
-    FLOAT16_MAX,
-    Pooling,
-    Progress,
-    finite_faults,
-    pool,
-    shape_faults,
-    span_means,
-)
+from taprobe_core.activations.faults import finite_faults, shape_faults
 from taprobe_core.activations.pooling import (
+    FLOAT16_MAX,
     check_finite,
     fits,
     join_indexes,
+    pool,
     span_index,
+    span_means,
     value_range,
 )
+from taprobe_core.activations.progress import Progress
 from taprobe_core.errors import NonFiniteError, SpanError
+from taprobe_core.study.activations import Pooling
 
 NAN, INF = float("nan"), float("inf")
 

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from taprobe_core.attention import OFF, AttentionMode, sentence_mass, tail_mass
+from taprobe_core.attention.mass import sentence_mass, tail_mass
+from taprobe_core.attention.mode import OFF, AttentionMode
 from taprobe_core.errors import ConfigError, ModelMismatchError, SpanError
 
 Spans = list[tuple[int, int]]

@@ -9,20 +9,15 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from taprobe_core.attention import (
+from taprobe_core.attention.confounds import distance_law, near_diagonal_share, sink_share
+from taprobe_core.attention.receivers import receiver_heads, receiver_scores, split_half_reliability
+from taprobe_core.attention.scores import (
     average_matrix,
-    distance_law,
-    full_scores,
     head_kurtosis,
-    light_scores,
-    near_diagonal_share,
     proximity_sensitivity,
-    receiver_heads,
-    receiver_scores,
-    sink_share,
-    split_half_reliability,
     vertical_scores,
 )
+from taprobe_core.attention.simple import full_scores, light_scores
 from taprobe_core.errors import NonFiniteError, NotEnoughDataError
 
 Array = npt.NDArray[Any]
