@@ -24,7 +24,7 @@ from dagster._core.instance.config import PoolGranularity
 from dagster._core.instance.ref import InstanceRef
 from rich.markup import escape
 
-from taprobe_core.cli.app import err
+from taprobe_core.cli.console import err
 from taprobe_core.errors import ConfigError, HomeError
 from taprobe_core.pipeline import data_root
 from taprobe_core.pipeline.opening import checked_folder
