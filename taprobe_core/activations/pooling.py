@@ -132,28 +132,6 @@ def _reduced(
     return embedding_bag(index.tokens, hidden.float(), index.offsets[:-1], mode="mean")
 
 
-def span_means(
-    hidden: torch.Tensor, spans: torch.Tensor | Sequence[tuple[int, int]]
-) -> torch.Tensor:
-    """Average the hidden state over each span.
-
-    Args:
-        hidden: states of one text, [token, d_model], any float type.
-        spans: half-open token ranges, [span, 2]; may overlap.
-
-    Returns:
-        [span, d_model], float32, on the device of `hidden`, in the order of `spans`.
-
-    Raises:
-        SpanError: there is no span, or a span is empty or outside the text.
-
-    Example:
-        >>> span_means(torch.tensor([[1.0], [3.0], [8.0]]), [(0, 2), (1, 3)]).tolist()
-        [[2.0], [5.5]]
-    """
-    return pool(hidden, span_index(spans, len(hidden)).to(hidden.device), ["mean"])["mean"]
-
-
 def value_range(rows: torch.Tensor) -> torch.Tensor:
     """Return the smallest and the largest value of each row, float32 [row, 2].
 
