@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import dagster as dg
 
-from taprobe_core.pipeline import DIMENSIONS, PARENTS, cells_of, stages_of
+from taprobe_core.pipeline import STAGES, cells_of, stages_of
 from taprobe_core.study import Study, parse_study
 from taprobe_dagster.definitions import build_defs
 
@@ -37,9 +37,9 @@ def flat_defs(study: Study) -> dg.Definitions:
 
 def _flat(study: Study, stage: str) -> dg.AssetsDefinition:
     cells = ["_".join(cell) for cell in cells_of(study, stage)]
-    grid = dg.StaticPartitionsDefinition(cells) if DIMENSIONS[stage] else None
+    grid = dg.StaticPartitionsDefinition(cells) if STAGES[stage].grid else None
 
-    @dg.asset(name=stage, deps=list(PARENTS[stage]), partitions_def=grid)
+    @dg.asset(name=stage, deps=list(STAGES[stage].reads), partitions_def=grid)
     def flat() -> None: ...
 
     return flat

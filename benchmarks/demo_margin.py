@@ -29,9 +29,14 @@ from taprobe_core.evaluation import compare_values
 from taprobe_core.importance import trigram_masked_dissimilar
 from taprobe_core.labels import anchors
 from taprobe_core.metrics import pr_auc
-from taprobe_core.pipeline import cells_of, open_plan, run_stage, stages_of
-from taprobe_core.pipeline.judge import read_evaluation
-from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline import (
+    Plan,
+    cells_of,
+    open_plan,
+    read_evaluation,
+    run_stage,
+    stages_of,
+)
 from taprobe_core.selection import ANY_ACTIVATION_PROBE, chosen_values
 from taprobe_core.study import parse_study, shipped_studies
 
@@ -125,8 +130,8 @@ def levels(plan: Plan, model: str, setting: str) -> tuple[float, float]:
     The ceiling knows true effect and noise: it scores a sentence by how often it becomes an anchor
     when the labels are drawn again from the exact rates.
     """
-    labels = plan.store.open(plan.labels(model, setting)).read_table("labels.parquet")
-    rollouts = plan.store.open(plan.rollouts(model, setting)).read_table("sentences.parquet")
+    labels = plan.read("labels", (model, setting), "labels")
+    rollouts = plan.read("rollouts", (model, setting), "sentences")
     rng, rule = np.random.default_rng(0), plan.study.labels
     ceilings, on_truth = [], []
     for (problem_id,), group in labels.group_by("problem_id", maintain_order=True):

@@ -1,21 +1,21 @@
 """The assets: one definition per grid, all made by one factory, all thin.
 
-What belongs here: names, dependencies, descriptions, groups, pools. What an asset computes is in
-`taprobe_core.pipeline`; how its cells are named is in `partitions`; what its events say is in
-`events`. Stages that share a grid share an op, so a run that covers them loads the study once.
+What belongs here: how a stage becomes an asset of an op. What a stage is, from its dependencies to
+its description, is said by `taprobe_core.pipeline.stages`; how its cells are named is in
+`partitions`; what its events say is in `events`. Stages that share a grid share an op, so a run
+that covers them loads the study once.
 
 Concept: https://docs.dagster.io/guides/build/assets
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import dagster as dg
 from dagster_shared.record import copy
 
 from taprobe_core.errors import FailedCheckError, TaprobeError
 from taprobe_core.pipeline import (
-    CHECKS,
-    CODE_VERSIONS,
+    STAGES,
     Cell,
     Gate,
     Plan,
@@ -33,56 +33,6 @@ from taprobe_dagster.home import GPU_POOL
 from taprobe_dagster.partitions import cell_of, grid_of, mapping_between
 from taprobe_dagster.resources import Workbench
 
-OPS: dict[str, tuple[str, ...]] = {
-    "read_rollouts": ("rollouts", "labels", "spans"),
-    "extract_activations": ("activations", "vertical_attention"),
-    "choose_receiver_heads": ("receiver_heads",),
-    "fit_probes": ("probe_fits", "deferral_plans"),
-    "evaluate_probes": ("evaluation",),
-    "publish_study": ("leaderboard", "study_report"),
-    "fit_sweep_stage1": ("sweep_stage1",),
-    "choose_sweep_stage2": ("sweep_shortlist_stage2",),
-    "fit_sweep_stage2": ("sweep_stage2",),
-    "choose_sweep_stage3": ("sweep_shortlist_stage3",),
-    "fit_sweep_stage3": ("sweep_stage3",),
-    "publish_sweep": ("sweep_leaderboard", "sweep_paired_deltas", "sweep_stability"),
-}
-"""Every op there is -> the stages it materializes; stages of one op share a grid."""
-
-POOLS = {"extract_activations": GPU_POOL}
-"""Op -> the pool of which it takes a slot while it works."""
-
-DESCRIPTIONS = {
-    "rollouts": "Problems and sentences of one model and setting, as published, checked.",
-    "labels": "Anchors and importance per sentence, with counts, standard error and status.",
-    "spans": "The token range of every sentence; the ranges cover the thinking text exactly.",
-    "activations": "Pooled activations per sentence at one layer; one shard per problem.",
-    "vertical_attention": "How later sentences look back at each one, at one layer, head by head.",
-    "receiver_heads": "Heads that single out few sentences, chosen fold by fold, and their scores.",
-    "probe_fits": "Every recipe fitted on every fold; scores of validation and test sentences.",
-    "deferral_plans": "Which sentences the probe decides and which go to expensive labelling.",
-    "evaluation": "Metrics over problems, and paired deltas against position and text.",
-    "leaderboard": "Every recipe of the study, ranked, beside chance and its baselines.",
-    "study_report": "One self-contained page: results, pictures, skipped problems, provenance.",
-    "sweep_stage1": "Every target, pooling and residualisation of the sweep, fitted and measured.",
-    "sweep_shortlist_stage2": "Configurations of stage 1 that go on, chosen on validation.",
-    "sweep_stage2": "The shortlisted configurations with every way to read attention.",
-    "sweep_shortlist_stage3": "Configurations of stage 2 that are tuned, chosen on validation.",
-    "sweep_stage3": "The finalists under every setting of their probe.",
-    "sweep_leaderboard": "Every configuration of all stages, ranked on validation, with its test.",
-    "sweep_paired_deltas": "Configurations against position and text, paired over problems.",
-    "sweep_stability": "How far the ranking depends on seeds, problems and settings.",
-}
-
-KINDS = {
-    "activations": {"torch", "safetensors"},
-    "vertical_attention": {"torch", "safetensors"},
-    "probe_fits": {"torch", "safetensors"},
-    "sweep_stage1": {"torch", "parquet"},
-    "sweep_stage2": {"torch", "parquet"},
-    "sweep_stage3": {"torch", "parquet"},
-}
-
 STOPPED = "nothing is computed from it"
 """What a failed blocking check means for what comes after."""
 
@@ -95,10 +45,17 @@ GPU_TAGS = {
 
 
 def ops_of(study: Study) -> dict[str, tuple[str, ...]]:
-    """The ops of a study and the stages that each makes of it; an op without any is left out."""
-    known = stages_of(study)
-    found = {op: tuple(stage for stage in stages if stage in known) for op, stages in OPS.items()}
-    return {op: stages for op, stages in found.items() if stages}
+    """The ops of a study and the stages that each makes of it, in data-path order."""
+    found: dict[str, tuple[str, ...]] = {}
+    for stage in stages_of(study):
+        op = STAGES[stage].op
+        found[op] = (*found.get(op, ()), stage)
+    return found
+
+
+def pool_of(stages: Iterable[str]) -> str | None:
+    """The pool of which an op of these stages takes a slot while it works; None without one."""
+    return GPU_POOL if any(STAGES[stage].is_on_accelerator for stage in stages) else None
 
 
 def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
@@ -108,7 +65,7 @@ def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
     optional (`skippable`) and never emitted; see `events` for why.
     """
     stages = ops_of(study)[op]
-    is_gpu = op in POOLS
+    pool = pool_of(stages)
     grid = grid_of(study, stages[0])
 
     @dg.multi_asset(
@@ -119,13 +76,13 @@ def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
                 name, asset=stage, blocking=check.is_blocking, description=check.description
             )
             for stage in stages
-            for name, check in CHECKS.get(stage, {}).items()
+            for name, check in STAGES[stage].checks.items()
         ],
         partitions_def=grid,
         backfill_policy=dg.BackfillPolicy.single_run(),
         can_subset=True,
-        pool=POOLS.get(op),
-        op_tags=GPU_TAGS if is_gpu else None,
+        pool=pool,
+        op_tags=GPU_TAGS if pool else None,
     )
     def run(
         context: dg.AssetExecutionContext, workbench: dg.ResourceParam[Workbench]
@@ -141,6 +98,7 @@ def stage_assets(study: Study, op: str) -> dg.AssetsDefinition:
 
 
 def _spec(study: Study, stage: str) -> dg.AssetSpec:
+    about = STAGES[stage]
     parents = parents_of(study, stage) or ("dataset",)
     return dg.AssetSpec(
         stage,
@@ -153,10 +111,10 @@ def _spec(study: Study, stage: str) -> dg.AssetSpec:
             )
             for parent in parents
         ],
-        description=DESCRIPTIONS[stage],
-        group_name="sweep" if stage.startswith("sweep_") else stage,
-        code_version=CODE_VERSIONS[stage],
-        kinds=KINDS.get(stage, {"polars", "parquet"}),
+        description=about.title,
+        group_name=about.group or stage,
+        code_version=about.code_version,
+        kinds=set(about.kinds),
         owners=["team:taprobe"],
         skippable=True,
     )

@@ -17,9 +17,9 @@ import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import UnresolvedAssetJobDefinition
 from dagster._time import get_current_timestamp
 
-from taprobe_core.pipeline import Gate, cells_of, failed_checks, missing_cells
+from taprobe_core.pipeline import STAGES, Gate, cells_of, failed_checks, missing_cells
 from taprobe_core.study import Study
-from taprobe_dagster.assets import OPS, ops_of
+from taprobe_dagster.assets import ops_of
 from taprobe_dagster.launch import Launch, launches_of
 from taprobe_dagster.resources import Workbench
 
@@ -68,13 +68,15 @@ def schedules(jobs: Jobs) -> list[dg.ScheduleDefinition]:
 
 
 def _schedule(name: str, op: str, cron: str, jobs: Jobs) -> dg.ScheduleDefinition:
+    made = ", ".join(stage for stage in STAGES if STAGES[stage].op == op)
+
     @dg.schedule(
         name=name,
         job=jobs[op],
         cron_schedule=cron,
         execution_timezone="UTC",
         default_status=dg.DefaultScheduleStatus.STOPPED,
-        description=f"Every cell of {', '.join(OPS[op])} that has changed.",
+        description=f"Every cell of {made} that has changed.",
     )
     def nightly(
         context: dg.ScheduleEvaluationContext, workbench: dg.ResourceParam[Workbench]

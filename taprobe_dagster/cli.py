@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
 ListOption = list[str] | None
 
-OF_THE_WHOLE = frozenset({"receiver_heads", "evaluation", "leaderboard", "study_report"})
-"""Stages that read more sites or trials than the one they stand at."""
-
 
 @app.command()
 def run(
@@ -51,6 +48,7 @@ def run(
 ) -> None:
     """Materialize what a study lacks, through Dagster; what is there already is not redone."""
     from taprobe_core.pipeline import (
+        STAGES,
         CellFilter,
         check_stage,
         dimension_keys,
@@ -68,13 +66,13 @@ def run(
     if is_part and stages is None:
         # Heads are ranked over all layers of a model, and one leaderboard and one report stand for
         # the whole study, so a part does not make them.
-        stages = frozenset(stages_of(plan.study)) - OF_THE_WHOLE
+        stages = frozenset(stages_of(plan.study)) - STAGES.of_the_whole()
     _materialize(plan, chosen, stages)
     print_skipped(plan)
     if stages is None or "leaderboard" in stages:
         print_leaderboard(plan)
     if stages is None or "study_report" in stages:
-        report = plan.store.open(plan.study_report())
+        report = plan.open("study_report")
         out.print(f"report: {report.path / 'report.html'}")
 
 

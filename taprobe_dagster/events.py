@@ -27,9 +27,7 @@ from dagster._core.events import DagsterEventType
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord
 
 from taprobe_core.pipeline import (
-    CHECKS,
-    CODE_VERSIONS,
-    WARNINGS,
+    STAGES,
     Cell,
     Description,
     Outcome,
@@ -65,7 +63,7 @@ def materialization(
         metadata=cell_metadata(outcome, description),
         tags={
             DATA_VERSION_TAG: outcome.key.fingerprint,
-            CODE_VERSION_TAG: CODE_VERSIONS[stage],
+            CODE_VERSION_TAG: STAGES[stage].code_version,
             DATA_VERSION_IS_USER_PROVIDED_TAG: "true",
             **inputs,
         },
@@ -159,7 +157,7 @@ def check_result(stage: str, check: str, verdicts: Sequence[Verdict]) -> dg.Asse
     # The figures of the cell to look at: of the first that fails, else of the first.
     for name, value in next((each.numbers for each in [*red, *verdicts]), {}).items():
         metadata[name] = float(value)
-    warns = check in WARNINGS
+    warns = not STAGES[stage].checks[check].is_blocking
     return dg.AssetCheckResult(
         asset_key=stage,
         check_name=check,
@@ -180,11 +178,10 @@ def refresh_checks(instance: dg.DagsterInstance, plan: Plan) -> None:
     A waiver changes what a check says without a run of its asset, and so does a store that somebody
     mended.
     """
-    stages = [stage for stage in stages_of(plan.study) if stage in CHECKS]
     keys = {
         dg.AssetCheckKey(dg.AssetKey(stage), name): stage
-        for stage in stages
-        for name in CHECKS[stage]
+        for stage in stages_of(plan.study)
+        for name in STAGES[stage].checks
     }
     logged = instance.event_log_storage.get_latest_asset_check_execution_by_key(list(keys))
     for key, stage in keys.items():
@@ -199,7 +196,7 @@ def refresh_checks(instance: dg.DagsterInstance, plan: Plan) -> None:
                     metadata=now.metadata,
                     severity=now.severity,
                     description=now.description,
-                    blocking=CHECKS[stage][key.name].is_blocking,
+                    blocking=STAGES[stage].checks[key.name].is_blocking,
                 )
             )
 

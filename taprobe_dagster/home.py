@@ -27,7 +27,7 @@ from rich.markup import escape
 from taprobe_core.cli.console import err
 from taprobe_core.errors import ConfigError, HomeError
 from taprobe_core.pipeline import data_root
-from taprobe_core.pipeline.opening import checked_folder
+from taprobe_core.pipeline.data_folder import checked_folder
 from taprobe_dagster.home_faults import answered, settings_answered
 from taprobe_dagster.storage import BUSY_TIMEOUT_S
 

@@ -41,7 +41,7 @@ from taprobe_core.pipeline import (
     split_stopped,
 )
 from taprobe_core.study import Study
-from taprobe_dagster.assets import POOLS, ops_of
+from taprobe_dagster.assets import ops_of, pool_of
 from taprobe_dagster.liveness import recorded
 from taprobe_dagster.partitions import box_cells, boxes, partition_key
 
@@ -206,7 +206,7 @@ def who_holds_pool(instance: dg.DagsterInstance, launch: Launch) -> list[str]:
     The slot itself is claimed by Dagster, as the step begins; this is for telling why it takes
     long.
     """
-    pool = POOLS.get(launch.op)
+    pool = pool_of(launch.stages)
     if pool is None:
         return []
     info = instance.event_log_storage.get_concurrency_info(pool)

@@ -12,14 +12,14 @@ from itertools import groupby
 
 import dagster as dg
 
-from taprobe_core.pipeline.cells import DIMENSIONS, Cell, dimension_keys
+from taprobe_core.pipeline import STAGES, Cell, dimension_keys
 from taprobe_core.study import Study
 from taprobe_dagster.beta import accepted_beta
 
 
 def grid_of(study: Study, stage: str) -> dg.MultiPartitionsDefinition | None:
     """The two-dimensional grid of a stage; None for a stage with one artifact per study."""
-    dimensions = DIMENSIONS[stage]
+    dimensions = STAGES[stage].grid
     if not dimensions:
         return None
     return dg.MultiPartitionsDefinition(
@@ -29,19 +29,19 @@ def grid_of(study: Study, stage: str) -> dg.MultiPartitionsDefinition | None:
 
 def partition_key(stage: str, cell: Cell) -> dg.MultiPartitionKey | None:
     """The Dagster key of a cell; None for the empty cell."""
-    return dg.MultiPartitionKey(dict(zip(DIMENSIONS[stage], cell, strict=True))) if cell else None
+    return dg.MultiPartitionKey(dict(zip(STAGES[stage].grid, cell, strict=True))) if cell else None
 
 
 def cell_of(stage: str, key: str) -> Cell:
     """The cell of a Dagster key; Dagster orders the dimensions of a key by name."""
-    names = sorted(DIMENSIONS[stage])
+    names = sorted(STAGES[stage].grid)
     parts = dict(zip(names, key.split("|"), strict=True))
-    return tuple(parts[name] for name in DIMENSIONS[stage])
+    return tuple(parts[name] for name in STAGES[stage].grid)
 
 
 def mapping_between(study: Study, parent: str, child: str) -> dg.PartitionMapping | None:
     """How a child's cells map to a parent's; None leaves Dagster's identity default."""
-    upstream, downstream = DIMENSIONS[parent], DIMENSIONS[child]
+    upstream, downstream = STAGES[parent].grid, STAGES[child].grid
     if upstream == downstream or not upstream:
         return None
     if not downstream:
@@ -85,10 +85,10 @@ def boxes(study: Study, stage: str, cells: Sequence[Cell]) -> Iterator[tuple[Cel
 
     One run materializes one rectangle, because Dagster names the partitions of a run by a range.
     """
-    if not DIMENSIONS[stage]:
+    if not STAGES[stage].grid:
         yield from (((), ()) for _ in cells)
         return
-    rows_, columns_ = (dimension_keys(study, name) for name in DIMENSIONS[stage])
+    rows_, columns_ = (dimension_keys(study, name) for name in STAGES[stage].grid)
     wanted = set(cells)
     columns_by_row = [
         tuple(i for i, column in enumerate(columns_) if (row, column) in wanted) for row in rows_
@@ -108,7 +108,7 @@ def box_cells(study: Study, stage: str, first: Cell, last: Cell) -> list[Cell]:
     rows, columns = (
         keys[keys.index(one) : keys.index(other) + 1]
         for keys, one, other in zip(
-            (dimension_keys(study, name) for name in DIMENSIONS[stage]), first, last, strict=True
+            (dimension_keys(study, name) for name in STAGES[stage].grid), first, last, strict=True
         )
     )
     return [(row, column) for row in rows for column in columns]

@@ -361,9 +361,9 @@ def checked_cell(plan: Plan, stage: str, keys: Sequence[str]) -> Cell:
     Raises:
         ConfigError: the study has no such stage or key, or the stage takes another number of keys.
     """
-    from taprobe_core.pipeline import DIMENSIONS, check_stage, dimension_keys
+    from taprobe_core.pipeline import STAGES, check_stage, dimension_keys
 
-    wanted = DIMENSIONS[check_stage(plan.study, stage)]
+    wanted = STAGES[check_stage(plan.study, stage)].grid
     if len(keys) != len(wanted):
         raise ConfigError(
             f"{len(keys)} keys of a cell of {stage}",
@@ -395,6 +395,6 @@ def print_leaderboard(plan: Plan) -> None:
     """Print the best rows of the study's leaderboard."""
     from taprobe_core.leaderboard import render_text
 
-    frame = plan.store.open(plan.leaderboard()).read_table("leaderboard.parquet")
+    frame = plan.read("leaderboard", (), "leaderboard")
     for table in render_text(frame):
         out.print(table)

@@ -1,25 +1,18 @@
-"""The stages bound to a study and a store: plan keys, run cells, check and describe artifacts."""
+"""The stages bound to a study and a store: plan keys, run cells, check and describe artifacts.
 
-from taprobe_core.pipeline.attention import read_attention
+`stages` is the page to read first.
+"""
+
 from taprobe_core.pipeline.cells import (
-    DIMENSIONS,
-    PARENTS,
-    STAGES,
-    Cell,
-    CellFilter,
     cells_of,
     check_stage,
-    dimension_keys,
     is_complete,
     key_of,
     missing_cells,
     parents_of,
     stages_of,
 )
-from taprobe_core.pipeline.checks import CHECKS, WARNINGS
-from taprobe_core.pipeline.describe import describe
-from taprobe_core.pipeline.description import Description
-from taprobe_core.pipeline.fit import read_scores
+from taprobe_core.pipeline.data_folder import data_root, open_plan
 from taprobe_core.pipeline.gate import (
     Gate,
     failed_checks,
@@ -27,26 +20,28 @@ from taprobe_core.pipeline.gate import (
     split_stopped,
     stage_verdicts,
 )
-from taprobe_core.pipeline.inputs import read_activations, read_probe_data
-from taprobe_core.pipeline.opening import data_root, open_plan
-from taprobe_core.pipeline.outcome import Outcome
-from taprobe_core.pipeline.plan import CODE_VERSIONS, Plan
-from taprobe_core.pipeline.run import run_stage
+from taprobe_core.pipeline.grid import Cell, CellFilter, dimension_keys
+from taprobe_core.pipeline.inputs import read_activations, read_attention, read_probe_data
+from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.run import describe, run_stage
+from taprobe_core.pipeline.stage import Check, Description, Found, Outcome, Part, Stage
+from taprobe_core.pipeline.stages import STAGES
+from taprobe_core.pipeline.stages.evaluation import read_evaluation
+from taprobe_core.pipeline.stages.probe_fits import read_scores
 from taprobe_core.pipeline.verdicts import Verdict, verdicts_of
 
 __all__ = [
-    "CHECKS",
-    "CODE_VERSIONS",
-    "DIMENSIONS",
-    "PARENTS",
     "STAGES",
-    "WARNINGS",
     "Cell",
     "CellFilter",
+    "Check",
     "Description",
+    "Found",
     "Gate",
     "Outcome",
+    "Part",
     "Plan",
+    "Stage",
     "Verdict",
     "cells_of",
     "check_stage",
@@ -61,6 +56,7 @@ __all__ = [
     "parents_of",
     "read_activations",
     "read_attention",
+    "read_evaluation",
     "read_probe_data",
     "read_scores",
     "refusal",

@@ -23,9 +23,10 @@ import transformers
 
 from taprobe_core.activations.block_shape import BlockShape
 from taprobe_core.activations.cost import attention_bytes, bytes_of, cost_line, pass_flop
-from taprobe_core.activations.extract import extract
+from taprobe_core.activations.extract import Extracted, extract
 from taprobe_core.activations.gemm_rate import sustained_gemm_rate
 from taprobe_core.activations.options import ExtractOptions
+from taprobe_core.activations.shards import ActivationShard, AttentionShard, shard_file
 from taprobe_core.activations.tasks import TextTask, tasks_of
 from taprobe_core.attention.mode import AttentionMode
 from taprobe_core.checkpoints import (
@@ -35,47 +36,17 @@ from taprobe_core.checkpoints import (
     resolve_checkpoint,
 )
 from taprobe_core.keys import Site
-from taprobe_core.pipeline.outcome import Outcome, commit_once
+from taprobe_core.pipeline.commit import checkpoint_provenance
 from taprobe_core.pipeline.plan import Plan
-from taprobe_core.pipeline.shards import shard_commits
-from taprobe_core.pipeline.text import dataset_provenance
-from taprobe_core.store import ArtifactKey, Committer, CommitWorkers, workers_for, write_table
+from taprobe_core.store import ArtifactKey, Committer, CommitWorkers, FileCommit, workers_for
 
 _log = logging.getLogger(__name__)
-
-Cell = tuple[Site, str]
 
 _MEASURING_SECONDS = 0.3
 _SECONDS_BETWEEN_LINES = 5
 
 
-def ensure_activations(plan: Plan, cells: Sequence[Cell]) -> Iterator[Outcome]:
-    """Extract what the cells lack and yield one outcome per cell, as it becomes complete.
-
-    Where the study asks for vertical attention, its shards come from the same passes.
-
-    Args:
-        plan: the plan.
-        cells: (site, setting) pairs in any order.
-
-    Yields:
-        One outcome per cell: the index of its shards, table `shards`.
-
-    Raises:
-        MissingArtifactError: the spans are not there yet.
-        ModelError: the checkpoint cannot be used, or is not as deep as the study says.
-        NonFiniteError: an activation is NaN or infinite; names problem, layer and sentence.
-    """
-    start = time.monotonic()
-    for setting, sites, texts, is_new in _extracted(plan, cells):
-        for site in sites:
-            outcome = _commit_index(plan, site, setting, texts)
-            is_reused = outcome.is_reused and not is_new[site.layer]
-            yield Outcome(outcome.artifact, is_reused, time.monotonic() - start)
-        start = time.monotonic()
-
-
-def extract_missing(plan: Plan, cells: Sequence[Cell]) -> None:
+def extract_missing(plan: Plan, cells: Sequence[tuple[Site, str]]) -> None:
     """Extract every shard that the cells lack, of activations and of vertical attention.
 
     Args:
@@ -87,12 +58,12 @@ def extract_missing(plan: Plan, cells: Sequence[Cell]) -> None:
         ModelError: the checkpoint cannot be used, or is not as deep as the study says.
         NonFiniteError: an activation is NaN or infinite.
     """
-    for _ in _extracted(plan, cells):
+    for _ in extracted(plan, cells):
         pass
 
 
-def _extracted(
-    plan: Plan, cells: Sequence[Cell]
+def extracted(
+    plan: Plan, cells: Sequence[tuple[Site, str]]
 ) -> Iterator[tuple[str, list[Site], pl.DataFrame, Mapping[int, bool]]]:
     """Yield each setting of each model once its shards are there.
 
@@ -104,7 +75,7 @@ def _extracted(
     for model, by_setting in grouped.items():
         with _Extraction(plan, model) as extraction:
             for setting, sites in by_setting.items():
-                artifact = plan.store.open(plan.spans(model, setting))
+                artifact = plan.open("spans", (model, setting))
                 texts, spans = (artifact.read_table(f"{n}.parquet") for n in ("texts", "spans"))
                 layers = _missing_layers(plan, plan.activation_shard, setting, sites, texts)
                 attention = (
@@ -176,12 +147,53 @@ class _Extraction:
         rate *= len(loaded.modules)
         said = time.monotonic()
         for item in extract(loaded.modules, tasks, options, gemm_rate=rate):
-            committer.put(shard_commits(plan, model, setting, item, provenance))
+            committer.put(_shard_commits(plan, model, setting, item, provenance))
             is_last = item.progress.n_texts_done == item.progress.n_texts
             if is_last or time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 _log.info("activations %s %s: %s", model, setting, item.progress.render())
         committer.flush()
+
+
+def _shard_commits(
+    plan: Plan, model: str, setting: str, item: Extracted, provenance: Mapping[str, Any]
+) -> list[FileCommit]:
+    """Return a commit for every shard of a text.
+
+    Args:
+        plan: names the shards.
+        model: the model.
+        setting: the setting.
+        item: from `extract`; its tensors must stay as they are until they are committed.
+        provenance: what every manifest says of them.
+    """
+
+    def commit_of(
+        key: ArtifactKey, shard: ActivationShard | AttentionShard, found: Mapping[str, Any]
+    ) -> FileCommit:
+        name, parts = shard_file(shard)
+        about = {**provenance, "layer": shard.layer, **found}
+        return FileCommit(
+            key, name, parts, about, plan.stages.code_version(key.stage), plan.config_of(key)
+        )
+
+    commits = []
+    for layer, shard in item.shards.items():
+        if shard.dtype != plan.study.activations.storage:
+            _log.warning(
+                "%s %s problem %d, layer %d: %.3g does not fit %s, stored as float32",
+                *(model, setting, item.problem_id, layer, shard.max_abs),
+                plan.study.activations.storage,
+            )
+        sha256, site = shard.input_sha256, Site(model, layer)
+        key = plan.activation_shard(site, setting, item.problem_id, sha256)
+        found = {"dtype_stored": shard.dtype, "range": list(shard.range), "max_abs": shard.max_abs}
+        commits.append(commit_of(key, shard, found))
+    for layer, mass in item.attention.items():
+        sha256, site = mass.input_sha256, Site(model, layer)
+        key = plan.attention_shard(site, setting, item.problem_id, sha256)
+        commits.append(commit_of(key, mass, {}))
+    return commits
 
 
 def shard_keys(
@@ -245,36 +257,10 @@ def _cost(
 
 def _provenance(plan: Plan, model: str, setting: str, loaded: LoadedModel) -> dict[str, Any]:
     return {
-        **dataset_provenance(plan, model, setting),
-        **{f"checkpoint_{name}": value for name, value in plan.checkpoint(model).items()},
+        **checkpoint_provenance(plan, model, setting),
         "text_view": plan.study.spans.text_view,
         "devices": [str(device) for device in loaded.devices],
         "dtype_computed": str(loaded.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _commit_index(plan: Plan, site: Site, setting: str, texts: pl.DataFrame) -> Outcome:
-    spans = plan.spans(site.model, setting)
-    shards = shard_keys(plan, site, setting, texts)
-
-    def write(folder: Any) -> None:
-        manifests = [plan.store.inspect(key).manifest for key in shards]
-        table = pl.DataFrame(
-            {
-                "problem_id": texts["problem_id"],
-                "shard_fingerprint": [key.fingerprint for key in shards],
-                "dtype": [str(manifest.provenance["dtype_stored"]) for manifest in manifests],
-                "max_abs": [float(manifest.provenance["max_abs"]) for manifest in manifests],
-            }
-        )
-        write_table(folder / "shards.parquet", table)
-
-    provenance = {
-        **dataset_provenance(plan, site.model, setting),
-        **{f"checkpoint_{name}": value for name, value in plan.checkpoint(site.model).items()},
-        "layer": site.layer,
-        "poolings": list(plan.study.activations.poolings),
-    }
-    return commit_once(plan, plan.activations(site, setting), write, provenance, [spans, *shards])

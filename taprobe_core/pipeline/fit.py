@@ -9,32 +9,26 @@ that repeats another's rows takes over its fits.
 
 from __future__ import annotations
 
-import time
+import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
-import polars as pl
-
 from taprobe_core.attention_tables import variant_scores
 from taprobe_core.checkpoints import pick_devices
 from taprobe_core.features import ProbeData
-from taprobe_core.keys import Site, Trial
-from taprobe_core.pipeline.attention import read_attention
-from taprobe_core.pipeline.inputs import read_probe_data
-from taprobe_core.pipeline.outcome import Outcome, commit_once
+from taprobe_core.keys import Site
+from taprobe_core.pipeline.commit import commit_once
+from taprobe_core.pipeline.fit_rows import WHOLE, View, kept_rows, take_rows, with_attention
+from taprobe_core.pipeline.inputs import read_attention, read_probe_data
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.skips import folds_of
-from taprobe_core.pipeline.twins import find_twin, take_over
-from taprobe_core.pipeline.view import WHOLE, View, kept_rows, take_rows, with_attention
 from taprobe_core.probes import Contents, Design, Fit, RecipeFit, fit_batches, save_probes
-from taprobe_core.probes.threads import side_by_side
-from taprobe_core.store import ArtifactKey, write_table
+from taprobe_core.store import Artifact, ArtifactKey, write_table
 from taprobe_core.study import ProbeRecipe
-from taprobe_core.tables import SCORES, schema_of
 
 
 class Wanted(NamedTuple):
@@ -49,69 +43,6 @@ class Wanted(NamedTuple):
     recipe: ProbeRecipe
     seed: int
     view: View = WHOLE
-
-
-def read_scores(plan: Plan, site: Site, trial: Trial) -> pl.DataFrame:
-    """Read the scores of every recipe of one site and trial (`tables.SCORES`).
-
-    Raises:
-        MissingArtifactError: a recipe is not fitted yet.
-    """
-    fits = [plan.fit(site, trial.setting, recipe, trial.seed) for recipe in plan.study.recipes]
-    return pl.concat([plan.store.open(key).read_table("scores.parquet") for key in fits])
-
-
-def read_control_scores(plan: Plan, site: Site, trial: Trial) -> pl.DataFrame:
-    """Read the scores of the control tasks, under the names of the recipes that they control.
-
-    Returns:
-        `tables.SCORES`; without rows where the study asks for none.
-
-    Raises:
-        MissingArtifactError: a control is not fitted yet.
-    """
-    parts = [schema_of(SCORES).to_frame()]
-    for name, control in plan.study.controls.items():
-        artifact = plan.store.open(plan.fit(site, trial.setting, control, trial.seed))
-        scores = artifact.read_table("scores.parquet")
-        parts.append(scores.with_columns(pl.lit(name).alias("recipe")))
-    return pl.concat(parts)
-
-
-def ensure_probe_fits(plan: Plan, cells: Sequence[tuple[Site, Trial]]) -> Iterator[Outcome]:
-    """Fit what the cells lack and yield one outcome per cell.
-
-    Args:
-        plan: the plan.
-        cells: (site, trial) pairs in any order.
-
-    Yields:
-        One outcome per cell: the index of its fits, table `fits`.
-
-    Raises:
-        MissingArtifactError: labels, spans or activations are not there yet.
-        PlanError: a split side would be empty.
-    """
-    groups: dict[tuple[Site, str], list[Trial]] = defaultdict(list)
-    for site, trial in cells:
-        groups[site, trial.setting].append(trial)
-
-    def fit(group: tuple[Site, str]) -> dict[ArtifactKey, bool]:
-        trials = groups[group]
-        wanted = [Wanted(recipe, trial.seed) for trial in trials for recipe in plan.study.fitted]
-        return ensure_fits(plan, *group, wanted)
-
-    start = time.monotonic()
-    results = side_by_side(fit, list(groups))
-    for ((site, _), trials), done in zip(groups.items(), results, strict=True):
-        new = {key for key, is_reused in done.items() if not is_reused}
-        for trial in trials:
-            index, fits = _commit_index(plan, site, trial)
-            # A fit that trials share is the first one's work.
-            is_reused = index.is_reused and new.isdisjoint(fits)
-            new -= set(fits)
-            yield Outcome(index.artifact, is_reused, time.monotonic() - start)
-            start = time.monotonic()
 
 
 def fit_key(plan: Plan, site: Site, setting: str, fit: Wanted) -> ArtifactKey:
@@ -152,26 +83,6 @@ def ensure_fits(
     return {key: key not in lacking for key in keys}
 
 
-def _commit_index(plan: Plan, site: Site, trial: Trial) -> tuple[Outcome, list[ArtifactKey]]:
-    recipes = plan.study.fitted
-    keys = [plan.fit(site, trial.setting, recipe, trial.seed) for recipe in recipes]
-
-    def write(folder: Path) -> None:
-        table = pl.DataFrame(
-            {
-                "recipe": [recipe.name for recipe in recipes],
-                "target": [recipe.target for recipe in recipes],
-                "scope": [key.partition[0] for key in keys],
-                "fit": [key.partition[2] for key in keys],
-                "fit_fingerprint": [key.fingerprint for key in keys],
-            }
-        )
-        write_table(folder / "fits.parquet", table)
-
-    provenance = {"site": str(site), "trial": str(trial)}
-    return commit_once(plan, plan.probe_fits(site, trial), write, provenance, keys), keys
-
-
 @dataclass(frozen=True)
 class _Bench:
     """What one (site, setting) needs to fit what it lacks."""
@@ -201,19 +112,19 @@ class _Bench:
         return Design(data, tuple(folds), splits, self.plan.study.labels)
 
     def make(self, view: View, keys: Mapping[Fit, ArtifactKey]) -> None:
-        """Commit fits of one view: those of a twin as they are, the others solved together."""
+        """Commit fits of one view: equal ones of another setting as they are, the rest solved."""
         plan, probes = self.plan, self.plan.study.probes
         design = self.design(view)
         contents = Contents(design, probes.precision)
         names = {fit: contents.of(fit) for fit in keys}
         rest = []
         for fit, key in keys.items():
-            twin = find_twin(plan, self.site, self.setting, fit, view, names[fit])
-            if twin is None:
+            equal = _find_equal(plan, self.site, self.setting, fit, view, names[fit])
+            if equal is None:
                 rest.append(fit)
             else:
-                same = {"content_sha256": names[fit], "twin": str(twin.key)}
-                self._commit(key, fit, partial(take_over, twin), same)
+                same = {"content_sha256": names[fit], "twin": str(equal.key)}
+                self._commit(key, fit, partial(_take_over, equal), same)
         for fit, result in fit_batches(
             design,
             rest,
@@ -242,3 +153,37 @@ def _write(result: RecipeFit, folder: Path) -> None:
     if result.probes:
         save_probes(folder, result.probes)
     write_table(folder / "scores.parquet", result.scores)
+
+
+def _find_equal(
+    plan: Plan, site: Site, setting: str, fit: Fit, view: View, content: str
+) -> Artifact | None:
+    """Return a stored fit of another setting of the study that saw the same; None without one.
+
+    What a fit saw stands in its manifest (`probes.content`).
+
+    Args:
+        plan: the plan.
+        site: model and layer of both.
+        setting: that of the fit.
+        fit: recipe and seed of both.
+        view: rows and attention of both.
+        content: `probes.Contents.of` the fit.
+    """
+    for other in plan.study.settings:
+        if other == setting:
+            continue
+        found = plan.store.adopt(plan.fit(site, other, fit.recipe, fit.seed, view))
+        if found is not None and found.manifest.provenance.get("content_sha256") == content:
+            return found
+    return None
+
+
+def _take_over(equal: Artifact, folder: Path) -> None:
+    """Copy the files of an equal fit into a folder.
+
+    Raises:
+        CorruptArtifactError: a file is not what its manifest says.
+    """
+    for name in equal.manifest.files:
+        shutil.copyfile(equal.file(name), folder / name)

@@ -219,7 +219,7 @@ def _is_folder(path: str) -> bool:
 
 def _measured(plan: Plan, model: str, setting: str) -> list[TextSize] | None:
     try:
-        artifact = plan.store.find(plan.spans(model, setting))
+        artifact = plan.store.find(plan.key("spans", (model, setting)))
     except TaprobeError:
         return None  # no source or no tokenizer here: the assumptions say so in their row
     if artifact is None:

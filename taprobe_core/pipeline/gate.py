@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from taprobe_core.errors import FailedCheckError
-from taprobe_core.pipeline.cells import Cell, cells_of, parent_cells
+from taprobe_core.pipeline.grid import Cell
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.verdicts import Verdict, verdicts_of
 from taprobe_core.study import Study
@@ -35,7 +35,7 @@ class Gate:
 
     def above(self, stage: str, cell: Cell) -> tuple[Verdict, ...]:
         """The failed checks that stop a cell, in data-path order."""
-        parents = parent_cells(self._plan.study, stage, cell)
+        parents = self._plan.stages.parent_cells(self._plan.study, stage, cell)
         return tuple(_distinct(each for parent in parents for each in self.through(*parent)))
 
     def through(self, stage: str, cell: Cell) -> tuple[Verdict, ...]:
@@ -114,6 +114,6 @@ def stage_verdicts(plan: Plan, stage: str, check: str, *, looks: bool = True) ->
     """Return what a check says of every cell of its stage that is stored, in grid order."""
     return [
         verdict
-        for cell in cells_of(plan.study, stage)
+        for cell in plan.stages.cells(plan.study, stage)
         for verdict in verdicts_of(plan, stage, cell, looks=looks, only=check)
     ]

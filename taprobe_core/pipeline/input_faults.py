@@ -10,7 +10,6 @@ from typing import Any
 
 from taprobe_core.checkpoints import check_present
 from taprobe_core.errors import TaprobeError
-from taprobe_core.pipeline.cells import cells_of, missing_cells, stages_of
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.rollouts import source_files
 
@@ -56,12 +55,13 @@ def _needs_cache(plan: Plan) -> bool:
 def _is_complete(plan: Plan) -> bool:
     """Whether every cell is there, so that a run would read nothing; no where it cannot be told."""
     try:
-        for stage in stages_of(plan.study):
-            for _ in missing_cells(plan, stage, cells_of(plan.study, stage)):
-                return False
+        return all(
+            plan.is_complete(stage, cell)
+            for stage in plan.stages.of(plan.study)
+            for cell in plan.stages.cells(plan.study, stage)
+        )
     except TaprobeError:
         return False
-    return True
 
 
 def _is_offline() -> bool:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
 import polars as pl
-import torch
 
-from taprobe_core.activations.shards import ACTIVATIONS_FILE
 from taprobe_core.errors import ConfigError
-from taprobe_core.features import ProbeData, join_features
 from taprobe_core.keys import Site
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.store import ArtifactKey
 from taprobe_core.study import Pooling, ProbeRecipe
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from taprobe_core.features import ProbeData
 
 
 def read_shards(
@@ -30,11 +33,38 @@ def read_shards(
         MissingArtifactError: they are not extracted yet.
         CorruptArtifactError: a shard differs from its manifest.
     """
-    index = plan.store.open(plan.activations(site, setting)).read_table("shards.parquet")
+    from taprobe_core.activations.shards import ACTIVATIONS_FILE
+
+    index = plan.read("activations", (str(site), setting), "shards")
     for problem_id, shard in index.select("problem_id", "shard_fingerprint").iter_rows():
         partition = (str(site), setting, f"problem_{problem_id}")
         artifact = plan.store.open(ArtifactKey("activation_shards", partition, shard))
         yield problem_id, artifact.read_tensors(ACTIVATIONS_FILE)
+
+
+def read_attention(
+    plan: Plan, site: Site, setting: str
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Read one site and setting's attention mass, one problem at a time.
+
+    Yields:
+        problem id, and the tensors of its shard (`activations.AttentionShard`), on the CPU.
+
+    Raises:
+        MissingArtifactError: it is not extracted yet.
+        CorruptArtifactError: a shard differs from its manifest.
+    """
+    index = plan.read("vertical_attention", (str(site), setting), "shards")
+    for problem_id, shard in index.select("problem_id", "shard_fingerprint").iter_rows():
+        partition = (str(site), setting, f"problem_{problem_id}")
+        yield problem_id, attention_tensors(plan, ArtifactKey("attention_shards", partition, shard))
+
+
+def attention_tensors(plan: Plan, key: ArtifactKey) -> dict[str, torch.Tensor]:
+    """Read the tensors of one attention shard."""
+    from taprobe_core.activations.shards import ATTENTION_FILE
+
+    return plan.store.open(key).read_tensors(ATTENTION_FILE)
 
 
 def read_activations(
@@ -87,14 +117,16 @@ def read_probe_data(
     Raises:
         MissingArtifactError: an upstream artifact is not there yet.
     """
+    from taprobe_core.features import join_features
+
     poolings = sorted({pooling for recipe in recipes for pooling in recipe.poolings_read})
     if not recipes and site is not None and "mean" in plan.study.activations.poolings:
         poolings = ["mean"]
     looks = any("vertical_attention" in recipe.features for recipe in recipes)
     return join_features(
-        plan.store.open(plan.labels(model, setting)).read_table("labels.parquet"),
-        plan.store.open(plan.spans(model, setting)).read_table("spans.parquet"),
-        plan.store.open(plan.rollouts(model, setting)).read_table("sentences.parquet"),
+        plan.read("labels", (model, setting), "labels"),
+        plan.read("spans", (model, setting), "spans"),
+        plan.read("rollouts", (model, setting), "sentences"),
         _read_poolings(plan, site, setting, poolings) if site is not None and poolings else None,
         _read_attention(plan, site, setting) if site is not None and looks else None,
     )
@@ -102,7 +134,7 @@ def read_probe_data(
 
 def _read_attention(plan: Plan, site: Site, setting: str) -> dict[str, pl.DataFrame]:
     """The simple score, and the scores of heads where the study's attention is full."""
-    artifact = plan.store.open(plan.vertical_attention(site, setting))
+    artifact = plan.open("vertical_attention", (str(site), setting))
     tables = {"scores": artifact.read_table("scores.parquet")}
     if "vertical.parquet" in artifact.manifest.files:
         vertical = artifact.read_table("vertical.parquet")

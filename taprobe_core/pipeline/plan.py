@@ -1,44 +1,139 @@
 """From a study to the fingerprint of every artifact it will hold, before anything is computed.
 
 A `Plan` answers one question for every stage and cell: under which key does, or will, its artifact
-stand in the store? The key is a hash of the stage's code version, the slice of the study that the
-stage depends on, and the keys upstream of it, so a plan costs no computation beyond hashing the
-source files once. Finding what the study names belongs in `sources`, running the stages in the
-other sibling modules.
-
-    rollouts ─┬─ labels ───────────────────┐
-              └─ spans ─┬─ activations ────┴─ fits ── probe_fits ── deferral_plans ─┐
-                        │                                    └──────────────────────┴─ evaluation
-                        └─ vertical_attention ── receiver_heads
+stand in the store? What goes into the key of a cell is said by its stage, which `open_plan` hands
+over; the keys of parts (fits, shards), which several stages share, are said here. Finding what the
+study names belongs in `sources`, making artifacts in `stages`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
+from typing import Any
 
-from taprobe_core.keys import Site, Trial
-from taprobe_core.pipeline.data_plan import DataPlan
-from taprobe_core.pipeline.keyed import CHECK_VERSIONS, CODE_VERSIONS
-from taprobe_core.pipeline.view import WHOLE, View
-from taprobe_core.store import ArtifactKey
-from taprobe_core.study import SPEED_ONLY, ProbeRecipe
-from taprobe_core.tables import SWEEP_STAGES
+import polars as pl
 
-__all__ = ["CODE_VERSIONS", "Plan"]
-
-SWEEP_READS = {
-    "stage1": {
-        "targets", "percentiles", "thresholds", "windows", "drop_last_sentence", "poolings",
-        "residualize", "residualized",
-    },
-    "stage2": {"attention", "poolings", "residualized"},
-    "stage3": {"tuning", "attention", "poolings", "residualized"},
-}  # fmt: skip
-"""Stage -> the fields of `Sweep` that decide its configurations, beside its shortlist."""
+from taprobe_core.keys import Site
+from taprobe_core.pipeline.fit_rows import WHOLE, View
+from taprobe_core.pipeline.grid import Cell
+from taprobe_core.pipeline.sources import Sources
+from taprobe_core.pipeline.stage import Stages
+from taprobe_core.store import Artifact, ArtifactKey, Manifest, Store, fingerprint
+from taprobe_core.study import SPEED_ONLY, ProbeRecipe, Study
 
 
-class Plan(DataPlan):
-    """Keys of one study's artifacts in one store; arguments are those of `KeyedSources`."""
+class Plan(Sources):
+    """Keys and commits of one study's artifacts in one store.
+
+    Args:
+        study: the study.
+        store: where the artifacts stand.
+        data_root: folder for what is built beside the store.
+        stages: every stage there is (`stages.STAGES`).
+    """
+
+    def __init__(self, study: Study, store: Store, data_root: Path, stages: Stages[Plan]) -> None:
+        super().__init__(study, data_root)
+        self.store = store
+        self.stages = stages
+        self._configs: dict[ArtifactKey, Mapping[str, Any]] = {}
+
+    @cache
+    def key(self, stage: str, cell: Cell = ()) -> ArtifactKey:
+        """Key of a cell's artifact: of its stage's code version, slice of the study and upstream.
+
+        Args:
+            stage: any stage, even one that the study does not ask for.
+            cell: its partition keys; none for a stage with one artifact per study.
+        """
+        config = self.stages[stage].config(self, cell)
+        return self._key(stage, cell or (self.study.name,), config, self.upstream(stage, cell))
+
+    def upstream(self, stage: str, cell: Cell) -> list[ArtifactKey]:
+        """Keys of what a cell is made from, in the order in which its fingerprint has them."""
+        parts = self.stages[stage].parts
+        if parts is not None:
+            return list(parts(self, cell))
+        parents = self.stages.parent_cells(self.study, stage, cell)
+        return [self.key(parent, each) for parent, each in parents]
+
+    def open(self, stage: str, cell: Cell = ()) -> Artifact:
+        """Open a cell's artifact.
+
+        Raises:
+            MissingArtifactError: it is not there yet.
+            CorruptArtifactError: its manifest is damaged.
+        """
+        return self.store.open(self.key(stage, cell))
+
+    def read(self, stage: str, cell: Cell, table: str) -> pl.DataFrame:
+        """Read a table of a cell's artifact.
+
+        Raises:
+            MissingArtifactError: the artifact is not there yet.
+            CorruptArtifactError: its bytes differ from its manifest.
+        """
+        return self.open(stage, cell).read_table(f"{table}.parquet")
+
+    def part_keys(self, manifest: Manifest) -> list[ArtifactKey]:
+        """Keys of the parts that an index lists; none for an artifact that is no index."""
+        stage = self.stages.get(manifest.stage)
+        if stage is None or stage.part is None:
+            return []
+        return [key for key in manifest.upstream_keys if key.stage == stage.part.name]
+
+    def is_complete(self, stage: str, cell: Cell) -> bool:
+        """Whether the store holds a cell's artifact, at today's fingerprint, and all its parts.
+
+        A part that is gone (discarded as corrupt, say) leaves the index in place, but the cell has
+        to run again.
+        """
+        artifact = self.store.find(self.key(stage, cell))
+        if artifact is None:
+            return False
+        parts = self.part_keys(artifact.manifest)
+        return all(self.store.backend.sizes(key) is not None for key in parts)
+
+    def commit(
+        self,
+        key: ArtifactKey,
+        write: Callable[[Path], None],
+        provenance: Mapping[str, Any],
+        upstream: Sequence[ArtifactKey] = (),
+        estimate_bytes: int = 0,
+    ) -> Artifact:
+        """Commit an artifact of this plan; its manifest also gets code version and config slice.
+
+        Arguments and errors are those of `Store.commit`.
+        """
+        return self.store.commit(
+            key,
+            write,
+            provenance=provenance,
+            upstream=upstream,
+            estimate_bytes=estimate_bytes,
+            code_version=self.stages.code_version(key.stage),
+            config=self.config_of(key),
+        )
+
+    def config_of(self, key: ArtifactKey) -> Mapping[str, Any]:
+        """The slice of the study that a key of this plan stands for."""
+        return self._configs[key]
+
+    def _key(
+        self,
+        name: str,
+        partition: tuple[str, ...],
+        config: Mapping[str, Any],
+        upstream: Sequence[ArtifactKey] = (),
+    ) -> ArtifactKey:
+        version = self.stages.code_version(name)
+        found = fingerprint(name, version, config, [key.fingerprint for key in upstream])
+        key = ArtifactKey(name, partition, found)
+        self._configs[key] = config
+        return key
 
     @cache
     def fit(
@@ -67,139 +162,74 @@ class Plan(DataPlan):
                 "folds": self.folds_config(),
                 "seed": seed if recipe.is_stochastic else None,
                 "keep": self.study.probes.keep,
-                **self._precision(recipe.is_stochastic),
+                **(self.precision_config() if recipe.is_stochastic else {}),
                 **view.content(self.study.attention.mode),
             },
-            *self.fit_inputs(site, setting, recipe),
+            self.fit_inputs(site, setting, recipe),
         )
 
     def fit_inputs(self, site: Site, setting: str, recipe: ProbeRecipe) -> list[ArtifactKey]:
         """Keys of what a recipe's fits are computed from."""
-        keys = [self.labels(site.model, setting), self.spans(site.model, setting)]
+        of_model, of_site = (site.model, setting), (str(site), setting)
+        keys = [self.key("labels", of_model), self.key("spans", of_model)]
         if recipe.poolings_read:
-            keys.append(self.activations(site, setting))
+            keys.append(self.key("activations", of_site))
         if "vertical_attention" in recipe.features:
-            keys.append(self.vertical_attention(site, setting))
+            keys.append(self.key("vertical_attention", of_site))
         return keys
 
-    @cache
-    def probe_fits(self, site: Site, trial: Trial) -> ArtifactKey:
-        """Key of the index of one site and trial's fits."""
-        fits = [self.fit(site, trial.setting, recipe, trial.seed) for recipe in self.study.fitted]
-        return self._key("probe_fits", (str(site), str(trial)), {}, *fits)
+    def activation_shard(
+        self, site: Site, setting: str, problem_id: int, input_sha256: str
+    ) -> ArtifactKey:
+        """Key of one problem's activations: depends on its own tokens and spans, not on others."""
+        config = {**self.activation_config(site), "input_sha256": input_sha256}
+        return self._key("activation_shards", _shard(site, setting, problem_id), config)
 
-    @cache
-    def deferral_plans(self, site: Site, trial: Trial) -> ArtifactKey:
-        """Key of one site and trial's deferral plans."""
-        return self._key(
-            "deferral_plans",
-            (str(site), str(trial)),
-            self.study.deferral.model_dump(mode="json"),
-            self.probe_fits(site, trial),
-        )
+    def attention_shard(
+        self, site: Site, setting: str, problem_id: int, input_sha256: str
+    ) -> ArtifactKey:
+        """Key of one problem's vertical attention: mass between its sentences, per head."""
+        config = {**self.attention_config(site), "input_sha256": input_sha256}
+        return self._key("attention_shards", _shard(site, setting, problem_id), config)
 
-    @cache
-    def evaluation(self, site: Site, setting: str) -> ArtifactKey:
-        """Key of one site and setting's evaluation over all seeds."""
-        trials = [Trial(setting, seed) for seed in self.study.seeds]
-        return self._key(
-            "evaluation",
-            (str(site), setting),
-            {
-                **self.study.evaluation.model_dump(mode="json"),
-                "recipes": [recipe.name for recipe in self.study.recipes],
-            },
-            *(self.probe_fits(site, trial) for trial in trials),
-            *(self.deferral_plans(site, trial) for trial in trials),
-        )
-
-    def leaderboard(self) -> ArtifactKey:
-        """Key of the study's leaderboard."""
-        return self._key(
-            "leaderboard",
-            (self.study.name,),
-            {},
-            *(
-                self.evaluation(site, setting)
-                for site in self.study.sites
-                for setting in self.study.settings
-            ),
-        )
-
-    def study_report(self) -> ArtifactKey:
-        """Key of the study's report."""
-        return self._key(
-            "study_report",
-            (self.study.name,),
-            {
-                **self.study.model_dump(mode="json", exclude={"activations": set(SPEED_ONLY)}),
-                "checks": CHECK_VERSIONS,
-            },
-            self.leaderboard(),
-        )
-
-    @cache
-    def sweep_fits(self, stage: str, site: Site, setting: str) -> ArtifactKey:
-        """Key of what one stage of the sweep finds at one site and setting, over all seeds.
-
-        The configurations of the later stages follow from a shortlist, so its key stands for them.
-        """
-        sweep = self.study.sweep
-        return self._key(
-            f"sweep_{stage}",
-            (str(site), setting),
-            {
-                "sweep": None
-                if sweep is None
-                else sweep.model_dump(mode="json", include=SWEEP_READS[stage]),
-                "recipes": [recipe.model_dump(mode="json") for recipe in self.study.recipes],
-                "baselines": list(self.study.evaluation.baselines),
-                "seeds": list(self.study.seeds),
-                "folds": self.folds_config(),
-                "keep": self.study.probes.keep,
-                **self._precision(True),
-            },
-            *([self.sweep_shortlist(stage)] if stage != "stage1" else []),
-            self.labels(site.model, setting),
-            self.activations(site, setting),
-            *(
-                [self.vertical_attention(site, setting)]
-                if stage != "stage1" and self.study.attention.mode != "off"
-                else []
-            ),
-        )
-
-    def _precision(self, is_read: bool) -> dict[str, str]:
-        """What of it decides scores; nothing where products are exact."""
-        precision = self.study.probes.precision
-        return {"precision": precision} if is_read and precision != "float32" else {}
-
-    @cache
-    def sweep_shortlist(self, stage: str) -> ArtifactKey:
-        """Key of the configurations that go on to a stage of the sweep."""
-        before, sweep = {"stage2": "stage1", "stage3": "stage2"}[stage], self.study.sweep
-        return self._key(
-            f"sweep_shortlist_{stage}",
-            (self.study.name,),
-            {"shortlists": None if sweep is None else sweep.shortlists.model_dump(mode="json")},
-            *self._sweep_cells(before),
-        )
-
-    @cache
-    def sweep_table(self, name: str) -> ArtifactKey:
-        """Key of a table over all stages of the sweep."""
-        cells = [key for stage in SWEEP_STAGES for key in self._sweep_cells(stage)]
-        study = self.study
-        config = {
-            "evaluation": study.evaluation.model_dump(mode="json"),
-            "sweep": None if study.sweep is None else study.sweep.model_dump(mode="json"),
+    def activation_config(self, site: Site) -> dict[str, Any]:
+        """What decides the activations of a text at a site."""
+        return {
+            **self._pass_config(site),
+            **self.study.activations.model_dump(mode="json", exclude=set(SPEED_ONLY)),
         }
-        return self._key(name, (study.name,), config, *cells)
 
-    def _sweep_cells(self, stage: str) -> list[ArtifactKey]:
-        study = self.study
-        return [
-            self.sweep_fits(stage, site, setting)
-            for site in study.sites
-            for setting in study.settings
-        ]
+    def attention_config(self, site: Site) -> dict[str, Any]:
+        """What decides the attention mass of a text at a site."""
+        attention = self.study.attention
+        return {
+            **self._pass_config(site),
+            "mode": attention.mode,
+            "last_n": attention.last_n if attention.mode == "light" else None,
+        }
+
+    def _pass_config(self, site: Site) -> dict[str, Any]:
+        model = self.model(site.model)
+        chosen = model.attn_implementation
+        return {
+            "checkpoint": dict(self.checkpoint(site.model)),
+            "layer": site.layer,
+            "dtype": model.dtype,
+            **({"attn_implementation": chosen} if chosen != "sdpa" else {}),
+        }
+
+    def folds_config(self) -> dict[str, Any]:
+        """What decides the folds of every cell."""
+        return {
+            "problem_ids": list(self.problem_ids()),
+            **self.study.splits.model_dump(mode="json"),
+        }
+
+    def precision_config(self) -> dict[str, str]:
+        """What of the precision decides scores; nothing where products are exact."""
+        precision = self.study.probes.precision
+        return {"precision": precision} if precision != "float32" else {}
+
+
+def _shard(site: Site, setting: str, problem_id: int) -> tuple[str, ...]:
+    return (str(site), setting, f"problem_{problem_id}")

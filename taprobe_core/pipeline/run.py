@@ -1,47 +1,13 @@
-"""Run any stage over any of its cells: the one entry that Dagster and the notebook share."""
+"""Run any stage over its cells, and describe what is there: what Dagster and notebooks share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from taprobe_core.keys import parse_site, parse_trial
-from taprobe_core.pipeline.attention import ensure_receiver_heads, ensure_vertical_attention
-from taprobe_core.pipeline.cells import Cell, check_stage
-from taprobe_core.pipeline.extract import ensure_activations
-from taprobe_core.pipeline.fit import ensure_probe_fits
 from taprobe_core.pipeline.gate import Gate, failed_checks, refusal, split_stopped
-from taprobe_core.pipeline.judge import (
-    ensure_deferral_plans,
-    ensure_evaluation,
-    ensure_leaderboard,
-)
-from taprobe_core.pipeline.outcome import Outcome
+from taprobe_core.pipeline.grid import Cell
 from taprobe_core.pipeline.plan import Plan
-from taprobe_core.pipeline.publish import ensure_study_report
-from taprobe_core.pipeline.sweep import (
-    ensure_sweep_fits,
-    ensure_sweep_shortlist,
-    ensure_sweep_table,
-)
-from taprobe_core.pipeline.text import ensure_labels, ensure_rollouts, ensure_spans
-
-_PER_CELL: Mapping[str, Callable[[Plan, Cell], Outcome]] = {
-    "rollouts": lambda plan, cell: ensure_rollouts(plan, *cell),
-    "labels": lambda plan, cell: ensure_labels(plan, *cell),
-    "spans": lambda plan, cell: ensure_spans(plan, *cell),
-    "receiver_heads": lambda plan, cell: ensure_receiver_heads(plan, *cell),
-    "deferral_plans": lambda plan, cell: ensure_deferral_plans(
-        plan, parse_site(cell[0]), parse_trial(cell[1])
-    ),
-    "evaluation": lambda plan, cell: ensure_evaluation(plan, parse_site(cell[0]), cell[1]),
-    "leaderboard": lambda plan, _: ensure_leaderboard(plan),
-    "study_report": lambda plan, _: ensure_study_report(plan),
-    "sweep_shortlist_stage2": lambda plan, _: ensure_sweep_shortlist(plan, "stage2"),
-    "sweep_shortlist_stage3": lambda plan, _: ensure_sweep_shortlist(plan, "stage3"),
-    "sweep_leaderboard": lambda plan, _: ensure_sweep_table(plan, "sweep_leaderboard"),
-    "sweep_paired_deltas": lambda plan, _: ensure_sweep_table(plan, "sweep_paired_deltas"),
-    "sweep_stability": lambda plan, _: ensure_sweep_table(plan, "sweep_stability"),
-}
+from taprobe_core.pipeline.stage import Description, Outcome
 
 
 def run_stage(plan: Plan, stage: str, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Outcome]]:
@@ -62,9 +28,9 @@ def run_stage(plan: Plan, stage: str, cells: Sequence[Cell]) -> Iterator[tuple[C
         FailedCheckError: a blocking check of what a cell is made from failed, in this run or an
             earlier one; raised after all cells that this does not concern.
     """
-    check_stage(plan.study, stage)
+    found = plan.stages[plan.stages.asked(plan.study, stage)]
     free, stopped = split_stopped(Gate(plan), stage, cells)
-    yield from _run(plan, stage, free)
+    yield from found.make(plan, free)
     if stopped:
         failed = failed_checks(Gate(plan), {stage: stopped})
         cells_said = ", ".join("/".join(cell) for cell in stopped if cell)
@@ -72,23 +38,20 @@ def run_stage(plan: Plan, stage: str, cells: Sequence[Cell]) -> Iterator[tuple[C
         raise refusal(plan.study, failed, f"{stage}{of_cells} cannot be made")
 
 
-def _run(plan: Plan, stage: str, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Outcome]]:
-    if stage in ("activations", "vertical_attention"):
-        # Cells that share passes through the model go in together.
-        sites = [(parse_site(site), setting) for site, setting in cells]
-        ensure = ensure_activations if stage == "activations" else ensure_vertical_attention
-        yield from _keyed(ensure(plan, sites))
-    elif stage == "probe_fits":
-        trials = [(parse_site(site), parse_trial(trial)) for site, trial in cells]
-        yield from _keyed(ensure_probe_fits(plan, trials))
-    elif stage in ("sweep_stage1", "sweep_stage2", "sweep_stage3"):
-        places = [(parse_site(site), setting) for site, setting in cells]
-        yield from _keyed(ensure_sweep_fits(plan, stage.removeprefix("sweep_"), places))
-    else:
-        for cell in cells:
-            yield cell, _PER_CELL[stage](plan, cell)
+def describe(plan: Plan, stage: str, cell: Cell) -> Description:
+    """Describe a cell's artifact: numbers that plot over cells, and one picture.
 
+    Read from the store, not from the computation, so an artifact that was reused is shown like one
+    that was made.
 
-def _keyed(outcomes: Iterator[Outcome]) -> Iterator[tuple[Cell, Outcome]]:
-    for outcome in outcomes:
-        yield outcome.key.partition, outcome
+    Args:
+        plan: the plan.
+        stage: a stage that the study has (`cells.stages_of`).
+        cell: a cell whose artifact is in the store.
+
+    Raises:
+        ConfigError: the study has no such stage.
+        MissingArtifactError: it is not there.
+        CorruptArtifactError: its bytes differ from its manifest.
+    """
+    return plan.stages[plan.stages.asked(plan.study, stage)].describe(plan, cell)

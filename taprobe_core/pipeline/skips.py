@@ -12,18 +12,11 @@ from typing import NamedTuple
 
 import polars as pl
 
-from taprobe_core.checkpoints import load_tokenizer
 from taprobe_core.errors import DataError, PlanError, TaprobeError
-from taprobe_core.labels import unlabelled
-from taprobe_core.pipeline.cells import cells_of, key_of
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.rollouts import FolderRollouts, read_rollouts
-from taprobe_core.spans import make_spans
 from taprobe_core.splits import Fold, make_folds
 from taprobe_core.tables import SKIPPED, schema_of
-
-STAGES = ("rollouts", "labels", "spans")
-"""The stages that leave problems out."""
 
 
 class Foreseen(NamedTuple):
@@ -46,8 +39,8 @@ def stored_skips(plan: Plan) -> pl.DataFrame:
         is not there has none.
     """
     parts = [_empty()]
-    for stage in STAGES:
-        for cell in cells_of(plan.study, stage):
+    for stage in plan.stages.that_skip():
+        for cell in plan.stages.cells(plan.study, stage):
             try:
                 found = _stored(plan, stage, *cell)
             except TaprobeError:  # it cannot be told here which artifact that would be
@@ -97,10 +90,14 @@ def folds_of(plan: Plan, model: str, setting: str, present: tuple[int, ...]) -> 
 
 def _foreseen(plan: Plan, model: str, setting: str) -> Iterator[pl.DataFrame]:
     """Yield what each stage leaves out; one that cannot be told does not hide those before it."""
+    from taprobe_core.checkpoints import load_tokenizer
+    from taprobe_core.labels import unlabelled
+    from taprobe_core.spans import make_spans
+
     study = plan.study
     found = _stored(plan, "rollouts", model, setting)
     if found is not None:
-        artifact = plan.store.open(plan.rollouts(model, setting))
+        artifact = plan.open("rollouts", (model, setting))
         problems, sentences = (
             artifact.read_table(f"{name}.parquet") for name in ("problems", "sentences")
         )
@@ -129,7 +126,7 @@ def _foreseen(plan: Plan, model: str, setting: str) -> Iterator[pl.DataFrame]:
 
 
 def _stored(plan: Plan, stage: str, model: str, setting: str) -> pl.DataFrame | None:
-    artifact = plan.store.find(key_of(plan, stage, (model, setting)))
+    artifact = plan.store.find(plan.key(stage, (model, setting)))
     if artifact is None:
         return None
     return _placed(artifact.read_table("skipped.parquet"), model, setting)

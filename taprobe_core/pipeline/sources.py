@@ -25,7 +25,7 @@ from taprobe_core.checkpoints import (
 from taprobe_core.demo import DemoWorld
 from taprobe_core.errors import ConfigError, DataError, ModelError, TaprobeError
 from taprobe_core.keys import Site
-from taprobe_core.pipeline.world import ensure_demo_world, pinned_world
+from taprobe_core.pipeline.demo_data import ensure_demo_world, pinned_world
 from taprobe_core.rollouts import (
     RolloutSource,
     content_digest,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from taprobe_core.errors import TaprobeError
-from taprobe_core.pipeline.cells import cells_of, missing_cells, stages_of
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.sources import NO_BOS
 
@@ -25,15 +24,15 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     return {
         "study": plan.study.name,
         "data_root": str(plan.data_root),
-        "stages": [_stage_summary(plan, stage) for stage in stages_of(plan.study)],
+        "stages": [_stage_summary(plan, stage) for stage in plan.stages.of(plan.study)],
         "models": [_model_summary(plan, model) for model in plan.study.models],
     }
 
 
 def _stage_summary(plan: Plan, stage: str) -> dict[str, Any]:
-    cells = cells_of(plan.study, stage)
+    cells = plan.stages.cells(plan.study, stage)
     try:
-        n_present = len(cells) - sum(1 for _ in missing_cells(plan, stage, cells))
+        n_present = sum(plan.is_complete(stage, cell) for cell in cells)
         note = None
     except TaprobeError as error:
         n_present, note = None, error.what

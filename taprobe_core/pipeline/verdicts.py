@@ -22,11 +22,9 @@ from typing import Literal
 import polars as pl
 
 from taprobe_core.errors import CorruptArtifactError, TaprobeError
-from taprobe_core.pipeline.cells import Cell, is_complete, key_of, part_keys
-from taprobe_core.pipeline.checks import CHECKS
-from taprobe_core.pipeline.keyed import CHECK_VERSIONS
-from taprobe_core.pipeline.looking import Check, Found
+from taprobe_core.pipeline.grid import Cell
 from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.stage import Check, Found
 from taprobe_core.store import Artifact, ArtifactKey, Store, fingerprint, write_json
 from taprobe_core.study import Waiver
 
@@ -105,7 +103,7 @@ def verdicts_of(
     """
     checks = {
         name: check
-        for name, check in CHECKS.get(stage, {}).items()
+        for name, check in plan.stages[stage].checks.items()
         if only in (None, name) and check.looks_at(plan, cell)
     }
     artifact = _stored(plan, stage, cell) if checks else None
@@ -119,9 +117,9 @@ def verdicts_of(
 
 def _stored(plan: Plan, stage: str, cell: Cell) -> Artifact | None:
     try:
-        if not is_complete(plan, stage, cell):
+        if not plan.is_complete(stage, cell):
             return None
-        return plan.store.find(key_of(plan, stage, cell))
+        return plan.store.find(plan.key(stage, cell))
     except TaprobeError as error:
         # A cell that cannot be named here (a checkpoint that is elsewhere) holds nothing up here.
         _log.debug("%s %s has no key: %s", stage, "/".join(cell), error.what)
@@ -129,7 +127,7 @@ def _stored(plan: Plan, stage: str, cell: Cell) -> Artifact | None:
 
 
 def _known(
-    plan: Plan, stage: str, cell: Cell, name: str, check: Check, *, looks: bool
+    plan: Plan, stage: str, cell: Cell, name: str, check: Check[Plan], *, looks: bool
 ) -> Found | None:
     """What is kept, else what a look finds; a look that fails is a fault, and is not kept."""
     store = checks_store(plan)
@@ -154,10 +152,10 @@ def checks_store(plan: Plan) -> Store:
     return Store(plan.data_root / "checks")
 
 
-def _key(plan: Plan, stage: str, cell: Cell, name: str, check: Check) -> ArtifactKey:
-    read = [key_of(plan, stage, cell), *check.reads(plan, cell)]
+def _key(plan: Plan, stage: str, cell: Cell, name: str, check: Check[Plan]) -> ArtifactKey:
+    read = [plan.key(stage, cell), *check.reads(plan, cell)]
     contents = [_content(plan, key) for key in read]
-    version = fingerprint(name, CHECK_VERSIONS[name], check.settings(plan), contents)
+    version = fingerprint(name, check.version, check.settings(plan), contents)
     return ArtifactKey(stage, (*cell, name), version)
 
 
@@ -169,7 +167,10 @@ def _content(plan: Plan, key: ArtifactKey) -> str:
     """
     digest = hashlib.sha256(str(key).encode())
     manifest = plan.store.inspect(key).manifest
-    for each in (manifest, *(plan.store.inspect(part).manifest for part in part_keys(manifest))):
+    for each in (
+        manifest,
+        *(plan.store.inspect(part).manifest for part in plan.part_keys(manifest)),
+    ):
         for name, record in sorted(each.files.items()):
             digest.update(f"{name} {record.sha256}\n".encode())
     return digest.hexdigest()
@@ -207,7 +208,7 @@ def _verdict(
     stage: str,
     cell: Cell,
     name: str,
-    check: Check,
+    check: Check[Plan],
     found: Found,
 ) -> Verdict:
     status: Status = "failed" if found.faults else "not_run" if found.not_run else "passed"

@@ -2,7 +2,7 @@
 
 A waiver stands in the study, where it is reviewed and kept with everything else that decides a
 result. It changes no value, so it is part of no fingerprint but the report's, which shows it. What
-the checks look at belongs in `pipeline.checks`.
+the checks look at belongs in `pipeline.stages`.
 """
 
 from __future__ import annotations

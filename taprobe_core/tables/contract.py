@@ -39,13 +39,19 @@ SENTENCE_KEY = {
 }
 
 
-def check_table(frame: pl.DataFrame, schema: pa.DataFrameSchema, where: str) -> pl.DataFrame:
+_REPAIR = "repair the source record, or leave the problem out with rollouts.exclude_ids"
+
+
+def check_table(
+    frame: pl.DataFrame, schema: pa.DataFrameSchema, where: str, fix: str = _REPAIR
+) -> pl.DataFrame:
     """Return `frame` if it keeps `schema`.
 
     Args:
         frame: candidate table.
         schema: one of this package's contracts.
         where: what the table was made from, for the message.
+        fix: what to do about a fault.
 
     Raises:
         SchemaError: lists every fault, each with up to five offending values.
@@ -56,7 +62,7 @@ def check_table(frame: pl.DataFrame, schema: pa.DataFrameSchema, where: str) -> 
         raise SchemaError(
             f"table {schema.name!r} breaks its contract",
             where,
-            "repair the source record, or leave the problem out with rollouts.exclude_ids",
+            fix,
             _faults(error.failure_cases),
         ) from None
     return checked

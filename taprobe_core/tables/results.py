@@ -1,10 +1,12 @@
 """Contracts of what probes lead to: scores, how good they are, plans, decisions.
 
-What does not belong here: the tables `metrics` and `problem_metrics`, whose columns follow from the
-study (`evaluation` describes them). Invariant: a value that is not defined is null, never NaN.
+Where columns follow from the study (a metric per depth of recall, a delta per baseline), a contract
+names them by a pattern. Invariant: a value that is not defined is null, never NaN.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import pandera.polars as pa
 import polars as pl
@@ -39,6 +41,60 @@ SCORES = pa.DataFrameSchema(
 the anchors it is to find, both as residuals where the recipe is residualised. The target is null
 where it is not defined, such as a windowed change at the end of a trace; anchors are null for
 signed targets, whose scores do not rank them."""
+
+_OF_TARGET = r"((label|true|oracle)_)?pr_auc|((label|oracle)_)?spearman|pearson|recall_at_\d+"
+_METRIC = f"(primary|{_OF_TARGET})"
+"""Names of metrics, as a pattern."""
+
+
+def _each(pattern: str, dtype: Any, *checks: pa.Check) -> dict[str, pa.Column]:
+    """The columns whose whole name is a pattern, any number of them, null where not defined."""
+    found = pa.Column(
+        dtype, checks=list(checks), nullable=True, regex=True, required=False, name=f"^{pattern}$"
+    )
+    return {f"^{pattern}$": found}
+
+
+METRICS = pa.DataFrameSchema(
+    {
+        "recipe": column(pl.String),
+        "protocol": column(pl.Enum(PROTOCOLS)),
+        "split": column(pl.Enum(SPLITS)),
+        "primary_metric": column(pl.String),
+        "target": column(pl.String),
+        "residualize": column(pl.String),
+        "n_problems": column(pl.Int64, at_least(1)),
+        "n_seeds": column(pl.Int64, at_least(1)),
+        "pooled_pr_auc": column(pl.Float64, within(0, 1), nullable=True),
+        "chance_pr_auc": column(pl.Float64, within(0, 1), nullable=True),
+        **_each(_METRIC, pl.Float64, within(-1, 1)),
+        **_each(f"{_METRIC}_std", pl.Float64, at_least(0), FINITE),
+        **_each(f"n_undefined_{_METRIC}", pl.Int64, at_least(0)),
+    },
+    strict=True,
+    unique=["recipe", "protocol", "split"],
+    name="metrics",
+)
+"""One row per recipe × protocol × split; per metric its mean over problems, the deviation of that
+mean over seeds, and how many problems do not define it (`evaluation.EvaluationTables`)."""
+
+PROBLEM_METRICS = pa.DataFrameSchema(
+    {
+        "recipe": column(pl.String),
+        "protocol": column(pl.Enum(PROTOCOLS)),
+        "split": column(pl.Enum(SPLITS)),
+        "fold": column(pl.Int32, at_least(0)),
+        "seed": column(pl.Int64, at_least(0)),
+        "problem_id": column(pl.Int64, at_least(0)),
+        "n_sentences": column(pl.Int64, at_least(1)),
+        "n_anchors": column(pl.Int64, at_least(0), nullable=True),
+        **_each(_METRIC, pl.Float64, within(-1, 1)),
+    },
+    strict=True,
+    unique=["recipe", "protocol", "split", "fold", "seed", "problem_id"],
+    name="problem_metrics",
+)
+"""One row per recipe × protocol × split × fold × seed × problem (`unit_metrics.measure_units`)."""
 
 _TESTS = {
     "t_low": column(pl.Float64, nullable=True),
@@ -260,6 +316,15 @@ PLANS = pa.DataFrameSchema(
 )
 """One row per recipe × protocol × objective: val-tuned thresholds (one per fold), test counts."""
 
+PLANS_OF_SEEDS = pa.DataFrameSchema(
+    {**PLANS.columns, "seed": column(pl.Int64, at_least(0))},
+    strict=True,
+    ordered=True,
+    unique=[*_PLAN_KEY, "seed"],
+    name="plans_of_seeds",
+)
+"""`PLANS` of all seeds."""
+
 DECISIONS = pa.DataFrameSchema(
     {
         **SENTENCE_KEY,
@@ -274,6 +339,46 @@ DECISIONS = pa.DataFrameSchema(
     name="decisions",
 )
 """One row per test sentence × plan."""
+
+
+LEADERBOARD = pa.DataFrameSchema(
+    {
+        "setting": column(pl.String),
+        "protocol": column(pl.Enum(PROTOCOLS)),
+        "rank": column(pl.Int64, at_least(1), nullable=True),
+        "model": column(pl.String),
+        "layer": column(pl.Int64, at_least(0), nullable=True),
+        "recipe": column(pl.String),
+        "target": column(pl.String),
+        "residualize": column(pl.String),
+        "metric": column(pl.String),
+        "value": column(pl.Float64, within(-1, 1), nullable=True),
+        "value_std": column(pl.Float64, at_least(0), nullable=True),
+        "val_value": column(pl.Float64, within(-1, 1), nullable=True),
+        "chance": column(pl.Float64, within(0, 1), nullable=True),
+        "skill": column(pl.Float64, FINITE, nullable=True),
+        "n_problems": column(pl.Int64, at_least(1)),
+        "n_undefined": column(pl.Int64, at_least(0)),
+        "n_seeds": column(pl.Int64, at_least(1)),
+        "p_shift": column(pl.Float64, within(0, 1), nullable=True),
+        "p_position": column(pl.Float64, within(0, 1), nullable=True),
+        "p_position_bh": column(pl.Float64, within(0, 1), nullable=True),
+        "p_max_t": column(pl.Float64, within(0, 1), nullable=True),
+        "pooled_pr_auc": column(pl.Float64, within(0, 1), nullable=True),
+        "n_configurations": column(pl.Int64, at_least(1)),
+        **_each("oracle", pl.Float64, within(-1, 1)),
+        **_each("oracle_skill", pl.Float64, FINITE),
+        **_each(r"delta(_low|_high)?_.+", pl.Float64, FINITE),
+        **_each(r"p_(sign_flip|adjusted)_.+", pl.Float64, within(0, 1)),
+        **_each(r"interval_note_.+", pl.String),
+        **_each(f"({_OF_TARGET})", pl.Float64, within(-1, 1)),
+    },
+    strict=True,
+    unique=["setting", "protocol", "model", "layer", "recipe"],
+    name="leaderboard",
+)
+"""One row per model × layer × setting × protocol × recipe on test, best first
+(`leaderboard.build_leaderboard`)."""
 
 
 def schema_of(contract: pa.DataFrameSchema) -> pl.Schema:

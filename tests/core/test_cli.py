@@ -29,7 +29,7 @@ def flip_byte(path: Path) -> None:
 
 def spans_of(built: Any, data: Path) -> Artifact:
     plan = open_plan(built.study, data)
-    return plan.store.open(plan.spans("tiny", CORRECT))
+    return plan.open("spans", ("tiny", CORRECT))
 
 
 def is_one_message(text: str) -> bool:
@@ -160,7 +160,9 @@ def test_lineage_reaches_the_rollouts(built: Any, taprobe: Command, copied: Path
     lines = said.out.splitlines()
     assert said.code == 0
     assert lines[0].startswith(f"activations/tiny@L01/{CORRECT}/")
-    assert any(line.strip().startswith(str(plan.rollouts("tiny", CORRECT))) for line in lines)
+    assert any(
+        line.strip().startswith(str(plan.key("rollouts", ("tiny", CORRECT)))) for line in lines
+    )
     assert sum("activation_shards" in line for line in lines) == 6
     said = taprobe("lineage", "leaderboard", "--study", built.study)
     assert said.out.startswith("leaderboard/small/")

@@ -16,8 +16,7 @@ from huggingface_hub import constants
 
 from taprobe_core.checkpoints import resolve_checkpoint
 from taprobe_core.errors import DataError, ModelError
-from taprobe_core.pipeline import Plan, open_plan
-from taprobe_core.pipeline.text import ensure_rollouts
+from taprobe_core.pipeline import STAGES, Plan, open_plan
 from taprobe_core.store import pin_reading
 
 SETTING = "correct_base_solution"
@@ -148,7 +147,7 @@ def test_a_changed_blob_of_a_dataset_is_refused_by_its_name(
         plan = hub.plan()
         plan.pins.is_accepting = is_accepting
         with pytest.raises(DataError) as refused:
-            ensure_rollouts(plan, "tiny", SETTING)
+            list(STAGES["rollouts"].make(plan, [("tiny", SETTING)]))
         assert refused.value.where == str(blob)
         assert f"delete {blob} and download it again" in (refused.value.fix or "")
         assert list(plan.store.keys("rollouts")) == []

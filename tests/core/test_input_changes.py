@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from taprobe_core.errors import DataError, ModelError, TaprobeError
-from taprobe_core.pipeline import Plan, cells_of, key_of, open_plan
-from taprobe_core.pipeline.text import ensure_rollouts, ensure_spans
+from taprobe_core.pipeline import STAGES, Plan, cells_of, key_of, open_plan
 from taprobe_core.store import pin_reading
 
 SETTING = "correct_base_solution"
@@ -264,20 +263,20 @@ def test_a_change_while_reading_commits_nothing(
 ) -> None:
     study, data = mirror
     plan = open_plan(study, data)
-    key = plan.rollouts("tiny", SETTING)
-    from taprobe_core.pipeline import text
+    key = plan.key("rollouts", ("tiny", SETTING))
+    from taprobe_core import rollouts
 
-    real = text.read_rollouts
+    real = rollouts.read_rollouts
 
     def read_then_change(*arguments: Any) -> Any:
         found = real(*arguments)
         edit_mirror(tmp_path)
         return found
 
-    monkeypatch.setattr(text, "read_rollouts", read_then_change)
+    monkeypatch.setattr(rollouts, "read_rollouts", read_then_change)
     plan.store.discard(key) if plan.store.find(key) else None
     with pytest.raises(DataError, match="changed since"):
-        ensure_rollouts(plan, "tiny", SETTING)
+        list(STAGES["rollouts"].make(plan, [("tiny", SETTING)]))
     assert plan.store.find(key) is None
 
 
@@ -286,21 +285,21 @@ def test_a_tokenizer_that_changes_while_it_is_read_commits_nothing(
 ) -> None:
     study, data = mirror
     plan = open_plan(study, data)
-    ensure_rollouts(plan, "tiny", SETTING)
-    key = plan.spans("tiny", SETTING)
-    from taprobe_core.pipeline import text
+    list(STAGES["rollouts"].make(plan, [("tiny", SETTING)]))
+    key = plan.key("spans", ("tiny", SETTING))
+    from taprobe_core import checkpoints
 
-    real = text.load_tokenizer
+    real = checkpoints.load_tokenizer
 
     def load_then_change(*arguments: Any) -> Any:
         found = real(*arguments)
         edit_tokenizer(tmp_path)
         return found
 
-    monkeypatch.setattr(text, "load_tokenizer", load_then_change)
+    monkeypatch.setattr(checkpoints, "load_tokenizer", load_then_change)
     plan.store.discard(key) if plan.store.find(key) else None
     with pytest.raises(ModelError, match="changed since"):
-        ensure_spans(plan, "tiny", SETTING)
+        list(STAGES["spans"].make(plan, [("tiny", SETTING)]))
     assert plan.store.find(key) is None
 
 

@@ -20,7 +20,7 @@ from taprobe_core.checkpoints import resolve_checkpoint
 from taprobe_core.errors import ConfigError, MissingArtifactError
 from taprobe_core.keys import Site
 from taprobe_core.pipeline import (
-    CHECKS,
+    STAGES,
     Plan,
     cells_of,
     check_stage,
@@ -141,7 +141,7 @@ def test_attention_asked_for_alone_brings_the_activations_of_its_passes(
     plan = opened(values, fresh)
     outcomes = dict(run_stage(plan, "vertical_attention", [SITE]))
     assert passes.seen == (6, {1}, {1})
-    assert outcomes[SITE].key == plan.vertical_attention(Site("tiny", 1), CORRECT)
+    assert outcomes[SITE].key == plan.key("vertical_attention", (str(Site("tiny", 1)), CORRECT))
     assert not outcomes[SITE].is_reused
     (again,) = run_stage(plan, "vertical_attention", [SITE])
     assert again[1].is_reused
@@ -163,7 +163,7 @@ def test_a_longer_list_of_layers_measures_the_missing_layer_alone(
         reused = {cell[0]: each.is_reused for cell, each in run_stage(plan, stage, cells)}
         assert reused == {"tiny@L00": True, "tiny@L01": False, "tiny@L02": True}
     assert passes.seen == (6, {1}, {1})
-    assert plan.receiver_heads(*MODEL) != fewer.receiver_heads(*MODEL)
+    assert plan.key("receiver_heads", MODEL) != fewer.key("receiver_heads", MODEL)
     run(plan, "receiver_heads")
     assert set(table(plan, "receiver_heads", MODEL, "heads")["layer"]) == {1, 2}
 
@@ -262,7 +262,10 @@ def test_a_test_problem_changes_no_head_of_its_fold(own: Plan) -> None:
         return torch.tril(mass[..., columns]) * torch.rand(len(mass), 1, 1)
 
     doctored(own, changed, shuffled)
-    for key in (own.vertical_attention(Site("tiny", 1), CORRECT), own.receiver_heads(*MODEL)):
+    for key in (
+        own.key("vertical_attention", ("tiny@L01", CORRECT)),
+        own.key("receiver_heads", MODEL),
+    ):
         own.store.discard(key)
     run(own, *BOTH)
     after = table(own, "receiver_heads", MODEL, "heads")
@@ -295,7 +298,7 @@ def test_light_has_simple_scores_and_no_heads(values: dict[str, Any], fresh: Pat
         expected = light_scores(tensors["tail_mass"].numpy(), tensors["is_after"].numpy())
         mine = scores.filter(problem_id=problem_id).sort("sentence_idx")
         np.testing.assert_array_equal(mine["attention_score"], expected)
-    (check,) = CHECKS["vertical_attention"].values()
+    (check,) = STAGES["vertical_attention"].checks.values()
     assert check(plan, SITE) == []
     shown = describe(plan, "vertical_attention", SITE)
     assert shown.metrics["n_sentences"] == scores.height
@@ -389,7 +392,7 @@ PLANTED: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], str]] = {
 def test_a_planted_fault_is_found_and_named(
     own: Plan, change: Callable[[torch.Tensor], torch.Tensor], said: str
 ) -> None:
-    (check,) = CHECKS["vertical_attention"].values()
+    (check,) = STAGES["vertical_attention"].checks.values()
     assert check(own, SITE) == []
     problem_id = table(own, "spans", MODEL, "texts")["problem_id"][2]
     doctored(own, problem_id, change)
@@ -400,9 +403,9 @@ def test_a_planted_fault_is_found_and_named(
 
 
 def test_heads_of_another_fold_are_found_and_named(own: Plan) -> None:
-    (check,) = CHECKS["receiver_heads"].values()
+    (check,) = STAGES["receiver_heads"].checks.values()
     assert check(own, MODEL) == []
-    key = own.receiver_heads(*MODEL)
+    key = own.key("receiver_heads", MODEL)
     artifact = own.store.open(key)
     frames = {name: artifact.read_table(name) for name in artifact.manifest.files}
     heads = frames["heads.parquet"]
@@ -442,9 +445,9 @@ def test_what_is_shown_is_finite_and_has_its_table_and_picture(
 
 
 def test_lineage_of_receiver_heads_reaches_every_layer(plan: Plan) -> None:
-    tree = plan.store.lineage(plan.receiver_heads(*MODEL))
+    tree = plan.store.lineage(plan.key("receiver_heads", MODEL))
     assert [node.key for node in tree.upstream] == [
-        plan.vertical_attention(site, CORRECT) for site in plan.study.sites
+        plan.key("vertical_attention", (str(site), CORRECT)) for site in plan.study.sites
     ]
     shards = [
         node.key for node in tree.upstream[0].upstream if node.key.stage == "attention_shards"

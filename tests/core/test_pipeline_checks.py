@@ -12,8 +12,7 @@ import torch
 from taprobe_core.errors import CorruptArtifactError
 from taprobe_core.keys import Site
 from taprobe_core.pipeline import (
-    CHECKS,
-    WARNINGS,
+    STAGES,
     Plan,
     cells_of,
     key_of,
@@ -24,8 +23,8 @@ from taprobe_core.store import ArtifactKey, write_table, write_tensors
 
 CORRECT = "correct_base_solution"
 TEXT, SITE, TRIAL = ("tiny", CORRECT), ("tiny@L00", CORRECT), ("tiny@L00", f"{CORRECT}@s00")
-BUILT = [stage for stage in CHECKS if stage not in ("vertical_attention", "receiver_heads")]
-"""Of a study that asks for no attention."""
+BUILT = [name for name, stage in STAGES.items() if stage.checks and stage.asked_by is None]
+"""Stages with checks, of a study that asks for no attention."""
 Change = Callable[[pl.DataFrame], pl.DataFrame]
 
 
@@ -49,7 +48,7 @@ def falsify(plan: Plan, key: ArtifactKey, changes: dict[str, Change]) -> None:
 
 
 def first_two(plan: Plan) -> tuple[int, int]:
-    sentences = plan.store.open(plan.rollouts(*TEXT)).read_table("sentences.parquet")
+    sentences = plan.read("rollouts", TEXT, "sentences")
     one, two = sentences["problem_id"].unique().sort()[:2]
     return int(one), int(two)
 
@@ -67,12 +66,12 @@ def copy_trace(plan: Plan, share: float = 1.0) -> None:
         rest = table.filter(pl.col("problem_id") != two)
         return pl.concat([rest, own.with_columns(sentence=pl.Series(said))])
 
-    falsify(plan, plan.rollouts(*TEXT), {"sentences.parquet": copied})
+    falsify(plan, plan.key("rollouts", TEXT), {"sentences.parquet": copied})
 
 
 def shard_of(plan: Plan, problem: int, layer: int = 0) -> ArtifactKey:
     site = Site("tiny", layer)
-    index = plan.store.open(plan.activations(site, CORRECT)).read_table("shards.parquet")
+    index = plan.read("activations", (str(site), CORRECT), "shards")
     row = index.row(problem, named=True)
     partition = (str(site), CORRECT, f"problem_{row['problem_id']}")
     return ArtifactKey("activation_shards", partition, row["shard_fingerprint"])
@@ -112,32 +111,33 @@ FIRST = pl.col("problem_id") == pl.col("problem_id").min()
 PLANTED: dict[str, tuple[str, tuple[str, ...], Callable[[Plan], None], list[str]]] = {
     "a sentence short": (
         "rollouts", TEXT,
-        lambda plan: falsify(plan, plan.rollouts(*TEXT), {"sentences.parquet": lambda t: t[1:]}),
+        lambda plan: falsify(
+            plan, plan.key("rollouts", TEXT), {"sentences.parquet": lambda t: t[1:]}),
         ["problem_", "sentences, ", " stated"]),
     "a problem without sentences": (
         "rollouts", TEXT,
         lambda plan: falsify(
-            plan, plan.rollouts(*TEXT), {"sentences.parquet": lambda t: t.filter(~FIRST)}),
+            plan, plan.key("rollouts", TEXT), {"sentences.parquet": lambda t: t.filter(~FIRST)}),
         ["None sentences", "stated"]),
     "a column of another type": (
         "rollouts", TEXT,
-        lambda plan: falsify(plan, plan.rollouts(*TEXT), {
+        lambda plan: falsify(plan, plan.key("rollouts", TEXT), {
             "problems.parquet": lambda t: t.with_columns(pl.col("problem").cast(pl.Categorical))}),
         ["problems", "problem"]),
     "labels without a column": (
         "labels", TEXT,
         lambda plan: falsify(
-            plan, plan.labels(*TEXT), {"labels.parquet": lambda t: t.drop("is_anchor")}),
+            plan, plan.key("labels", TEXT), {"labels.parquet": lambda t: t.drop("is_anchor")}),
         ["labels", "is_anchor"]),
     "a span one character on": (
         "spans", TEXT,
-        lambda plan: falsify(plan, plan.spans(*TEXT), {
+        lambda plan: falsify(plan, plan.key("spans", TEXT), {
             "spans.parquet": lambda t: t.with_columns(
                 start_char=pl.col("start_char") + (pl.col("sentence_idx") == 1))}),
         ["sentence 1", "are not the sentence"]),
     "a span lost": (
         "spans", TEXT,
-        lambda plan: falsify(plan, plan.spans(*TEXT), {"spans.parquet": lambda t: t[:-1]}),
+        lambda plan: falsify(plan, plan.key("spans", TEXT), {"spans.parquet": lambda t: t[:-1]}),
         ["spans do not number"]),
     "not numbers": (
         "activations", SITE, lambda plan: falsify_shard(plan, 0, nan_at),
@@ -162,7 +162,7 @@ PLANTED: dict[str, tuple[str, tuple[str, ...], Callable[[Plan], None], list[str]
 @pytest.mark.parametrize("stage", BUILT)
 def test_sound_artifacts_have_no_fault(built: Any, stage: str) -> None:
     plan = open_plan(built.study, built.data)
-    for name, check in CHECKS[stage].items():
+    for name, check in STAGES[stage].checks.items():
         for cell in filter(lambda cell: check.looks_at(plan, cell), cells_of(plan.study, stage)):
             assert check.look(plan, cell).faults == (), name
 
@@ -176,7 +176,7 @@ def test_a_planted_fault_is_found_and_named(
     said: list[str],
 ) -> None:
     plant(own)
-    check = next(iter(CHECKS[stage].values()))
+    check = next(iter(STAGES[stage].checks.values()))
     faults = "\n".join(check.look(own, cell).faults)
     for part in said:
         assert part in faults
@@ -187,7 +187,7 @@ def test_a_planted_fault_is_found_and_named(
 def test_a_trace_under_two_ids_stops_the_study_before_anything_is_computed(own: Plan) -> None:
     one, two = first_two(own)
     copy_trace(own)
-    check = CHECKS["rollouts"]["no_trace_on_two_sides"]
+    check = STAGES["rollouts"].checks["no_trace_on_two_sides"]
     (fault,) = check.look(own, TEXT).faults
     assert f"problems {one}, {two} have the same trace" in fault
     # In each fold that tests one of the two, and where one of them validates.
@@ -197,14 +197,14 @@ def test_a_trace_under_two_ids_stops_the_study_before_anything_is_computed(own: 
     )
     assert f"{n} of 6 folds, first lopo fold 0" in fault
     assert check.is_blocking
-    assert "no_trace_on_two_sides" not in WARNINGS
+    assert STAGES["rollouts"].checks["no_trace_on_two_sides"].is_blocking
 
 
 def test_copies_on_one_side_leak_nothing(own: Plan) -> None:
     one, two = first_two(own)
     copy_trace(own)
     splits = own.study.splits.model_copy(update={"protocols": ("holdout",)})
-    check = CHECKS["rollouts"]["no_trace_on_two_sides"]
+    check = STAGES["rollouts"].checks["no_trace_on_two_sides"]
     sides = set()
     for seed in range(20):
         study = own.study.model_copy(update={"splits": splits.model_copy(update={"seed": seed})})
@@ -220,16 +220,16 @@ def test_copies_on_one_side_leak_nothing(own: Plan) -> None:
 def test_a_trace_copied_in_part_is_a_warning(own: Plan, share: float, n_faults: int) -> None:
     one, two = first_two(own)
     copy_trace(own, share)
-    faults = CHECKS["rollouts"]["passages_differ_across_problems"].look(own, TEXT).faults
+    faults = STAGES["rollouts"].checks["passages_differ_across_problems"].look(own, TEXT).faults
     assert len(faults) == n_faults
     for fault in faults:
         assert "held-out passages of three sentences stand in a training problem" in fault
         assert {str(one), str(two)} <= set(re.findall(r"problem (\d+)", fault))
-        table = own.store.open(own.rollouts(*TEXT)).read_table("sentences.parquet")
+        table = own.read("rollouts", TEXT, "sentences")
         first = table.filter(problem_id=one)["sentence"][0]
         assert " ".join(first.split())[:40] in fault
-    assert CHECKS["rollouts"]["no_trace_on_two_sides"].look(own, TEXT).faults == ()
-    assert "passages_differ_across_problems" in WARNINGS
+    assert STAGES["rollouts"].checks["no_trace_on_two_sides"].look(own, TEXT).faults == ()
+    assert not STAGES["rollouts"].checks["passages_differ_across_problems"].is_blocking
 
 
 @pytest.mark.parametrize("name", ["no_trace_on_two_sides", "passages_differ_across_problems"])
@@ -238,7 +238,7 @@ def test_texts_are_not_looked_at_where_problems_are_too_few_to_be_divided(
 ) -> None:
     one, _ = first_two(own)
     monkeypatch.setattr(own, "problem_ids", lambda: (one,))
-    found = CHECKS["rollouts"][name].look(own, TEXT)
+    found = STAGES["rollouts"].checks[name].look(own, TEXT)
     assert found.faults == ()
     assert found.not_run is not None
     assert "found n = 1" in found.not_run
@@ -247,7 +247,7 @@ def test_texts_are_not_looked_at_where_problems_are_too_few_to_be_divided(
 def test_a_tripwire_trips_where_rows_cannot_be_told_apart(own: Plan) -> None:
     for problem in range(6):
         falsify_shard(own, problem, lambda mean: mean[:1].expand(len(mean), -1).clone(), layer=1)
-    checks = CHECKS["evaluation"]
+    checks = STAGES["evaluation"].checks
 
     check = checks["one_problem_is_memorised"]
     (fault,) = check.look(own, ("tiny@L01", CORRECT)).faults
@@ -270,7 +270,7 @@ def test_one_flipped_byte_stops_the_check(own: Plan, stage: str) -> None:
         raw = bytearray((artifact.path / name).read_bytes())
         raw[len(raw) // 2] ^= 1
         (artifact.path / name).write_bytes(bytes(raw))
-    check = next(iter(CHECKS[stage].values()))
+    check = next(iter(STAGES[stage].checks.values()))
     with pytest.raises(CorruptArtifactError, match="sha256") as caught:
         check.look(own, cell)
     assert str(artifact.path) in str(caught.value)

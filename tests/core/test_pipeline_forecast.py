@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from taprobe_core.activations.block_shape import BlockShape
 from taprobe_core.activations.cost import EFFICIENCY, pass_flop
-from taprobe_core.pipeline import Plan, cells_of, open_plan, stages_of
+from taprobe_core.pipeline import STAGES, Plan, cells_of, open_plan, stages_of
 from taprobe_core.pipeline.forecast import Assumptions, ModelShape, forecast, model_shapes
 from taprobe_core.pipeline.speed import Speed, measure_speed
 from taprobe_core.pipeline.summary import plan_summary
@@ -49,14 +49,14 @@ def changed(study: Study, **rollouts: Any) -> Study:
 def with_parts(plan: Plan, folder: Path | None = None, **parts: Any) -> Plan:
     """The plan of the same study with other parts, on the same store or on an empty one."""
     study = parse_study(yaml.safe_dump(plan.study.model_dump(mode="json") | parts), "changed.yaml")
-    return Plan(study, Store(folder) if folder else plan.store, plan.data_root)
+    return Plan(study, Store(folder) if folder else plan.store, plan.data_root, STAGES)
 
 
 def test_what_has_run_is_measured(plan: Plan) -> None:
     rows = forecast(plan, Assumptions())
     assert rows["basis"].to_list() == ["measured", "measured"]
     row = rows.row(0, named=True)
-    spans = plan.store.open(plan.spans("tiny", row["setting"]))
+    spans = plan.open("spans", ("tiny", row["setting"]))
     texts, sentences = (spans.read_table(f"{name}.parquet") for name in ("texts", "spans"))
     n_tokens = texts["n_tokens"].sum()
     assert (row["n_problems"], row["n_sentences"], row["n_tokens"]) == (
@@ -92,7 +92,7 @@ def test_what_has_not_run_is_assumed_and_says_so(plan: Plan, tmp_path: Path) -> 
     row = forecast(fresh, Assumptions(100, 10)).row(0, named=True)
     assert row["basis"] == "assumed"
     assert (row["n_problems"], row["n_sentences"], row["n_tokens"]) == (6, 600, 6000)
-    two = Plan(changed(plan.study, max_problems=2), Store(tmp_path), plan.data_root)
+    two = Plan(changed(plan.study, max_problems=2), Store(tmp_path), plan.data_root, STAGES)
     assert forecast(two, Assumptions())["n_problems"].to_list() == [2, 2]
 
 
@@ -250,7 +250,7 @@ def test_a_summary_of_a_finished_study(plan: Plan) -> None:
 
 
 def test_a_summary_of_a_study_that_has_not_run(plan: Plan, tmp_path: Path) -> None:
-    fresh = Plan(plan.study, Store(tmp_path), plan.data_root)
+    fresh = Plan(plan.study, Store(tmp_path), plan.data_root, STAGES)
     assert {row["n_present"] for row in plan_summary(fresh)["stages"]} == {0}
 
 
@@ -259,7 +259,7 @@ def test_a_summary_says_what_is_not_on_this_machine(plan: Plan, tmp_path: Path) 
     values["rollouts"]["source"] = {"kind": "mirror", "folder": str(tmp_path / "gone")}
     values["models"]["tiny"]["tokenizer"] = None
     values["models"]["tiny"]["checkpoint"] = {"kind": "pretrained", "path": str(tmp_path / "no")}
-    absent = Plan(parse_study(yaml.safe_dump(values), "absent.yaml"), plan.store, tmp_path)
+    absent = Plan(parse_study(yaml.safe_dump(values), "absent.yaml"), plan.store, tmp_path, STAGES)
     summary = plan_summary(absent)
     assert {row["n_present"] for row in summary["stages"]} == {None}
     assert all(row["note"].startswith("no such folder") for row in summary["stages"])

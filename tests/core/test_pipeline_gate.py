@@ -14,8 +14,7 @@ import torch
 from taprobe_core.errors import ConfigError, FailedCheckError
 from taprobe_core.keys import Site
 from taprobe_core.pipeline import (
-    CHECKS,
-    DIMENSIONS,
+    STAGES,
     Gate,
     Plan,
     cells_of,
@@ -27,8 +26,6 @@ from taprobe_core.pipeline import (
     stages_of,
     verdicts_of,
 )
-from taprobe_core.pipeline.cells import parent_cells
-from taprobe_core.pipeline.keyed import CHECK_VERSIONS
 from taprobe_core.pipeline.verdicts import checks_store
 from taprobe_core.store import ArtifactKey, write_tensors
 from taprobe_core.study import CheckName, Waiver, checked_dimensions, parse_study
@@ -69,7 +66,7 @@ def all_stages(plan: Plan) -> list[str]:
 def put_shards(plan: Plan, layer: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Store other numbers under the names of a cell's shards: sound bytes, wrong content."""
     site = Site("tiny", layer)
-    index = plan.store.open(plan.activations(site, CORRECT)).read_table("shards.parquet")
+    index = plan.read("activations", (str(site), CORRECT), "shards")
     for problem_id, version in index.select("problem_id", "shard_fingerprint").iter_rows():
         key = ArtifactKey(
             "activation_shards", (str(site), CORRECT, f"problem_{problem_id}"), version
@@ -109,7 +106,7 @@ def test_a_copied_trace_stops_what_is_made_from_it_run_after_run(mirror: Any) ->
         assert str(key_of(plan, "rollouts", TEXT)) in str(caught.value.where)
         assert "rollouts.problem_ids" in str(caught.value.fix)
         assert "waivers: [{check: no_trace_on_two_sides" in str(caught.value.fix)
-        assert plan.store.find(plan.labels(*TEXT)) is None
+        assert plan.store.find(plan.key("labels", TEXT)) is None
 
     stopped = set(stages_of(plan.study)) - {"rollouts"}
     assert set(all_stages(plan)) == stopped
@@ -138,7 +135,7 @@ def test_a_waiver_lets_the_study_go_on_and_stands_in_the_report(mirror: Any) -> 
         for cell in cells_of(plan.study, stage):
             is_same = key_of(plan, stage, cell) == key_of(before, stage, cell)
             assert is_same is (stage != "study_report"), stage
-    page = plan.store.open(plan.study_report()).path / "report.html"
+    page = plan.open("study_report").path / "report.html"
     text = page.read_text()
     assert text.count("both are &lt;kept&gt; on purpose") >= 2
     assert "have the same trace and stand on different sides" in text
@@ -192,14 +189,17 @@ def test_what_was_found_is_kept_and_looked_at_again_only_where_it_is_lost(
     unseen: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[str] = []
-    check = CHECKS["labels"]["labels_schema"]
+    check = STAGES["labels"].checks["labels_schema"]
 
     def look(plan: Plan, cell: tuple[str, ...]) -> Any:
         looks.append("/".join(cell))
         return check.look(plan, cell)
 
-    watched = {**CHECKS, "labels": {"labels_schema": replace(check, look=look)}}
-    monkeypatch.setattr("taprobe_core.pipeline.verdicts.CHECKS", watched)
+    def watch(version: str) -> None:
+        checks = {"labels_schema": replace(check, look=look, version=version)}
+        monkeypatch.setitem(STAGES, "labels", replace(STAGES["labels"], checks=checks))
+
+    watch("1")
     assert [each.status for each in verdicts_of(unseen, "labels", TEXT, looks=False)] == []
     assert looks == []
     for _ in range(2):
@@ -214,18 +214,13 @@ def test_what_was_found_is_kept_and_looked_at_again_only_where_it_is_lost(
     assert (verdict.status, len(looks)) == ("passed", 2)
     list(verdicts_of(again(unseen), "labels", TEXT))
     assert len(looks) == 2
-    monkeypatch.setitem(dict_of(CHECK_VERSIONS), "labels_schema", "2")
+    watch("2")
     list(verdicts_of(again(unseen), "labels", TEXT))
     assert len(looks) == 3
 
 
-def dict_of(mapping: Any) -> dict[str, str]:
-    assert isinstance(mapping, dict)
-    return mapping
-
-
 def test_what_cannot_be_read_is_a_fault_that_is_not_kept(unseen: Plan) -> None:
-    artifact = unseen.store.find(unseen.labels(*TEXT))
+    artifact = unseen.store.find(unseen.key("labels", TEXT))
     assert artifact is not None
     file = artifact.path / "labels.parquet"
     sound = file.read_bytes()
@@ -246,7 +241,7 @@ def test_what_cannot_be_read_is_a_fault_that_is_not_kept(unseen: Plan) -> None:
 
 def test_the_parents_of_a_cell_are_those_that_it_reads(own: Plan) -> None:
     def parents(stage: str, *cell: str) -> list[tuple[str, tuple[str, ...]]]:
-        return list(parent_cells(own.study, stage, cell))
+        return list(STAGES.parent_cells(own.study, stage, cell))
 
     assert parents("rollouts", *TEXT) == []
     assert parents("spans", *TEXT) == [("rollouts", TEXT)]
@@ -265,10 +260,10 @@ def test_the_parents_of_a_cell_are_those_that_it_reads(own: Plan) -> None:
 
 
 def test_waivers_can_name_every_check_and_its_cells() -> None:
-    checks = {name: stage for stage, checks in CHECKS.items() for name in checks}
-    assert set(get_args(CheckName)) == set(checks) == set(CHECK_VERSIONS)
+    checks = {name: stage.name for stage in STAGES.values() for name in stage.checks}
+    assert set(get_args(CheckName)) == set(checks)
     for name in get_args(CheckName):
-        assert checked_dimensions(name) == DIMENSIONS[checks[name]]
+        assert checked_dimensions(name) == STAGES[checks[name]].grid
 
 
 @pytest.mark.parametrize(

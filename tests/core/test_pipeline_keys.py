@@ -11,8 +11,7 @@ import yaml
 from taprobe_core.errors import ConfigError, DataError, SourceUnavailableError
 from taprobe_core.keys import Site
 from taprobe_core.pipeline import (
-    CODE_VERSIONS,
-    DIMENSIONS,
+    STAGES,
     CellFilter,
     Plan,
     cells_of,
@@ -102,7 +101,7 @@ def test_a_longer_list_of_layers_and_seeds_keeps_every_cell_above_the_leaderboar
     before = all_keys(open_plan(fewer, plan.data_root))
     after = all_keys(plan)
     assert before.items() - after.items() == {
-        (place, key) for place, key in before.items() if not DIMENSIONS[place[0]]
+        (place, key) for place, key in before.items() if not STAGES[place[0]].grid
     }
     fewer = with_value(values, ("seeds",), [1])
     kept = {
@@ -126,25 +125,25 @@ def test_a_moved_mirror_keeps_every_key_and_an_edited_file_moves_its_own_cell_on
     first, second = tmp_path / "first", tmp_path / "second"
     shutil.copytree(plan.demo.rollouts_folder, first)
     store = Store(tmp_path / "store")
-    before = all_keys(Plan(mirror_study(plan, first), store, tmp_path))
+    before = all_keys(Plan(mirror_study(plan, first), store, tmp_path, STAGES))
     first.rename(second)
     moved = mirror_study(plan, second)
     report = ("study_report",)
-    after = all_keys(Plan(moved, store, tmp_path))
+    after = all_keys(Plan(moved, store, tmp_path, STAGES))
     assert {place for place in before if before[place] != after[place]} == {report}
     # The very same rollouts as the demo's, but only the demo says so of itself.
-    assert after["labels", "tiny", "correct_base_solution"] == plan.labels(
-        "tiny", "correct_base_solution"
+    assert after["labels", "tiny", "correct_base_solution"] == plan.key(
+        "labels", ("tiny", "correct_base_solution")
     )
 
     edited = next(second.glob("tiny/*/correct_base_solution/problem_*/problem.json"))
     edited.write_text(edited.read_text().replace('"problem"', ' "problem"'))
     with pytest.raises(DataError, match=f"1 file .*{edited.relative_to(second)}"):
-        all_keys(Plan(moved, store, tmp_path))
-    accepting = Plan(moved, store, tmp_path)
+        all_keys(Plan(moved, store, tmp_path, STAGES))
+    accepting = Plan(moved, store, tmp_path, STAGES)
     accepting.pins.is_accepting = True
     assert input_faults(accepting) == []
-    again = all_keys(Plan(moved, store, tmp_path))
+    again = all_keys(Plan(moved, store, tmp_path, STAGES))
     changed = {place for place in after if after[place] != again[place]}
     assert changed == {
         place for place in after if len(place) == 1 or place[2].startswith("correct_base_solution")
@@ -170,7 +169,7 @@ def test_a_fit_is_shared_by_all_that_it_does_not_depend_on(plan: Plan) -> None:
 
 def test_an_unknown_model_is_named_with_the_known_ones(plan: Plan) -> None:
     with pytest.raises(ConfigError, match=r"no model 'timy' in study small\nFix: .*tiny"):
-        plan.rollouts("timy", "correct_base_solution")
+        plan.key("rollouts", ("timy", "correct_base_solution"))
 
 
 def test_what_cannot_be_reached_is_asked_for_once(
@@ -183,7 +182,7 @@ def test_what_cannot_be_reached_is_asked_for_once(
         raise SourceUnavailableError("no network")
 
     monkeypatch.setattr("taprobe_core.pipeline.sources.content_digest", unreachable)
-    fresh = Plan(plan.study, plan.store, plan.data_root)
+    fresh = Plan(plan.study, plan.store, plan.data_root, STAGES)
     for stage in stages_of(fresh.study):
         with pytest.raises(SourceUnavailableError, match="no network"):
             key_of(fresh, stage, cells_of(fresh.study, stage)[0])
@@ -251,5 +250,5 @@ def test_a_manifest_names_code_version_and_the_slice_of_the_study(plan: Plan) ->
     (labelled,) = run_stage(plan, "labels", [(site.model, setting)])
     for _, outcome in (done, labelled):
         manifest = outcome.artifact.manifest
-        assert manifest.code_version == CODE_VERSIONS[outcome.key.stage]
+        assert manifest.code_version == STAGES.code_version(outcome.key.stage)
     assert labelled[1].artifact.manifest.config == plan.study.labels.model_dump(mode="json")

@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from taprobe_core.cli.costs import render_check
-from taprobe_core.pipeline import CHECKS, Plan, cells_of, open_plan, run_stage
+from taprobe_core.pipeline import STAGES, Plan, cells_of, open_plan, run_stage
 from taprobe_core.pipeline.forecast import Assumptions, forecast
 from taprobe_core.pipeline.speed import Speed
 from taprobe_core.pipeline.summary import plan_summary
 
-STAGES = ("rollouts", "labels", "spans", "activations", "vertical_attention", "probe_fits")
+MADE = ("rollouts", "labels", "spans", "activations", "vertical_attention", "probe_fits")
 SETTING = "correct_base_solution"
 
 
@@ -45,7 +45,7 @@ def plans(
         study = folder / f"study{len(opened)}.yaml"
         study.write_text(yaml.safe_dump(values))
         opened.append(open_plan(study, folder / "data"))
-    for stage in STAGES:
+    for stage in MADE:
         list(run_stage(opened[1], stage, cells_of(opened[1].study, stage)))
     return opened[0], opened[1]
 
@@ -61,7 +61,7 @@ def test_no_token_stands_before_the_text(plans: tuple[Plan, Plan]) -> None:
 def test_every_stage_and_its_checks_hold(plans: tuple[Plan, Plan]) -> None:
     plan = plans[1]
     for stage in ("spans", "activations", "vertical_attention", "probe_fits"):
-        for name, check in CHECKS[stage].items():
+        for name, check in STAGES[stage].checks.items():
             for cell in cells_of(plan.study, stage):
                 assert check(plan, cell) == [], (stage, name)
 

@@ -17,9 +17,10 @@ from taprobe_core.errors import ConfigError, MissingArtifactError, NonFiniteErro
 from taprobe_core.evaluation import evaluate
 from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline import (
-    CHECKS,
+    STAGES,
     Plan,
     cells_of,
+    demo_data,
     describe,
     extract,
     is_complete,
@@ -31,14 +32,12 @@ from taprobe_core.pipeline import (
     read_scores,
     run_stage,
     stages_of,
-    world,
 )
-from taprobe_core.pipeline.fit import read_control_scores
-from taprobe_core.pipeline.publish import ensure_study_report
+from taprobe_core.pipeline.stages.probe_fits import read_control_scores
 from taprobe_core.store import Store
 from taprobe_core.study import parse_study
 
-STAGES = (
+MADE = (
     "rollouts",
     "labels",
     "spans",
@@ -71,7 +70,7 @@ def run_all(plan: Plan) -> dict[str, list[bool]]:
         stage: [
             outcome.is_reused for _, outcome in run_stage(plan, stage, cells_of(plan.study, stage))
         ]
-        for stage in STAGES
+        for stage in MADE
     }
 
 
@@ -97,8 +96,8 @@ class Passes:
 
 
 def test_every_stage_makes_every_cell_and_yields_it_under_its_key(built: Any, plan: Plan) -> None:
-    assert stages_of(plan.study) == STAGES
-    for stage in STAGES:
+    assert stages_of(plan.study) == MADE
+    for stage in MADE:
         cells = cells_of(plan.study, stage)
         outcomes = built.outcomes[stage]
         assert sorted(cell for cell, _ in outcomes) == sorted(cells)
@@ -146,7 +145,7 @@ def test_a_longer_list_of_layers_extracts_the_missing_layer_alone(
 
     outcomes = dict(run_stage(kept, "activations", cells_of(kept.study, "activations")))
 
-    problems = kept.store.open(kept.rollouts("tiny", CORRECT)).read_table("problems.parquet")
+    problems = kept.read("rollouts", ("tiny", CORRECT), "problems")
     assert passes.n_texts == 2 * problems.height
     assert {layer for _, layer in passes.seen} == {1}
     assert {cell: outcome.is_reused for cell, outcome in outcomes.items()} == {
@@ -184,11 +183,11 @@ def test_a_lost_part_makes_its_cells_incomplete_and_is_made_again_alone(
 
 
 def test_lineage_of_activations_reaches_the_dataset(plan: Plan) -> None:
-    key = plan.activations(SITE, CORRECT)
+    key = plan.key("activations", (str(SITE), CORRECT))
     tree = plan.store.lineage(key)
     (spans,) = [node for node in tree.upstream if node.key.stage == "spans"]
     (rollouts,) = spans.upstream
-    assert rollouts.key == plan.rollouts("tiny", CORRECT)
+    assert rollouts.key == plan.key("rollouts", ("tiny", CORRECT))
     assert rollouts.provenance["dataset_kind"] == "policy"
     assert rollouts.provenance["dataset_n_problems"] == "6"
     assert rollouts.provenance["setting"] == CORRECT
@@ -196,14 +195,14 @@ def test_lineage_of_activations_reaches_the_dataset(plan: Plan) -> None:
     shards = [node for node in tree.upstream if node.key.stage == "activation_shards"]
     assert len(shards) == 6
     assert {node.provenance["dtype_computed"] for node in shards} == {"float32"}
-    assert str(plan.rollouts("tiny", CORRECT)) in "\n".join(
-        plan.store.lineage(plan.study_report()).render()
+    assert str(plan.key("rollouts", ("tiny", CORRECT))) in "\n".join(
+        plan.store.lineage(plan.key("study_report")).render()
     )
 
 
-@pytest.mark.parametrize("stage", STAGES[1:])
+@pytest.mark.parametrize("stage", MADE[1:])
 def test_a_missing_input_is_named_with_a_fix(built: Any, stage: str, tmp_path: Path) -> None:
-    plan = Plan(open_plan(built.study, built.data).study, Store(tmp_path), built.data)
+    plan = Plan(open_plan(built.study, built.data).study, Store(tmp_path), built.data, STAGES)
     with pytest.raises(MissingArtifactError, match=r"never built.*\nFix: run the stage") as caught:
         list(run_stage(plan, stage, cells_of(plan.study, stage)))
     assert str(tmp_path) in str(caught.value)
@@ -292,7 +291,7 @@ def test_every_storage_and_pooling_is_read_back_as_float32(own: Plan, storage: s
     spans = table(own, "spans", ("tiny", CORRECT), "spans.parquet")
     tokens = read_activations(other, SITE, CORRECT, "tokens")
     assert sum(len(rows) for rows in tokens.values()) == spans["n_tokens"].sum()
-    (check,) = CHECKS["activations"].values()
+    (check,) = STAGES["activations"].checks.values()
     assert check(other, cell) == []
     assert describe(other, "activations", cell).n_rows == spans.height
     with pytest.raises(ConfigError, match="no pooling 'max' in study small") as caught:
@@ -314,7 +313,7 @@ def table(plan: Plan, stage: str, cell: tuple[str, ...], name: str) -> pl.DataFr
     return plan.store.open(key_of(plan, stage, cell)).read_table(name)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", MADE)
 def test_what_is_shown_of_an_artifact_is_finite_and_has_its_picture(plan: Plan, stage: str) -> None:
     shown = describe(plan, stage, cells_of(plan.study, stage)[0])
     assert shown.metrics
@@ -380,7 +379,7 @@ def test_controls_are_fitted_beside_the_recipes_and_stand_in_no_ranking(plan: Pl
     shown = describe(plan, "evaluation", (str(SITE), CORRECT)).metrics
     assert shown["selectivity/linear_probe"] == row["selectivity"]
     assert shown["control_value/linear_probe"] == row["control_value"]
-    page = (plan.store.open(plan.study_report()).path / "report.html").read_text()
+    page = (plan.open("study_report").path / "report.html").read_text()
     assert "Could the probe have memorised it?" in page
 
 
@@ -388,28 +387,33 @@ def test_without_controls_nothing_is_said_of_them(own: Plan) -> None:
     values = own.study.model_dump(mode="json")
     values["evaluation"]["selectivity"] = {"recipes": []}
     plan = open_plan(parse_study(yaml.safe_dump(values), "s.yaml"), own.data_root)
-    for stage in STAGES:
+    for stage in MADE:
         for cell, outcome in run_stage(plan, stage, cells_of(plan.study, stage)):
             if stage == "evaluation":
                 tables = outcome.artifact.read_table("selectivity.parquet")
                 assert tables.is_empty(), cell
-    page = (plan.store.open(plan.study_report()).path / "report.html").read_text()
+    page = (plan.open("study_report").path / "report.html").read_text()
     assert "Could the probe have memorised it?" not in page
 
 
 def test_the_report_says_what_the_leaderboard_says_and_loads_nothing(plan: Plan) -> None:
-    outcome = ensure_study_report(plan)
+    ((_, outcome),) = run_stage(plan, "study_report", [()])
     page = (outcome.artifact.path / "report.html").read_text()
     assert outcome.is_reused
-    for wanted in ("linear_probe", "text_only_baseline", CORRECT, plan.leaderboard().fingerprint):
+    for wanted in (
+        "linear_probe",
+        "text_only_baseline",
+        CORRECT,
+        plan.key("leaderboard").fingerprint,
+    ):
         assert wanted in page
     for fetched in ("<script src", "<link", 'src="http', "url(http"):
         assert fetched not in page
 
 
 def test_the_demo_world_is_built_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "write_policy_world", lambda *args: pytest.fail("built again"))
-    again = Plan(plan.study, plan.store, plan.data_root)
+    monkeypatch.setattr(demo_data, "write_policy_world", lambda *args: pytest.fail("built again"))
+    again = Plan(plan.study, plan.store, plan.data_root, STAGES)
     assert again.demo == plan.demo
 
 
@@ -424,8 +428,8 @@ def test_of_two_builders_of_the_demo_world_the_first_wins(
             each.mkdir(parents=True)
             (each / "owner").write_text(owner)
 
-    monkeypatch.setattr(world, "write_policy_world", build)
-    found = Plan(plan.study, plan.store, tmp_path).demo
+    monkeypatch.setattr(demo_data, "write_policy_world", build)
+    found = Plan(plan.study, plan.store, tmp_path, STAGES).demo
     assert found is not None
     assert found.rollouts_folder == tmp_path / "demo" / name / "rollouts"
     assert (tmp_path / "demo" / name / "owner").read_text() == "first"
@@ -437,7 +441,7 @@ def test_a_mirror_has_no_demo_world(plan: Plan) -> None:
     values["rollouts"]["source"] = {"kind": "mirror", "folder": "/nowhere"}
     values["models"]["tiny"]["tokenizer"] = "/nowhere/tokenizer"
     mirror = parse_study(yaml.safe_dump(values), "mirror.yaml")
-    other = Plan(mirror, plan.store, plan.data_root)
+    other = Plan(mirror, plan.store, plan.data_root, STAGES)
     assert other.demo is None
     assert other.source.identity() == {"kind": "mirror", "folder": "/nowhere"}
 

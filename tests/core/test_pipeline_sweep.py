@@ -12,7 +12,7 @@ from taprobe_core.attention_tables import variant_scores
 from taprobe_core.errors import ConfigError
 from taprobe_core.keys import Site
 from taprobe_core.pipeline import (
-    DIMENSIONS,
+    STAGES,
     Plan,
     cells_of,
     describe,
@@ -22,7 +22,7 @@ from taprobe_core.pipeline import (
     run_stage,
     stages_of,
 )
-from taprobe_core.pipeline.sweep import ensure_sweep_shortlist, read_sweep
+from taprobe_core.pipeline.stages.sweep import read_sweep
 from taprobe_core.study.sweep import AttentionVariant
 
 STUDY = """
@@ -67,7 +67,7 @@ sweep:
   shortlists: {to_stage2: 2, to_stage3: 2}
   stability_draws: 3
 """
-SWEEP_STAGES = tuple(stage for stage in DIMENSIONS if stage.startswith("sweep_"))
+SWEEP_STAGES = tuple(stage for stage in STAGES if stage.startswith("sweep_"))
 SITE, SETTING = Site("tiny", 1), "correct_base_solution"
 
 
@@ -106,20 +106,20 @@ def test_running_again_computes_nothing(plan: Plan) -> None:
 
 
 def test_configurations_of_equal_content_share_their_fits(plan: Plan) -> None:
-    tables = read_sweep(plan, ["stage1"])
+    tables = read_sweep(plan, ["sweep_stage1"])
     recipes = tables["recipes"]
     # A text baseline knows neither pooling nor residualisation: one fit for each drop and target.
     text = recipes.filter(kind="text_only_baseline", layer=1)
     assert text["config_id"].n_unique() == 12
     assert text["recipe"].n_unique() == 3
-    twice = read_sweep(plan, ["stage2"])["configurations"].filter(attention="full_1024_mean")
+    twice = read_sweep(plan, ["sweep_stage2"])["configurations"].filter(attention="full_1024_mean")
     assert twice["duplicate_of"].null_count() == 0
 
 
 def test_a_dropped_last_sentence_is_neither_scored_nor_counted(plan: Plan) -> None:
-    tables = read_sweep(plan, ["stage1"])
+    tables = read_sweep(plan, ["sweep_stage1"])
     dropped = tables["configurations"].filter(target="anchor_binary", residualize="none", layer=1)
-    labels = plan.store.open(plan.labels("tiny", SETTING)).read_table("labels.parquet")
+    labels = plan.read("labels", ("tiny", SETTING), "labels")
     n_sentences = dict(labels.group_by("problem_id").len().iter_rows())
     for drop in (True, False):
         (config_id,) = dropped.filter(drop_last_sentence=drop, pooling="mean")["config_id"]
@@ -132,7 +132,7 @@ def test_a_dropped_last_sentence_is_neither_scored_nor_counted(plan: Plan) -> No
 
 def test_attention_variants_follow_from_the_stored_mass(plan: Plan) -> None:
     full = variant_scores(read_attention(plan, SITE, SETTING), AttentionVariant(mode="full"))
-    stored = plan.store.open(plan.vertical_attention(SITE, SETTING)).read_table("scores.parquet")
+    stored = plan.read("vertical_attention", (str(SITE), SETTING), "scores")
     assert full.equals(stored)
 
     light = AttentionVariant(mode="light", last_n=2)
@@ -156,4 +156,4 @@ def test_a_study_without_a_sweep_says_so(plan: Plan, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give the study a `sweep`"):
         list(run_stage(other, "sweep_stage1", []))
     with pytest.raises(ConfigError, match="no sweep"):
-        ensure_sweep_shortlist(other, "stage2")
+        list(STAGES["sweep_shortlist_stage2"].make(other, [()]))

@@ -6,13 +6,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from taprobe_core.errors import ConfigError
-from taprobe_core.pipeline import cells_of, open_plan, stages_of
+from taprobe_core.pipeline import STAGES, cells_of, open_plan, stages_of
 from taprobe_core.store import Artifact, Store
 from taprobe_dagster import cli
 
@@ -130,7 +131,7 @@ def test_an_interrupted_run_keeps_what_is_finished(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("taprobe_core.pipeline.run.ensure_labels", interrupted)
+    monkeypatch.setitem(STAGES, "labels", replace(STAGES["labels"], make=interrupted))
     said = taprobe("run", built.study, "--select", "rollouts", "--select", "labels")
     assert said.code == 130
     assert "everything finished is kept" in said.err

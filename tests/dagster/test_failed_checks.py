@@ -10,7 +10,7 @@ import dagster as dg
 import pytest
 
 from taprobe_core.errors import FailedCheckError
-from taprobe_core.pipeline import CHECKS, CellFilter, cells_of, key_of, open_plan, stages_of
+from taprobe_core.pipeline import STAGES, CellFilter, cells_of, key_of, open_plan, stages_of
 from taprobe_dagster.assets import ops_of
 from taprobe_dagster.automation import op_jobs, wanted_cells_sensor
 from taprobe_dagster.definitions import build_defs
@@ -212,7 +212,7 @@ def test_every_check_of_an_asset_says_whether_it_stops(mirror: Any) -> None:
     defs = build_defs(open_plan(mirror.study, mirror.data).study)
     graph = defs.resolve_asset_graph()
     for stage in graph.executable_asset_keys:
-        for name, check in CHECKS.get(stage.to_user_string(), {}).items():
+        for name, check in STAGES[stage.to_user_string()].checks.items():
             spec = graph.get_check_spec(dg.AssetCheckKey(stage, name))
             assert spec.blocking is check.is_blocking
             assert spec.description

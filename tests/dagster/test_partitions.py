@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taprobe_core.pipeline import DIMENSIONS, PARENTS, STAGES, cells_of, parents_of, stages_of
+from taprobe_core.pipeline import STAGES, cells_of, parents_of, stages_of
 from taprobe_core.study import Study, Sweep, parse_study
 from taprobe_dagster.assets import ops_of
 from taprobe_dagster.definitions import build_defs
@@ -31,7 +31,7 @@ def swept(study: Study) -> Study:
     return study.model_copy(update={"sweep": sweep})
 
 
-@pytest.mark.parametrize("stage", [stage for stage in STAGES if DIMENSIONS[stage]])
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if STAGES[stage].grid])
 def test_a_grid_has_two_dimensions_and_exactly_the_cells_of_its_stage(
     swept: Study, stage: str
 ) -> None:
@@ -71,7 +71,7 @@ def test_every_parent_that_the_pipeline_reads_is_a_dependency(swept: Study) -> N
     defs = build_defs(swept)
     dg.Definitions.validate_loadable(defs)
     graph = defs.resolve_asset_graph()
-    for stage, parents in PARENTS.items():
+    for stage, parents in ((stage.name, stage.reads) for stage in STAGES.values()):
         found = {key.to_user_string() for key in graph.get(dg.AssetKey(stage)).parent_keys}
         assert found == set(parents or ("dataset",))
         assert parents_of(swept, stage) == parents

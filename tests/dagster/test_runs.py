@@ -22,19 +22,18 @@ from dagster._core.loader import LoadingContextForTest
 
 from taprobe_core.errors import FailedCheckError, MissingArtifactError
 from taprobe_core.pipeline import (
-    CHECKS,
     STAGES,
     CellFilter,
+    Found,
     Plan,
     cells_of,
     key_of,
     open_plan,
     verdicts,
 )
-from taprobe_core.pipeline.looking import Found
 from taprobe_core.store import Store
 from taprobe_core.study import Study, parse_study
-from taprobe_dagster.assets import OPS, ops_of
+from taprobe_dagster.assets import ops_of
 from taprobe_dagster.definitions import build_defs
 from taprobe_dagster.launch import (
     execute,
@@ -137,8 +136,8 @@ def test_every_check_passes_on_sound_artifacts(
 ) -> None:
     keys = [
         dg.AssetCheckKey(dg.AssetKey(stage), name)
-        for stage, checks in CHECKS.items()
-        for name in checks
+        for stage in STAGES
+        for name in STAGES[stage].checks
     ]
     found = instance.event_log_storage.get_latest_asset_check_execution_by_key(keys)
     assert set(found) == set(keys)
@@ -158,12 +157,12 @@ def test_a_repeated_passage_warns_and_a_repeated_trace_stops(
     def look(plan: Plan, cell: tuple[str, ...]) -> Found:
         return Found(("a copy",))
 
-    planted = replace(CHECKS["rollouts"][name], look=look)
-    checks = {**CHECKS, "rollouts": {**CHECKS["rollouts"], name: planted}}
-    monkeypatch.setattr(verdicts, "CHECKS", checks)
+    planted = replace(STAGES["rollouts"].checks[name], look=look)
+    checks = {**STAGES["rollouts"].checks, name: planted}
+    monkeypatch.setitem(STAGES, "rollouts", replace(STAGES["rollouts"], checks=checks))
     # What sound artifacts are known for is known elsewhere.
     monkeypatch.setattr(verdicts, "checks_store", lambda plan: Store(tmp_path / "checks"))
-    (launch,) = launches_of(fresh, plan, "read_rollouts", OPS["read_rollouts"])
+    (launch,) = launches_of(fresh, plan, "read_rollouts", ops_of(plan.study)["read_rollouts"])
     is_warning = name == "passages_differ_across_problems"
     stops = pytest.raises(FailedCheckError, match=name)
     with nullcontext() if is_warning else stops:
@@ -209,10 +208,12 @@ def test_nothing_is_wanted_afterwards_and_nothing_is_stale(
 def test_a_fresh_event_log_adopts_artifacts_without_computing(
     plan: Plan, defs: dg.Definitions, fresh: dg.DagsterInstance, n_computed: Mapping[str, int]
 ) -> None:
-    launches = list(launches_of(fresh, plan, "read_rollouts", OPS["read_rollouts"]))
+    launches = list(launches_of(fresh, plan, "read_rollouts", ops_of(plan.study)["read_rollouts"]))
     assert len(launches) == 1
     assert execute(defs, fresh, launches[0]) == 0
-    assert list(launches_of(fresh, plan, "read_rollouts", OPS["read_rollouts"])) == []
+    assert (
+        list(launches_of(fresh, plan, "read_rollouts", ops_of(plan.study)["read_rollouts"])) == []
+    )
 
 
 def test_a_changed_label_definition_makes_labels_stale_and_leaves_activations(
@@ -237,7 +238,9 @@ def test_one_cell_runs_alone(
 ) -> None:
     chosen = CellFilter(frozenset({"tiny@L01"}), frozenset({"correct_base_solution@s01"}))
     defs = build_defs(study, {"workbench": Workbench(plan.study, plan.data_root)})
-    launches = list(launches_of(fresh, plan, "fit_probes", OPS["fit_probes"], chosen))
+    launches = list(
+        launches_of(fresh, plan, "fit_probes", ops_of(plan.study)["fit_probes"], chosen)
+    )
     assert [(each.first, each.last) for each in launches] == [
         (("tiny@L01", "correct_base_solution@s01"),) * 2
     ]
@@ -252,7 +255,7 @@ def test_a_missing_input_fails_with_where_and_fix_and_is_not_retried(
 ) -> None:
     empty = open_plan(study, tmp_path_factory.mktemp("empty"))
     defs = build_defs(study, {"workbench": Workbench(empty.study, empty.data_root)})
-    launch = next(iter(launches_of(fresh, empty, "fit_probes", OPS["fit_probes"])))
+    launch = next(iter(launches_of(fresh, empty, "fit_probes", ops_of(study)["fit_probes"])))
     with pytest.raises(MissingArtifactError, match="Fix: "):
         execute(defs, fresh, launch)
     failed = [
@@ -271,7 +274,7 @@ def test_a_corrupt_artifact_fails_its_blocking_check_or_its_read(
 ) -> None:
     plan = open_plan(study, tmp_path_factory.mktemp("corrupt"))
     defs = build_defs(study, {"workbench": Workbench(plan.study, plan.data_root)})
-    (launch,) = launches_of(fresh, plan, "read_rollouts", OPS["read_rollouts"])
+    (launch,) = launches_of(fresh, plan, "read_rollouts", ops_of(plan.study)["read_rollouts"])
     execute(defs, fresh, launch)
     key = key_of(plan, "spans", cells_of(study, "spans")[0])
     artifact = plan.store.find(key)
@@ -305,4 +308,4 @@ def test_an_interrupt_that_comes_while_a_finalizer_runs_is_not_lost() -> None:
 def test_a_selection_keeps_the_order_of_the_op(study: Study) -> None:
     chosen = frozenset({"spans", "rollouts"})
     assert stages_in(study, "read_rollouts", chosen) == ("rollouts", "spans")
-    assert stages_in(study, "read_rollouts", None) == OPS["read_rollouts"]
+    assert stages_in(study, "read_rollouts", None) == ops_of(study)["read_rollouts"]

@@ -232,7 +232,7 @@ def test_the_command_killed_and_interrupted_through_dagster_then_finishes(
 
 
 def board(plan: Plan) -> pl.DataFrame:
-    return plan.store.open(plan.sweep_table("sweep_leaderboard")).read_table("leaderboard.parquet")
+    return plan.read("sweep_leaderboard", (), "leaderboard")
 
 
 def test_a_campaign_killed_twice_ends_as_an_undisturbed_one(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_a_bad_problem_that_may_be_skipped_is_left_out_of_everything_and_said_so
     CASES["cut"][0](bench)
     bench.change(lambda values: values["rollouts"].update(on_bad_problem="skip"))
     plan = bench.run()
-    skipped = plan.store.open(plan.rollouts("tiny", CORRECT)).read_table("skipped.parquet")
+    skipped = plan.read("rollouts", ("tiny", CORRECT), "skipped")
     (row,) = skipped.iter_rows(named=True)
     ids = [int(path.name.removeprefix("problem_")) for path in bench.problems]
     assert (row["problem_id"], row["error"]) == (ids[0], "DataError")

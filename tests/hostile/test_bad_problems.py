@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from taprobe_core.errors import LabelError, NotEnoughDataError, PlanError, SpanError
 from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline import (
-    CHECKS,
+    STAGES,
     Plan,
     cells_of,
     open_plan,
@@ -194,12 +194,12 @@ def test_bad_problems_of_every_kind_cost_themselves_alone(tmp_path: Path, tokeni
     scores = read_scores(plan, Site("m", 1), Trial(SETTING, 0))
     assert set(scores["problem_id"]) == set(range(1, 7))
     for stage in stages_of(plan.study):
-        for name, check in CHECKS.get(stage, {}).items():
+        for name, check in STAGES[stage].checks.items():
             if name == "passages_differ_across_problems":
                 continue  # these sentences are drawn from few words
             for cell in cells_of(plan.study, stage):
                 assert check(plan, cell) == [], name
-    page = plan.store.open(plan.study_report()).path / "report.html"
+    page = plan.open("study_report").path / "report.html"
     assert all(str(problem_id) in page.read_text() for problem_id in BAD)
 
 

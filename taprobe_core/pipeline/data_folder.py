@@ -1,4 +1,4 @@
-"""Open a plan from a study file and a data folder: the first line of every notebook and command."""
+"""The data folder, and opening a study on it: the first line of every notebook and command."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from taprobe_core.errors import ConfigError
 from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.stages import STAGES
 from taprobe_core.store import Store
 from taprobe_core.study import Study, load_study
 
@@ -73,4 +74,4 @@ def open_plan(study: Study | Path | str | None = None, folder: Path | str | None
     """
     root = data_root(folder)
     loaded = study if isinstance(study, Study) else load_study(study)
-    return Plan(loaded, Store(root / "artifacts"), root)
+    return Plan(loaded, Store(root / "artifacts"), root, STAGES)

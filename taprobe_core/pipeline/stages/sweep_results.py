@@ -15,7 +15,7 @@ from taprobe_core.keys import Site
 from taprobe_core.pipeline.fit import Wanted, fit_key
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.score_blocks import make_blocks
-from taprobe_core.tables import SWEEP_RESULTS, check_table, schema_of
+from taprobe_core.tables import SWEEP_RESULTS, schema_of
 from taprobe_core.unit_metrics import measure_units
 
 _RECIPES_AT_ONCE = 32
@@ -39,7 +39,7 @@ def measure_fits(
     Raises:
         MissingArtifactError: a fit is not there.
     """
-    labels = plan.store.open(plan.labels(site.model, setting)).read_table("labels.parquet")
+    labels = plan.read("labels", (site.model, setting), "labels")
     parts = [schema_of(SWEEP_RESULTS).to_frame()]
     by_rows: dict[tuple[bool, bool], list[str]] = defaultdict(list)
     for name, fits in wanted.items():
@@ -52,8 +52,7 @@ def measure_fits(
         for start in range(0, len(names), _RECIPES_AT_ONCE):
             some = names[start : start + _RECIPES_AT_ONCE]
             parts.append(_measured(plan, site, setting, some, wanted, kept))
-    found = pl.concat(parts).sort("recipe", "protocol", "fold", "split", "seed", "problem_id")
-    return check_table(found, SWEEP_RESULTS, f"{site}, {setting}, {len(wanted)} recipes")
+    return pl.concat(parts).sort("recipe", "protocol", "fold", "split", "seed", "problem_id")
 
 
 def _measured(

@@ -1,0 +1,158 @@
+"""Activations of one site and setting: an index of shards, one for each problem's text.
+
+How they are extracted (which texts lack what, one pass each) is in `extract`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from taprobe_core.keys import parse_site
+from taprobe_core.pipeline.commit import Files, checkpoint_provenance, commit_cell
+from taprobe_core.pipeline.grid import Cell
+from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.stage import (
+    Check,
+    Description,
+    Found,
+    Outcome,
+    Part,
+    Stage,
+    largest,
+    present,
+)
+from taprobe_core.store import ArtifactKey
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _make(plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Outcome]]:
+    """Extract what the cells lack and yield one outcome per cell, as it becomes complete.
+
+    Where the study asks for vertical attention, its shards come from the same passes.
+
+    Raises:
+        MissingArtifactError: the spans are not there yet.
+        ModelError: the checkpoint cannot be used, or is not as deep as the study says.
+        NonFiniteError: an activation is NaN or infinite; names problem, layer and sentence.
+    """
+    from taprobe_core.pipeline.extract import extracted
+
+    start = time.monotonic()
+    sites = [(parse_site(site), setting) for site, setting in cells]
+    for setting, of_model, texts, is_new in extracted(plan, sites):
+        for site in of_model:
+            cell = (str(site), setting)
+            outcome = _commit_index(plan, cell, texts)
+            is_reused = outcome.is_reused and not is_new[site.layer]
+            yield cell, Outcome(outcome.artifact, is_reused, time.monotonic() - start)
+        start = time.monotonic()
+
+
+def _commit_index(plan: Plan, cell: Cell, texts: pl.DataFrame) -> Outcome:
+    from taprobe_core.pipeline.extract import shard_keys
+
+    site, setting = parse_site(cell[0]), cell[1]
+    shards = shard_keys(plan, site, setting, texts)
+
+    def compute() -> Files:
+        manifests = [plan.store.inspect(key).manifest for key in shards]
+        table = pl.DataFrame(
+            {
+                "problem_id": texts["problem_id"],
+                "shard_fingerprint": [key.fingerprint for key in shards],
+                "dtype": [str(manifest.provenance["dtype_stored"]) for manifest in manifests],
+                "max_abs": [float(manifest.provenance["max_abs"]) for manifest in manifests],
+            }
+        )
+        return {"shards": table}
+
+    provenance = {
+        **checkpoint_provenance(plan, site.model, setting),
+        "layer": site.layer,
+        "poolings": list(plan.study.activations.poolings),
+    }
+    return commit_cell(plan, "activations", cell, compute, provenance, shards)
+
+
+def _describe(plan: Plan, cell: Cell) -> Description:
+    import numpy as np
+
+    from taprobe_core import plots
+    from taprobe_core.pipeline.inputs import read_activations
+
+    index = plan.read("activations", cell, "shards")
+    poolings = plan.study.activations.poolings
+    rows = read_activations(plan, parse_site(cell[0]), cell[1], poolings[0])
+    first = next(iter(rows))
+    norms = {problem_id: np.linalg.norm(each, axis=1) for problem_id, each in rows.items()}
+    n_rows = sum(len(each) for each in rows.values())
+    metrics = {
+        "n_shards": index.height,
+        "n_tokens" if poolings[0] == "tokens" else "n_sentences": n_rows,
+        "d_model": rows[first].shape[1],
+        "max_abs": largest(index["max_abs"]),
+        "mean_norm": float(np.concatenate(list(norms.values())).mean()),
+        "n_widened": int((index["dtype"] != plan.study.activations.storage).sum()),
+    }
+    picture = plots.activation_norms(
+        norms[first].astype(np.float64), title=f"{' · '.join(cell)} · problem {first}"
+    )
+    return Description(present(metrics), n_rows, plots.to_data_uri(picture))
+
+
+def activations_finite(plan: Plan, cell: Cell) -> Found:
+    """Every activation that is kept is a number, one row per sentence (or token) of every text."""
+    from taprobe_core.activations.faults import finite_faults, shape_faults
+    from taprobe_core.pipeline.inputs import read_shards
+
+    site, setting = parse_site(cell[0]), cell[1]
+    spans = plan.read("spans", (site.model, setting), "spans")
+    of_problem = spans.group_by("problem_id").agg(sentence=pl.len(), token=pl.col("n_tokens").sum())
+    shapes: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+    faults: list[str] = []
+    for problem_id, tensors in read_shards(plan, site, setting):
+        for pooling in plan.study.activations.poolings:
+            rows = tensors[pooling]
+            found = finite_faults({problem_id: rows}, _unit(pooling))
+            faults += [f"{pooling}: {fault}" for fault in found]
+            shapes[pooling][problem_id] = rows.to("meta")
+    for name, rows_of in shapes.items():
+        expected = dict(of_problem.select("problem_id", _unit(name)).iter_rows())
+        found = shape_faults(rows_of, expected, _unit(name))
+        faults += [f"{name}: {fault}" for fault in found]
+    return Found(tuple(faults))
+
+
+def _unit(pooling: str) -> str:
+    return "token" if pooling == "tokens" else "sentence"
+
+
+def spans_of_site(plan: Plan, cell: Cell) -> list[ArtifactKey]:
+    """Key of the spans that a cell of site and setting was made from."""
+    return [plan.key("spans", (parse_site(cell[0]).model, cell[1]))]
+
+
+ACTIVATIONS = Stage(
+    name="activations",
+    title="Pooled activations per sentence at one layer; one shard per problem.",
+    grid=("site", "setting"),
+    reads=("spans",),
+    code_version="3",
+    config=lambda plan, cell: plan.activation_config(parse_site(cell[0])),
+    part=Part("activation_shards", code_version="4"),
+    make=_make,
+    describe=_describe,
+    tables={"shards": "ACTIVATION_SHARDS"},
+    checks={"activations_finite": Check(activations_finite, reads=spans_of_site)},
+    op="extract_activations",
+    kinds=frozenset({"torch", "safetensors"}),
+    is_on_accelerator=True,
+    is_provenance=True,
+)

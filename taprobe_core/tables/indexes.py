@@ -1,0 +1,50 @@
+"""Contracts of indexes: which parts, each an artifact of its own, an artifact is made up of."""
+
+from __future__ import annotations
+
+import pandera.polars as pa
+import polars as pl
+
+from taprobe_core.tables.contract import FINITE, at_least, column
+
+ATTENTION_SHARDS = pa.DataFrameSchema(
+    {
+        "problem_id": column(pl.Int64, at_least(0)),
+        "shard_fingerprint": column(pl.String),
+    },
+    strict=True,
+    ordered=True,
+    unique=["problem_id"],
+    name="attention_shards",
+)
+"""One row per problem: the shard of its vertical attention at one layer."""
+
+ACTIVATION_SHARDS = pa.DataFrameSchema(
+    {
+        **ATTENTION_SHARDS.columns,
+        "dtype": column(pl.String),
+        "max_abs": column(pl.Float64, at_least(0), FINITE),
+    },
+    strict=True,
+    ordered=True,
+    unique=["problem_id"],
+    name="activation_shards",
+)
+"""One row per problem: the shard of its activations at one layer, the number type that it is stored
+in, and the largest magnitude before the cast."""
+
+FITS = pa.DataFrameSchema(
+    {
+        "recipe": column(pl.String),
+        "target": column(pl.String, nullable=True),
+        "scope": column(pl.String),
+        "fit": column(pl.String),
+        "fit_fingerprint": column(pl.String),
+    },
+    strict=True,
+    ordered=True,
+    unique=["recipe"],
+    name="fits",
+)
+"""One row per recipe: where its fits stand. `scope` is a model for what reads none of its states,
+else a site; `fit` is the recipe, with the seed where it is stochastic."""
