@@ -23,6 +23,7 @@ from taprobe_core.cli.app import (
     print_leaderboard,
     print_skipped,
     show_progress,
+    stage_names,
 )
 from taprobe_core.errors import ConfigError, FailedCheckError
 
@@ -37,7 +38,10 @@ def run(
     study: StudyArgument = None,
     select: Annotated[
         ListOption,
-        typer.Option(help="Only this stage, as `taprobe check` names them. Repeatable."),
+        typer.Option(
+            help="Only this stage, as `taprobe check` names them. Repeatable.",
+            autocompletion=stage_names,
+        ),
     ] = None,
     site: Annotated[
         ListOption, typer.Option(help="Only this site (model@Lnn). Repeatable.")

@@ -60,6 +60,13 @@ StudyOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
 
 
+def stage_names(incomplete: str) -> list[str]:
+    """Complete the name of a stage: the one completion that loads more than the command line."""
+    from taprobe_core.pipeline import STAGES
+
+    return [stage for stage in STAGES if stage.startswith(incomplete)]
+
+
 def _print_version(is_asked: bool) -> None:
     if is_asked:
         out.print(f"taprobe {version('taprobe')}")
@@ -309,7 +316,10 @@ def _on_disk(study: Path | None) -> Plan:
 
 @app.command()
 def lineage(
-    stage: Annotated[str, typer.Argument(help="A stage, as `taprobe check` names them.")],
+    stage: Annotated[
+        str,
+        typer.Argument(help="A stage, as `taprobe check` names them.", autocompletion=stage_names),
+    ],
     cell: Annotated[list[str] | None, typer.Argument(help="Partition keys of the cell.")] = None,
     study: StudyOption = None,
 ) -> None:

@@ -20,6 +20,7 @@ import atexit, json, sys
 from pathlib import Path
 
 told = Path(sys.argv.pop(1))
+sys.argv[0] = "taprobe"
 atexit.register(
     lambda: told.write_text(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
 )
@@ -79,6 +80,18 @@ def test_completion_in_a_shell_loads_no_library_of_the_work(loaded: Loaded) -> N
     )
     assert out.split() == ["demo-build", "demo"]
     assert packages & {*HEAVY, *TABLES, "dagster"} == set()
+
+
+@pytest.mark.parametrize("words", ["taprobe run --select sp", "taprobe lineage sp"])
+def test_names_of_stages_are_completed(loaded: Loaded, words: str) -> None:
+    packages, out = loaded(
+        COMMAND,
+        _TAPROBE_COMPLETE="complete_bash",
+        COMP_WORDS=words,
+        COMP_CWORD=str(words.count(" ")),
+    )
+    assert out.split() == ["spans"]
+    assert packages & {*HEAVY, "dagster"} == set()
 
 
 def test_a_check_of_the_demo_reads_texts_with_a_tokenizer_and_no_model(loaded: Loaded) -> None:
