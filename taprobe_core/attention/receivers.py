@@ -71,7 +71,7 @@ class SplitHalf(NamedTuple):
     halves: tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def receiver_heads(
+def choose_receiver_heads(
     kurtosis: Mapping[int, FloatArray],
     train_problems: Iterable[int],
     *,

@@ -12,7 +12,7 @@ import polars as pl
 from taprobe_core.attention.receivers import (
     ReceiverHead,
     ReceiverHeads,
-    receiver_heads,
+    choose_receiver_heads,
     receiver_scores,
     split_half_reliability,
 )
@@ -59,7 +59,9 @@ def receiver_tables(
     """
     by_problem, layers = _by_problem(kurtosis, attention.proximity[0])
     chosen = [
-        receiver_heads(by_problem, fold.train, top_k=attention.n_receiver_heads, layers=layers)
+        choose_receiver_heads(
+            by_problem, fold.train, top_k=attention.n_receiver_heads, layers=layers
+        )
         for fold in folds
     ]
     where = "kurtosis and vertical scores of every layer"
@@ -164,7 +166,7 @@ def _top_heads(
     by_problem: Kurtosis, attention: Attention, layers: Sequence[int]
 ) -> set[tuple[int, int]]:
     try:
-        found = receiver_heads(
+        found = choose_receiver_heads(
             by_problem, by_problem, top_k=attention.n_receiver_heads, layers=layers
         )
     except NotEnoughDataError:

@@ -10,7 +10,11 @@ import pytest
 from scipy import stats
 
 from taprobe_core.attention.confounds import distance_law, near_diagonal_share, sink_share
-from taprobe_core.attention.receivers import receiver_heads, receiver_scores, split_half_reliability
+from taprobe_core.attention.receivers import (
+    choose_receiver_heads,
+    receiver_scores,
+    split_half_reliability,
+)
 from taprobe_core.attention.scores import (
     average_matrix,
     head_kurtosis,
@@ -127,7 +131,7 @@ def test_receiver_heads_are_ranked_by_mean_kurtosis_without_the_first_layer() ->
     kurtosis[0][0] += 100
     kurtosis[10][2, 3] = NAN
     kurtosis[0][3], kurtosis[10][3], kurtosis[20][3] = NAN, NAN, NAN
-    chosen = receiver_heads(kurtosis, [20, 0, 10, 0], top_k=7)
+    chosen = choose_receiver_heads(kurtosis, [20, 0, 10, 0], top_k=7)
     mean = {
         (layer, head): np.nanmean([kurtosis[each][layer, head] for each in (0, 10, 20)])
         for layer in (1, 2)
@@ -141,15 +145,15 @@ def test_receiver_heads_are_ranked_by_mean_kurtosis_without_the_first_layer() ->
     assert {each.n_problems for each in chosen.heads if (each.layer, each.head) != (2, 3)} == {3}
     assert chosen.train_problems == (0, 10, 20)
     assert chosen.n_undefined == 16
-    assert receiver_heads(kurtosis, [0], top_k=1, skip_first_layer=False).heads[0].layer == 0
+    assert choose_receiver_heads(kurtosis, [0], top_k=1, skip_first_layer=False).heads[0].layer == 0
 
 
 def test_no_other_problem_can_change_the_chosen_heads() -> None:
     kurtosis = kurtoses(noise=1.0)
-    chosen = receiver_heads(kurtosis, [0, 10, 20])
+    chosen = choose_receiver_heads(kurtosis, [0, 10, 20])
     for problem_id in (30, 40, 50, 60, 70):
         kurtosis[problem_id] = np.full((9, 1), np.inf)
-    assert receiver_heads(kurtosis, [0, 10, 20]) == chosen
+    assert choose_receiver_heads(kurtosis, [0, 10, 20]) == chosen
 
 
 @pytest.mark.parametrize(
@@ -163,12 +167,12 @@ def test_no_other_problem_can_change_the_chosen_heads() -> None:
 def test_training_problems_that_cannot_choose_are_refused(train: list[int], what: str) -> None:
     kurtosis = kurtoses() | {80: np.full((4, 5), NAN)}
     with pytest.raises(NotEnoughDataError, match=what):
-        receiver_heads(kurtosis, train)
+        choose_receiver_heads(kurtosis, train)
 
 
 def test_rows_may_be_some_of_the_models_layers() -> None:
     kurtosis, layers = kurtoses(shape=(3, 2)), [0, 12, 36]
-    chosen = receiver_heads(kurtosis, kurtosis, layers=layers, top_k=3)
+    chosen = choose_receiver_heads(kurtosis, kurtosis, layers=layers, top_k=3)
     assert {each.layer for each in chosen.heads} <= {12, 36}
     vertical = np.random.default_rng(0).random((3, 2, 6))
     vertical[..., -1] = NAN
