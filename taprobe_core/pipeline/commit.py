@@ -58,7 +58,7 @@ def commit_cell(
             if isinstance(content, str):
                 (folder / name).write_text(content, encoding="utf-8")
             else:
-                _check(content, found.tables[name], " ".join((stage, *cell)))
+                _check(content, found.tables[name], f"{stage} {'/'.join(cell)}".strip())
                 write_table(folder / f"{name}.parquet", content)
 
     upstream = list(dict.fromkeys([*plan.upstream(stage, cell), *parts]))
