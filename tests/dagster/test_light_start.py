@@ -100,8 +100,10 @@ def test_a_check_of_the_demo_reads_texts_with_a_tokenizer_and_no_model(loaded: L
     assert packages & (HEAVY | {"dagster"}) == {"transformers"}  # of which only the tokenizer
 
 
-def test_a_check_of_what_is_there_loads_nothing_that_computes(loaded: Loaded, built: Any) -> None:
-    packages, out = loaded(COMMAND, "check", str(built.study), "--no-measure", data=built.data)
+def test_a_check_of_what_is_there_loads_nothing_that_computes(
+    loaded: Loaded, built: Any, copied: Path
+) -> None:
+    packages, out = loaded(COMMAND, "check", str(built.study), "--no-measure", data=copied)
     assert "is valid" in out
     assert packages & (HEAVY | {"dagster"}) == set()
 
