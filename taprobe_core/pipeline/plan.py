@@ -53,9 +53,9 @@ class Plan(Sources):
 
     def upstream(self, stage: str, cell: Cell) -> list[ArtifactKey]:
         """Keys of what a cell is made from, in the order in which its fingerprint has them."""
-        parts = self.stages[stage].parts
-        if parts is not None:
-            return list(parts(self, cell))
+        keyed_by = self.stages[stage].keyed_by
+        if keyed_by is not None:
+            return list(keyed_by(self, cell))
         parents = self.stages.parent_cells(self.study, stage, cell)
         return [self.key(parent, each) for parent, each in parents]
 

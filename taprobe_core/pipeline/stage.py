@@ -169,17 +169,17 @@ class Stage(Generic[P]):
         name: of the stage and of its asset.
         title: what it holds, in one sentence.
         grid: names of its two dimensions; none where a study has one artifact of it.
-        reads: the stages that it is made from. Of a cell's keys in them, in this order, follow its
-            fingerprint, its manifest, its asset's dependencies and what a failed check stops. One
-            that a study lacks is left out.
+        reads: the stages that it is made from. Their keys, in this order, are the upstream of its
+            fingerprint and of its manifest; its asset's dependencies, and what a failed check
+            stops, follow from the same list. One that a study lacks is left out.
         code_version: raised by hand when its results change; every key below it then changes too.
         make: computes what cells lack; yields each cell with its outcome, when complete.
         describe: what to show of a stored cell, read from the store.
         tables: each table that it writes -> the name of its contract in `taprobe_core.tables`.
         op: the Dagster op that makes it; stages that share a grid may share one.
         config: the slice of the study that a cell depends on, beside what it reads.
-        parts: keys that stand in the fingerprint in place of those that are read: of parts that
-            each say what they are made from.
+        keyed_by: keys that are its upstream in place of those that it reads: of parts, each of
+            which says what it is made from.
         part: what its artifacts list, if they are indexes.
         checks: by name.
         asked_by: what makes a study have it; None where all do.
@@ -199,7 +199,7 @@ class Stage(Generic[P]):
     tables: Mapping[str, str]
     op: str
     config: Callable[[P, Cell], Mapping[str, Any]] = _no_config
-    parts: Callable[[P, Cell], Sequence[ArtifactKey]] | None = None
+    keyed_by: Callable[[P, Cell], Sequence[ArtifactKey]] | None = None
     part: Part | None = None
     checks: Mapping[str, Check[P]] = field(default_factory=dict)
     asked_by: Condition | None = None

@@ -12,7 +12,7 @@ import yaml
 
 from taprobe_core import pipeline
 from taprobe_core.cli import EXIT_FIXABLE, EXIT_INTERRUPTED, EXIT_UNSOUND, guarded
-from taprobe_core.pipeline import key_of, open_plan, stages_of
+from taprobe_core.pipeline import open_plan, stages_of
 from taprobe_core.store import Artifact, ArtifactKey, write_json
 
 # The package has an attribute of the module's name: the application itself.
@@ -186,7 +186,7 @@ def test_prune_says_first_and_then_removes(built: Any, taprobe: Command, copied:
     old, newer = (ArtifactKey("study_report", ("small",), digit * 20) for digit in "01")
     for key in (old, newer):
         store.commit(key, lambda folder: write_json(folder / "v.json", 1), provenance={})
-    store.adopt(key_of(open_plan(built.study, copied), "study_report", ()))
+    store.adopt(open_plan(built.study, copied).key("study_report"))
     before = set(store.keys())
 
     said = taprobe("prune", built.study, "--keep", 1, "--dry-run")

@@ -181,14 +181,11 @@ def test_bad_problems_of_every_kind_cost_themselves_alone(tmp_path: Path, tokeni
     for problem_id, (_, said) in BAD.items():
         assert said in found[problem_id]["what"]
         assert found[problem_id]["fix"]
-    for key_of, name in (
+    for stage, name in (
         ("rollouts", "problems"), ("rollouts", "sentences"), ("rollouts", "notes"),
         ("labels", "labels"), ("spans", "texts"), ("spans", "spans"),
     ):  # fmt: skip
-        mine, alone = (
-            each.store.open(getattr(each, key_of)(*CELL)).read_table(f"{name}.parquet")
-            for each in (plan, clean)
-        )
+        mine, alone = (each.read(stage, CELL, name) for each in (plan, clean))
         assert mine.filter(~pl.col("problem_id").is_in([*BAD])).equals(alone)
         assert alone["problem_id"].n_unique() == (1 if name == "notes" else 6)
     scores = read_scores(plan, Site("m", 1), Trial(SETTING, 0))

@@ -168,7 +168,7 @@ PROBE_FITS = Stage(
     reads=("labels", "spans", "activations", "vertical_attention"),
     code_version="2",
     # Each fit is keyed by what it reads: another pooling leaves the text baselines where they are.
-    parts=_fits,
+    keyed_by=_fits,
     part=FITS,
     make=_make,
     describe=_describe,

@@ -41,16 +41,6 @@ if TYPE_CHECKING:
 _FITS = ("sweep_stage1", "sweep_stage2", "sweep_stage3")
 """The stages that fit."""
 
-_FIELDS: Mapping[str, set[str]] = {
-    "sweep_stage1": {
-        "targets", "percentiles", "thresholds", "windows", "drop_last_sentence", "poolings",
-        "residualize", "residualized",
-    },
-    "sweep_stage2": {"attention", "poolings", "residualized"},
-    "sweep_stage3": {"tuning", "attention", "poolings", "residualized"},
-}  # fmt: skip
-"""Stage -> the fields of `Sweep` that decide its configurations, beside its shortlist."""
-
 
 def _sweep(plan: Plan) -> Sweep:
     if plan.study.sweep is None:
@@ -67,11 +57,11 @@ def _protocol(plan: Plan) -> str:
 # --- fits of a stage's configurations at one site and setting
 
 
-def _fits_config(stage: str, plan: Plan, cell: Cell) -> dict[str, Any]:
+def _fits_config(fields: frozenset[str], plan: Plan, cell: Cell) -> dict[str, Any]:
     # The configurations of the later stages follow from a shortlist, whose key stands for them.
     study = plan.study
     return {
-        "sweep": _sweep(plan).model_dump(mode="json", include=_FIELDS[stage]),
+        "sweep": _sweep(plan).model_dump(mode="json", include=set(fields)),
         "recipes": [recipe.model_dump(mode="json") for recipe in study.recipes],
         "baselines": list(study.evaluation.baselines),
         "seeds": list(study.seeds),
@@ -218,10 +208,8 @@ def _make_shortlist(stage: str, before: str, plan: Plan, cell: Cell) -> Outcome:
     def compute() -> Files:
         from taprobe_core import sweep
 
-        choose = {
-            "sweep_stage1": sweep.shortlist_stage2,
-            "sweep_stage2": sweep.shortlist_stage3,
-        }[before]
+        is_first = before == "sweep_stage1"
+        choose = sweep.shortlist_stage2 if is_first else sweep.shortlist_stage3
         return {"shortlist": choose(_board(plan, read_sweep(plan, [before])), shortlists)}
 
     provenance = {"study": plan.study.name, "rank_by": shortlists.rank_by}
@@ -356,7 +344,10 @@ def _describe_stability(plan: Plan, cell: Cell) -> Description:
 _SWEPT = Condition(lambda study: study.sweep is not None, "give the study a `sweep`")
 
 
-def _fits_stage(name: str, title: str, reads: tuple[str, ...]) -> Stage[Plan]:
+def _fits_stage(
+    name: str, title: str, reads: tuple[str, ...], fields: frozenset[str]
+) -> Stage[Plan]:
+    """A stage that fits; `fields` of the sweep decide its configurations, beside its shortlist."""
     return Stage(
         name=name,
         title=title,
@@ -364,7 +355,7 @@ def _fits_stage(name: str, title: str, reads: tuple[str, ...]) -> Stage[Plan]:
         # The spans are in the key of the activations.
         reads=reads,
         code_version="1",
-        config=partial(_fits_config, name),
+        config=partial(_fits_config, fields),
         part=FITS,
         make=partial(_make_fits, name),
         describe=partial(_describe_fits, name),
@@ -428,6 +419,18 @@ SWEEP: tuple[Stage[Plan], ...] = (
         "sweep_stage1",
         "Every target, pooling and residualisation of the sweep, fitted and measured.",
         ("labels", "activations"),
+        frozenset(
+            {
+                "targets",
+                "percentiles",
+                "thresholds",
+                "windows",
+                "drop_last_sentence",
+                "poolings",
+                "residualize",
+                "residualized",
+            }
+        ),
     ),
     _shortlist_stage(
         "sweep_shortlist_stage2",
@@ -438,6 +441,7 @@ SWEEP: tuple[Stage[Plan], ...] = (
         "sweep_stage2",
         "The shortlisted configurations with every way to read attention.",
         ("sweep_shortlist_stage2", "labels", "activations", "vertical_attention"),
+        frozenset({"attention", "poolings", "residualized"}),
     ),
     _shortlist_stage(
         "sweep_shortlist_stage3",
@@ -448,6 +452,7 @@ SWEEP: tuple[Stage[Plan], ...] = (
         "sweep_stage3",
         "The finalists under every setting of their probe.",
         ("sweep_shortlist_stage3", "labels", "activations", "vertical_attention"),
+        frozenset({"tuning", "attention", "poolings", "residualized"}),
     ),
     _table_stage(
         "sweep_leaderboard",
