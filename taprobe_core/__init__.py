@@ -3,5 +3,3 @@
 This package is the pure library. It never imports Dagster, never prints, and touches the network
 only where a study names a hub. `taprobe_dagster` is the thin rim that turns it into assets.
 """
-
-__version__ = "0.1.0"

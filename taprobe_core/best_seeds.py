@@ -77,25 +77,3 @@ def best_seeds(per_problem: pl.DataFrame, k: int, metric_of: Mapping[str, str]) 
         .select(schema_of(BEST_SEEDS).names())
         .sort(_KEY)
     )
-
-
-def best_recipe_seed(per_problem: pl.DataFrame, protocol: str) -> tuple[str, int] | None:
-    """Return the recipe and seed that stand highest on validation, over all folds.
-
-    Args:
-        per_problem: `EvaluationTables.problem_metrics`; recipes of one primary metric.
-        protocol: `holdout` or `lopo`. Under lopo a validation problem is a test problem of another
-            fold, so the choice may not be read on test.
-
-    Returns:
-        The highest mean over validation problems; ties go to the lower seed, then to the name.
-        None if nothing is defined.
-    """
-    means = (
-        per_problem.filter(split="val", protocol=protocol)
-        .group_by("recipe", "seed")
-        .agg(pl.col("primary").mean())
-        .drop_nulls()
-        .sort("primary", "seed", "recipe", descending=[True, False, False])
-    )
-    return (means["recipe"][0], means["seed"][0]) if means.height else None

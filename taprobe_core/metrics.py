@@ -37,25 +37,6 @@ def pr_auc(y_true: ArrayLike, score: ArrayLike) -> float:
     return float(np.diff(recall, prepend=0.0) @ precision) if recall.size else float("nan")
 
 
-def pr_auc_trapezoid(y_true: ArrayLike, score: ArrayLike) -> float:
-    """Area under precision over recall by the trapezoid rule, from (recall 0, precision 1).
-
-    The earlier figures of this field were computed so; kept to reproduce them, not to judge.
-
-    Args:
-        y_true: [row] bool or 0/1.
-        score: [row] finite.
-
-    Returns:
-        Value in (0, 1], equal to scikit-learn's `auc` over `precision_recall_curve`; NaN with one
-        class.
-    """
-    precision, recall = _precision_recall(y_true, score)
-    if not recall.size:
-        return float("nan")
-    return float(np.trapezoid(np.append(1.0, precision), np.append(0.0, recall)))
-
-
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Spearman's rank correlation, ties given their mean rank.
 

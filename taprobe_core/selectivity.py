@@ -1,28 +1,23 @@
 """How much of a probe's value is what it was told, and how much what it could memorise.
 
 Selectivity is the metric on the task less the metric on a control task (`control_task`), which a
-probe of the same capacity can learn by memorising alone. Beside it, the online code: how many bits
-the labels take if each block of problems is coded by a probe that learnt the blocks before. What
-does not belong here: labels of a control, and fitting.
+probe of the same capacity can learn by memorising alone. What does not
+belong here: labels of a control, and fitting.
 
 Invariant: task and control are compared on the same problems, by the same metric.
 
-Source: Hewitt and Liang (2019), Designing and interpreting probes with control tasks; Voita and
-Titov (2020), Information-theoretic probing with minimum description length, section 3.2.
+Source: Hewitt and Liang (2019), Designing and interpreting probes with control tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import polars as pl
-from numpy.typing import ArrayLike
 
 from taprobe_core.aggregation import chance_levels
 from taprobe_core.comparison import Comparison, compare_values
-from taprobe_core.errors import DataError
 from taprobe_core.metrics import primary_metric
 from taprobe_core.score_blocks import make_blocks
 from taprobe_core.study.config import Evaluation, Target
@@ -32,7 +27,6 @@ from taprobe_core.unit_metrics import measure_units
 CONTROL_TARGET: Target = "anchor_binary"
 """What a control stands in the place of."""
 
-_EDGE = 1e-7
 _KEY = ["recipe", "protocol"]
 _OF_PROBLEM = [*_KEY, "problem_id"]
 
@@ -110,59 +104,3 @@ def _in_problem(units: pl.DataFrame) -> pl.DataFrame:
 def _named(found: Comparison) -> dict[str, Any]:
     """The comparison, its difference called what it is here."""
     return {name.replace("delta", "selectivity"): value for name, value in found._asdict().items()}
-
-
-class OnlineCode(NamedTuple):
-    """What labels cost when told block by block.
-
-    Attributes:
-        bits: length of the online code.
-        uniform_bits: length of the code that knows the share of positives alone.
-        compression: uniform_bits / bits; 1 is no better than the share of positives.
-    """
-
-    bits: float
-    uniform_bits: float
-    compression: float
-
-
-def online_code(
-    n_first: int, blocks: Sequence[tuple[ArrayLike, ArrayLike]], prevalence: float
-) -> OnlineCode:
-    """Return the length of the online (prequential) code of binary labels.
-
-    L = n_1 H - sum over later blocks b of log2 p_{b-1}(y_b | x_b), with p_{b-1} from a probe that
-    was fitted on the blocks before b and H the entropy of the prevalence in bits; the code to
-    compare with is n H. Voita and Titov code the first block, and the comparison, with one bit a
-    label; with one anchor in ten that would flatter every probe.
-
-    Args:
-        n_first: labels of the first block, which nothing could be learnt from.
-        blocks: of each later block, labels [row] bool and probabilities of a positive [row], cut to
-            [1e-7, 1 - 1e-7]. Blocks hold whole problems.
-        prevalence: share of positives over all blocks, in (0, 1).
-
-    Returns:
-        Bits and compression.
-
-    Raises:
-        DataError: labels and probabilities of a block differ in number, or a prevalence of 0 or 1.
-    """
-    if not 0 < prevalence < 1:
-        raise DataError(f"prevalence {prevalence}", "online code", "give labels of both classes")
-    entropy = -(
-        prevalence * np.log2(prevalence) + (1 - prevalence) * np.log2(1 - prevalence)
-    ).item()
-    bits, n = n_first * entropy, n_first
-    for place, (labels, probabilities) in enumerate(blocks):
-        y, p = np.asarray(labels, dtype=bool), np.asarray(probabilities, dtype=np.float64)
-        if y.shape != p.shape:
-            raise DataError(
-                f"{y.size} labels and {p.size} probabilities",
-                f"online code, block {place + 1}",
-                "score every sentence of the block",
-            )
-        cut = np.clip(p, _EDGE, 1 - _EDGE)
-        bits -= float(np.log2(np.where(y, cut, 1 - cut)).sum())
-        n += y.size
-    return OnlineCode(bits, n * entropy, n * entropy / bits)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from taprobe_core.errors import LeakageError, PlanError
@@ -176,39 +176,6 @@ def check_no_leakage(fold: Fold, outer: Fold | None = None) -> None:
             f"problems {foreign} are not among those that {outer} may learn from",
             str(fold),
             "make the inner folds with splits.inner_folds from the outer fold itself",
-        )
-
-
-def check_same_sides(folds: Mapping[str, Sequence[Fold]]) -> None:
-    """Check that a problem that is tested in a fold is tested in it everywhere.
-
-    The same problem in another setting shares its statement and its answer: a probe that learned
-    from it there has seen it. Training and validation may differ where problems are absent.
-
-    Args:
-        folds: by model and setting, or any other name; outer and inner folds may be mixed.
-
-    Raises:
-        LeakageError: lists every problem that changes sides, with both places.
-    """
-    seen: dict[tuple[str, int, int | None, int], tuple[str, str]] = {}
-    faults = []
-    for name, own in folds.items():
-        for fold in own:
-            for side in SIDES:
-                for problem_id in getattr(fold, side):
-                    key = (fold.protocol, fold.index, fold.inner, problem_id)
-                    first, where = seen.setdefault(key, (side, name))
-                    if first != side and "test" in (first, side):
-                        faults.append(
-                            f"problem {problem_id} of {fold}: {first} in {where}, {side} in {name}"
-                        )
-    if faults:
-        raise LeakageError(
-            f"problems change sides between settings: {'; '.join(faults)}",
-            "folds",
-            "make all folds with splits.make_folds from the problems of the whole study, and name "
-            "those of each setting as `present`",
         )
 
 

@@ -32,9 +32,8 @@ from taprobe_core.pipeline import (
 )
 from taprobe_core.study import Study
 from taprobe_dagster.events import check_result, failure_event, input_tags, materialization
-from taprobe_dagster.home import GPU_POOL
 from taprobe_dagster.partitions import cell_of, grid_of, mapping_between
-from taprobe_dagster.resources import Workbench
+from taprobe_dagster.resources import GPU_POOL, Workbench
 
 STOPPED = "nothing is computed from it"
 """What a failed cell, or a failed blocking check of it, means for what comes after."""

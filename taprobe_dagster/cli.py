@@ -1,4 +1,7 @@
-"""The `taprobe` command with Dagster: `demo`, `run`, `ui`, beside the verbs of the core."""
+"""The `taprobe` command with Dagster: `demo`, `run`, `ui`, beside the verbs of the core.
+
+As there, a verb imports what it needs when it is called: help must answer at once.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import sys
 import time
 from importlib.util import find_spec
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,23 +22,12 @@ from taprobe_core.cli.app import (
     print_leaderboard,
     print_skipped,
     show_progress,
+    stage_names,
 )
 from taprobe_core.errors import ConfigError, TaprobeError, is_of_machine
-from taprobe_core.pipeline import (
-    STAGES,
-    CellFilter,
-    Gate,
-    Plan,
-    all_stops,
-    cells_of,
-    check_stage,
-    dimension_keys,
-    is_made,
-    open_plan,
-    refusal,
-    split_stopped,
-    stages_of,
-)
+
+if TYPE_CHECKING:
+    from taprobe_core.pipeline import CellFilter, Plan
 
 ListOption = list[str] | None
 
@@ -44,7 +36,11 @@ ListOption = list[str] | None
 def run(
     study: StudyArgument = None,
     select: Annotated[
-        ListOption, typer.Option(help=f"Stages to run: {', '.join(STAGES)}. Repeatable.")
+        ListOption,
+        typer.Option(
+            help="Only this stage, as `taprobe check` names them. Repeatable.",
+            autocompletion=stage_names,
+        ),
     ] = None,
     site: Annotated[
         ListOption, typer.Option(help="Only this site (model@Lnn). Repeatable.")
@@ -54,6 +50,15 @@ def run(
     ] = None,
 ) -> None:
     """Materialize what a study lacks, through Dagster; what is there already is not redone."""
+    from taprobe_core.pipeline import (
+        STAGES,
+        CellFilter,
+        check_stage,
+        dimension_keys,
+        open_plan,
+        stages_of,
+    )
+
     plan = open_plan(study)
     stages = frozenset(check_stage(plan.study, stage) for stage in select) if select else None
     chosen = CellFilter(
@@ -105,6 +110,7 @@ def ui(
         raise ConfigError(
             "the UI is not installed", "this environment", "pip install 'taprobe[ui]'"
         )
+    from taprobe_core.pipeline import open_plan
     from taprobe_dagster.access import checked_token, new_token
     from taprobe_dagster.serve import serve
 
@@ -127,9 +133,16 @@ def _known(chosen: ListOption, known: tuple[str, ...], noun: str) -> frozenset[s
 
 
 def _materialize(plan: Plan, chosen: CellFilter, stages: frozenset[str] | None) -> None:
-    # Dagster takes two seconds to import, which `taprobe --help` need not pay.
     from dagster._core.utils import make_new_run_id
 
+    from taprobe_core.pipeline import (
+        Gate,
+        all_stops,
+        cells_of,
+        is_made,
+        refusal,
+        split_stopped,
+    )
     from taprobe_dagster.assets import ops_of
     from taprobe_dagster.definitions import build_defs
     from taprobe_dagster.events import refresh_checks

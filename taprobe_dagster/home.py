@@ -24,16 +24,15 @@ from dagster._core.instance.config import PoolGranularity
 from dagster._core.instance.ref import InstanceRef
 from rich.markup import escape
 
-from taprobe_core.cli.app import err
+from taprobe_core.cli.console import err
 from taprobe_core.errors import ConfigError, HomeError
 from taprobe_core.pipeline import data_root
 from taprobe_core.pipeline.data_folder import checked_folder
 from taprobe_dagster.home_faults import answered, settings_answered
+from taprobe_dagster.resources import GPU_POOL
 from taprobe_dagster.storage import BUSY_TIMEOUT_S
 
 SETTINGS = Path(__file__).resolve().parent.parent / "dagster.yaml"
-GPU_POOL = "gpu"
-"""The pool of everything that extracts."""
 
 _SHIPPED_BEFORE = {
     "d787577004c26e5e0832fcbc36b10220f60d23bdb6f1de4106dd330a25f078b0",

@@ -1,4 +1,4 @@
-"""Resources: how an op comes by the study and the store.
+"""Resources: how an op comes by the study and the store, and the pool in which it waits its turn.
 
 What belongs here: the way from what Dagster knows (a study, a folder) to a core object.
 
@@ -12,6 +12,9 @@ from pathlib import Path
 
 from taprobe_core.pipeline import Plan, open_plan
 from taprobe_core.study import Study
+
+GPU_POOL = "gpu"
+"""The pool of everything that extracts."""
 
 
 @dataclass(frozen=True)

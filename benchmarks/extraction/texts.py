@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.extraction.shapes import Shape
-from taprobe_core.activations import TextTask
+from taprobe_core.activations.tasks import TextTask
 
 N_PROMPT = 40
 SENTENCE = (8, 32)

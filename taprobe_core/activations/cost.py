@@ -19,21 +19,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from taprobe_core.activations.block_shape import BlockShape, block_weights
-from taprobe_core.activations.gemm_rate import sustained_gemm_rate
 from taprobe_core.activations.quantities import bytes_text, duration_text, flop_text
-
-__all__ = [
-    "EFFICIENCY",
-    "BlockShape",
-    "attention_bytes",
-    "attention_scores_flop",
-    "block_weights",
-    "bytes_of",
-    "cost_line",
-    "expected_seconds",
-    "pass_flop",
-    "sustained_gemm_rate",
-]
 
 EFFICIENCY: Mapping[str, float] = MappingProxyType({"cpu": 0.80, "cuda": 0.85, "mps": 0.80})
 """Share of the rate of its matrix products that an extraction reaches, by kind of device, for

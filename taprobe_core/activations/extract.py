@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from taprobe_core.activations.cost import BlockShape, pass_flop
+from taprobe_core.activations.block_shape import BlockShape
+from taprobe_core.activations.cost import pass_flop
 from taprobe_core.activations.forward import LIBRARY_WAYS, MISMATCH_FIX, input_faults
 from taprobe_core.activations.options import ExtractOptions
 from taprobe_core.activations.packing import plan_packs

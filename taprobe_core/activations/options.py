@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+from taprobe_core.attention.mode import OFF, AttentionMode
+from taprobe_core.study.activations import Pooling, Storage
 
-from taprobe_core.activations.pooling import Pooling, Storage
-from taprobe_core.attention import OFF, AttentionMode
+if TYPE_CHECKING:
+    import torch
 
 ACCELERATOR_TOKEN_BUDGET = 8_192
 """Tokens of a pass on an accelerator. Matrix products of 14B shape gain nothing from more on an

@@ -25,9 +25,7 @@ from taprobe_core.activations.library_way import weigh_text
 from taprobe_core.activations.options import ExtractOptions
 from taprobe_core.activations.packing import to_device
 from taprobe_core.activations.pooling import (
-    Pooling,
     SpanIndex,
-    Storage,
     check_finite,
     fits,
     join_indexes,
@@ -46,15 +44,10 @@ from taprobe_core.activations.trial import (
     untried_ways,
 )
 from taprobe_core.activations.understood import find_blocks, understand
-from taprobe_core.attention import (
-    SentenceMass,
-    TailMass,
-    sentence_mass,
-    sentence_mass_of,
-    tail_mass,
-    tail_mass_of,
-)
+from taprobe_core.attention.mass import SentenceMass, TailMass, sentence_mass, tail_mass
+from taprobe_core.attention.weights import sentence_mass_of, tail_mass_of
 from taprobe_core.errors import NonFiniteError, TaprobeError
+from taprobe_core.study.activations import Pooling, Storage
 
 _fused: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _ways: WeakKeyDictionary[nn.Module, tuple[object, Ways]] = WeakKeyDictionary()

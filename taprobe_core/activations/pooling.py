@@ -22,21 +22,6 @@ from taprobe_core.activations.packing import to_device
 from taprobe_core.errors import NonFiniteError, SpanError
 from taprobe_core.study import Pooling, Storage
 
-__all__ = [
-    "FLOAT16_MAX",
-    "OVERFLOW_FIX",
-    "Pooling",
-    "SpanIndex",
-    "Storage",
-    "check_finite",
-    "fits",
-    "join_indexes",
-    "pool",
-    "span_index",
-    "span_means",
-    "value_range",
-]
-
 FLOAT16_MAX = 65504.0
 """Largest finite float16."""
 
@@ -145,28 +130,6 @@ def _reduced(
     # A bag of tokens is summed in a fixed order: equal runs give equal bits, which an atomic
     # index_add does not promise, and a matrix product would spread one NaN over every sentence.
     return embedding_bag(index.tokens, hidden.float(), index.offsets[:-1], mode="mean")
-
-
-def span_means(
-    hidden: torch.Tensor, spans: torch.Tensor | Sequence[tuple[int, int]]
-) -> torch.Tensor:
-    """Average the hidden state over each span.
-
-    Args:
-        hidden: states of one text, [token, d_model], any float type.
-        spans: half-open token ranges, [span, 2]; may overlap.
-
-    Returns:
-        [span, d_model], float32, on the device of `hidden`, in the order of `spans`.
-
-    Raises:
-        SpanError: there is no span, or a span is empty or outside the text.
-
-    Example:
-        >>> span_means(torch.tensor([[1.0], [3.0], [8.0]]), [(0, 2), (1, 3)]).tolist()
-        [[2.0], [5.5]]
-    """
-    return pool(hidden, span_index(spans, len(hidden)).to(hidden.device), ["mean"])["mean"]
 
 
 def value_range(rows: torch.Tensor) -> torch.Tensor:

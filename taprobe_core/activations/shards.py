@@ -6,12 +6,11 @@ Plain values on the CPU; how they are written to files is said here too, where t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from taprobe_core.activations.pooling import Storage
-from taprobe_core.store import tensor_parts, write_bytes
+from taprobe_core.store import tensor_parts
+from taprobe_core.study.activations import Storage
 
 ACTIVATIONS_FILE = "activations.safetensors"
 ATTENTION_FILE = "attention.safetensors"
@@ -87,14 +86,3 @@ def shard_file(shard: ActivationShard | AttentionShard) -> tuple[str, list[bytes
     about = {"dimensions": axes, "layer": str(shard.layer)}
     name = ATTENTION_FILE if is_attention else ACTIVATIONS_FILE
     return name, tensor_parts(shard.tensors, about)
-
-
-def write_shard(folder: Path, shard: ActivationShard | AttentionShard) -> None:
-    """Write a shard's file into a folder.
-
-    Args:
-        folder: existing folder.
-        shard: from `extract`.
-    """
-    name, parts = shard_file(shard)
-    write_bytes(folder / name, *parts)

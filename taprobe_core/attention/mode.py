@@ -40,11 +40,6 @@ class AttentionMode:
                 f"last_n = {self.last_n}", "attention.last_n", "ask for one query token or more"
             )
 
-    @property
-    def is_on(self) -> bool:
-        """Whether anything is measured."""
-        return self.kind != "off"
-
 
 OFF = AttentionMode()
 """Measure no attention."""

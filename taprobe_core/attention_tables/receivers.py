@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from taprobe_core.attention import (
+from taprobe_core.attention.receivers import (
     ReceiverHead,
     ReceiverHeads,
     choose_receiver_heads,

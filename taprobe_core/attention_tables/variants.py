@@ -13,7 +13,7 @@ import numpy.typing as npt
 import polars as pl
 import torch
 
-from taprobe_core.attention import full_scores, light_scores
+from taprobe_core.attention.simple import full_scores, light_scores
 from taprobe_core.attention_tables.rows import joined, long_rows
 from taprobe_core.errors import ConfigError
 from taprobe_core.study.sweep import AttentionVariant

@@ -7,16 +7,9 @@ from collections.abc import Iterable, Mapping
 import polars as pl
 import torch
 
-from taprobe_core.attention import (
-    average_matrix,
-    distance_law,
-    full_scores,
-    light_scores,
-    near_diagonal_share,
-    proximity_sensitivity,
-    sink_share,
-    vertical_scores,
-)
+from taprobe_core.attention.confounds import distance_law, near_diagonal_share, sink_share
+from taprobe_core.attention.scores import average_matrix, proximity_sensitivity, vertical_scores
+from taprobe_core.attention.simple import full_scores, light_scores
 from taprobe_core.attention_tables.rows import joined, long_rows
 from taprobe_core.study import Attention
 from taprobe_core.tables import (

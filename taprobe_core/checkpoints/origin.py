@@ -16,21 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import (
-    HfApi,
-    constants,
-    get_cached_repo_tree,
-    snapshot_download,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
-    CachedRepoTreeNotFoundError,
-    HFValidationError,
-    HTTPError,  # the base of its HTTP library's errors, named here so that it may change library
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    RevisionResolutionError,
-)
+import huggingface_hub as hub  # loads its parts at their first use
+from huggingface_hub import constants
 
 from taprobe_core.demo import BUNDLE
 from taprobe_core.errors import ConfigError, DiskFullError, ModelMissingError
@@ -96,7 +83,7 @@ class HubRepository:
         try:
             with _translated(self.repo, self.revision, missing if folder else ()):
                 folder = Path(
-                    snapshot_download(
+                    hub.snapshot_download(
                         self.repo, revision=self.revision, allow_patterns=[*names, *optional]
                     )
                 )
@@ -113,7 +100,7 @@ class HubRepository:
     def _folder(self, names: Sequence[str]) -> Path | None:
         """The snapshot folder, if it holds one of the files."""
         for name in names:
-            found = try_to_load_from_cache(self.repo, name, revision=self.revision)
+            found = hub.try_to_load_from_cache(self.repo, name, revision=self.revision)
             if isinstance(found, str):
                 return Path(found).parent
         return None
@@ -124,17 +111,21 @@ class HubRepository:
         return [
             name
             for name in names
-            if not isinstance(try_to_load_from_cache(self.repo, name, revision=self.revision), str)
+            if not isinstance(
+                hub.try_to_load_from_cache(self.repo, name, revision=self.revision), str
+            )
             and (not listing or name in listing)
         ]
 
     def listing(self) -> frozenset[str]:
         """Names of the files that the repository is known to hold, fetched or not."""
+        from huggingface_hub import errors
+
         try:
             return frozenset(
-                file.path for file in get_cached_repo_tree(self.repo, revision=self.revision)
+                file.path for file in hub.get_cached_repo_tree(self.repo, revision=self.revision)
             )
-        except CachedRepoTreeNotFoundError:
+        except errors.CachedRepoTreeNotFoundError:
             return frozenset()
 
     @property
@@ -199,26 +190,33 @@ def locate(name: str, revision: str | None, where: str) -> Origin:
 @cache
 def _main_revision(repo: str) -> str:
     with _translated(repo, "main"):
-        return str(HfApi().resolve_revision(repo).resolved)
+        return str(hub.HfApi().resolve_revision(repo).resolved)
 
 
 @contextmanager
 def _translated(repo: str, revision: str, missing: Sequence[str] = ()) -> Iterator[None]:
+    from huggingface_hub import errors
+
     try:
         yield
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise ModelMissingError(
             "no such model repository, or no access to it",
             repo,
             "correct the name; for a private or gated one accept its terms and run `hf auth login`",
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise ModelMissingError(
             "the repository has no such revision",
             f"{repo}@{revision}",
             "set revision to a commit sha of this repository, or to null",
         ) from error
-    except (RevisionResolutionError, HFValidationError, HTTPError, OSError) as error:
+    except (
+        errors.RevisionResolutionError,
+        errors.HFValidationError,
+        errors.HTTPError,  # type: ignore[attr-defined] # of whatever library it speaks HTTP with
+        OSError,
+    ) as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             cache_folder = constants.HF_HUB_CACHE
             raise DiskFullError(

@@ -8,6 +8,7 @@ belongs in `loading`.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import constants
@@ -36,7 +37,7 @@ from taprobe_core.checkpoints.quiet import quiet_transformers, reason_of
 from taprobe_core.checkpoints.stand_in import (
     build_stand_in,
     embedding_rows,
-    stand_in_config,
+    stand_in_dimensions,
     stand_in_folder,
     stand_in_identity,
 )
@@ -45,7 +46,18 @@ from taprobe_core.errors import ModelError, ModelMismatchError
 from taprobe_core.store import UNPINNED, Pins
 from taprobe_core.store.local import file_sizes
 from taprobe_core.store.manifest import MANIFEST_NAME
-from taprobe_core.study import Model, StandInCheckpoint
+from taprobe_core.study import DemoCheckpoint, Model, StandInCheckpoint
+
+
+class StatedConfig(SimpleNamespace):
+    """A configuration of ours, which states all that is asked of it.
+
+    It is read without transformers, which takes torch and seconds to import.
+    """
+
+    def get_text_config(self) -> StatedConfig:
+        """Return itself: it is of a text model."""
+        return self
 
 
 def resolve_checkpoint(model: Model, build_root: Path, pins: Pins = UNPINNED) -> CheckpointFiles:
@@ -129,9 +141,10 @@ def checkpoint_identity(
 
 
 def checkpoint_config(model: Model) -> Any:
-    """Return a checkpoint's transformers configuration, without fetching or building weights.
+    """Return a checkpoint's configuration, without fetching or building weights.
 
-    A hub model's `config.json` is fetched if the cache lacks it.
+    A hub model's `config.json` is fetched if the cache lacks it. Other people's configurations are
+    read by transformers, which knows what they leave out.
 
     Args:
         model: the model of the study.
@@ -143,10 +156,13 @@ def checkpoint_config(model: Model) -> Any:
     """
     checkpoint = model.checkpoint
     if isinstance(checkpoint, StandInCheckpoint):
-        return stand_in_config(checkpoint, rows=1)  # shapes of blocks do not depend on the rows
+        dimensions = stand_in_dimensions(checkpoint)
+        return StatedConfig(model_type=checkpoint.architecture, **dimensions)
     origin = checkpoint_origin(checkpoint, model.rollouts_dir)
     folder = origin.fetch(CONFIG_FILES)
-    read_config(folder, origin.remedy)
+    stated = read_config(folder, origin.remedy)
+    if isinstance(checkpoint, DemoCheckpoint):
+        return StatedConfig(**stated)
     from transformers import AutoConfig
 
     try:

@@ -95,23 +95,24 @@ def build_stand_in(spec: StandInCheckpoint, rows: int, build_root: Path) -> Path
     return folder
 
 
-def stand_in_config(spec: StandInCheckpoint, rows: int) -> Any:
-    """Return a stand-in's transformers configuration.
+def stand_in_dimensions(spec: StandInCheckpoint) -> dict[str, int]:
+    """Return the dimensions of a stand-in's blocks and its longest text, by transformers' names."""
+    return {
+        "hidden_size": spec.d_model,
+        "intermediate_size": _WIDTH_OF_MLP * spec.d_model,
+        "num_hidden_layers": spec.n_layers,
+        "num_attention_heads": spec.n_heads,
+        "num_key_value_heads": spec.n_kv_heads,
+        "max_position_embeddings": _MAX_POSITIONS,
+    }
 
-    Args:
-        spec: the checkpoint of the study.
-        rows: embedding rows.
-    """
+
+def _config(spec: StandInCheckpoint, rows: int) -> Any:
     from transformers import LlamaConfig, Qwen2Config
 
     return {"qwen2": Qwen2Config, "llama": LlamaConfig}[spec.architecture](
+        **stand_in_dimensions(spec),
         vocab_size=rows,
-        hidden_size=spec.d_model,
-        intermediate_size=_WIDTH_OF_MLP * spec.d_model,
-        num_hidden_layers=spec.n_layers,
-        num_attention_heads=spec.n_heads,
-        num_key_value_heads=spec.n_kv_heads,
-        max_position_embeddings=_MAX_POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=None,
@@ -136,7 +137,7 @@ def _draw_and_save(spec: StandInCheckpoint, rows: int, folder: Path) -> None:
     import torch
     from transformers import AutoModel
 
-    config = stand_in_config(spec, rows)
+    config = _config(spec, rows)
     # Seeding the default generator alone leaves those of accelerators untouched.
     with _seeding, torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.default_generator.manual_seed(spec.seed)

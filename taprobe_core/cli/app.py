@@ -1,6 +1,8 @@
 """The typer application, its verbs over the store, and what every verb shares.
 
 What does not belong here: any computation. A verb reads its arguments, calls the library, prints.
+Verbs import what they need when they are called: help, `--version` and shell completion load this
+module alone, and must answer at once.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import polars as pl
 import typer
 from rich import box
 from rich.logging import RichHandler
@@ -24,29 +26,13 @@ from rich.text import Text
 from taprobe_core.cli.console import err as err
 from taprobe_core.cli.console import out as out
 from taprobe_core.cli.console import print_defect
-from taprobe_core.cli.costs import render_check, render_storage
-from taprobe_core.cli.skips import render_skips
-from taprobe_core.cli.verdicts import acceptance_line, verify_document, verify_lines
 from taprobe_core.errors import ConfigError, FailedCheckError, TaprobeError, visible
-from taprobe_core.leaderboard import render_text
-from taprobe_core.pipeline import (
-    STAGES,
-    Cell,
-    Plan,
-    check_stage,
-    dimension_keys,
-    key_of,
-    open_plan,
-    run_stage,
-)
-from taprobe_core.pipeline.failures import kept_failures
-from taprobe_core.pipeline.forecast import Assumptions, forecast, model_shapes
-from taprobe_core.pipeline.input_faults import input_faults
-from taprobe_core.pipeline.skips import foreseen_skips, stored_skips
-from taprobe_core.pipeline.speed import measure_speed
-from taprobe_core.pipeline.summary import plan_summary
-from taprobe_core.pipeline.verdicts import checks_store
-from taprobe_core.store import ArtifactKey
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from taprobe_core.pipeline import Cell, Plan
+    from taprobe_core.store import ArtifactKey
 
 EXIT_FIXABLE = 2
 EXIT_UNSOUND = 3
@@ -61,6 +47,7 @@ app = typer.Typer(
     "130 interrupted.",
 )
 _SKIPS_IN_CHECK, _SKIPS_IN_RUN = 50, 10
+_PUBLISHED = "the published dataset's median"
 
 StudyArgument = Annotated[
     Path | None,
@@ -71,6 +58,31 @@ StudyOption = Annotated[
     typer.Option("--study", help="Study file; default: $TAPROBE_STUDY, else the embedded demo."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
+
+
+def stage_names(incomplete: str) -> list[str]:
+    """Complete the name of a stage: the one completion that loads more than the command line."""
+    from taprobe_core.pipeline import STAGES
+
+    return [stage for stage in STAGES if stage.startswith(incomplete)]
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        out.print(f"taprobe {version('taprobe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Take the options that stand before any verb."""
 
 
 def guarded(command: Callable[[], Any]) -> int:
@@ -159,6 +171,17 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Validate a study and print what a run would do: cells, models, work, time, sizes."""
+    import polars as pl
+
+    from taprobe_core.cli.costs import render_check
+    from taprobe_core.cli.skips import render_skips
+    from taprobe_core.pipeline import open_plan
+    from taprobe_core.pipeline.failures import kept_failures
+    from taprobe_core.pipeline.forecast import Assumptions, forecast, model_shapes
+    from taprobe_core.pipeline.skips import foreseen_skips
+    from taprobe_core.pipeline.speed import measure_speed
+    from taprobe_core.pipeline.summary import plan_summary
+
     plan = open_plan(study)
     faults = _ask_for_inputs(plan, accept)
     summary, shapes, assumptions = plan_summary(plan), model_shapes(plan), Assumptions()
@@ -207,6 +230,9 @@ def check(
 
 def _ask_for_inputs(plan: Plan, accept: bool) -> list[TaprobeError]:
     """Return what is wrong with a study's inputs; say which of their changes are now accepted."""
+    from taprobe_core.cli.verdicts import acceptance_line
+    from taprobe_core.pipeline.input_faults import input_faults
+
     show_progress()  # of hashing, which takes its time with large weights
     plan.pins.is_accepting = accept
     faults = input_faults(plan)
@@ -219,16 +245,27 @@ def _ask_for_inputs(plan: Plan, accept: bool) -> list[TaprobeError]:
 def storage(
     study: StudyArgument = None,
     sentences_per_problem: Annotated[
-        int, typer.Option(min=1, help="Assumed where rollouts are not read yet.")
-    ] = Assumptions.sentences_per_problem,
+        int | None,
+        typer.Option(
+            min=1, help="Assumed where rollouts are not read yet.", show_default=_PUBLISHED
+        ),
+    ] = None,
     tokens_per_sentence: Annotated[
-        int, typer.Option(min=1, help="Assumed where spans are not made yet.")
-    ] = Assumptions.tokens_per_sentence,
+        int | None,
+        typer.Option(min=1, help="Assumed where spans are not made yet.", show_default=_PUBLISHED),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Forecast the disk use of activations and attention, and of all tokens if they were kept."""
+    from taprobe_core.cli.costs import render_storage
+    from taprobe_core.pipeline import open_plan
+    from taprobe_core.pipeline.forecast import Assumptions, forecast
+
     plan = open_plan(study)
-    assumptions = Assumptions(sentences_per_problem, tokens_per_sentence)
+    assumptions = Assumptions(
+        sentences_per_problem or Assumptions.sentences_per_problem,
+        tokens_per_sentence or Assumptions.tokens_per_sentence,
+    )
     rows = forecast(plan, assumptions)
     if as_json:
         print_frame(rows, "", as_json)
@@ -246,6 +283,8 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Hash every artifact against its manifest, every input against its pin; name each fault."""
+    from taprobe_core.cli.verdicts import verify_document, verify_lines
+
     plan = _on_disk(study)
     store = plan.store
     verdicts = list(store.verify())
@@ -270,6 +309,8 @@ def _on_disk(study: Path | None) -> Plan:
     Raises:
         ConfigError: it is not there, or is a file.
     """
+    from taprobe_core.pipeline import open_plan
+
     plan = open_plan(study)
     root = plan.data_root
     if not root.is_dir():
@@ -284,11 +325,16 @@ def _on_disk(study: Path | None) -> Plan:
 
 @app.command()
 def lineage(
-    stage: Annotated[str, typer.Argument(help=f"One of {', '.join(STAGES)}.")],
+    stage: Annotated[
+        str,
+        typer.Argument(help="A stage, as `taprobe check` names them.", autocompletion=stage_names),
+    ],
     cell: Annotated[list[str] | None, typer.Argument(help="Partition keys of the cell.")] = None,
     study: StudyOption = None,
 ) -> None:
     """Show what an artifact was made from, up to dataset revision and checkpoint."""
+    from taprobe_core.pipeline import key_of, open_plan
+
     plan = open_plan(study)
     key = key_of(plan, stage, checked_cell(plan, stage, cell or []))
     for line in plan.store.lineage(key).render():
@@ -308,6 +354,8 @@ def prune(
     dry_run: Annotated[bool, typer.Option(help="Only say what would go.")] = False,
 ) -> None:
     """Remove old versions; what a kept artifact was made from stays."""
+    from taprobe_core.pipeline.verdicts import checks_store
+
     plan = _on_disk(study)
     removed = plan.store.prune(keep=keep, dry_run=dry_run)
     # What checks found is small and found again where it is asked for, so it is not listed.
@@ -320,6 +368,8 @@ def prune(
 @app.command()
 def report(study: StudyArgument = None) -> None:
     """Build the study's report if it is not there, and print its path."""
+    from taprobe_core.pipeline import open_plan, run_stage
+
     ((_, outcome),) = run_stage(open_plan(study), "study_report", [()])
     out.print(str(outcome.artifact.path / "report.html"))
 
@@ -330,6 +380,8 @@ def checked_cell(plan: Plan, stage: str, keys: Sequence[str]) -> Cell:
     Raises:
         ConfigError: the study has no such stage or key, or the stage takes another number of keys.
     """
+    from taprobe_core.pipeline import STAGES, check_stage, dimension_keys
+
     wanted = STAGES[check_stage(plan.study, stage)].grid
     if len(keys) != len(wanted):
         raise ConfigError(
@@ -351,12 +403,17 @@ def _name(key: ArtifactKey) -> str:
 
 def print_skipped(plan: Plan) -> None:
     """Print the problems that the study's artifacts leave out, as far as they are there."""
+    from taprobe_core.cli.skips import render_skips
+    from taprobe_core.pipeline.skips import stored_skips
+
     for line in render_skips(stored_skips(plan), _SKIPS_IN_RUN):
         err.print(line)
 
 
 def print_leaderboard(plan: Plan) -> None:
     """Print the best rows of the study's leaderboard."""
+    from taprobe_core.leaderboard import render_text
+
     frame = plan.read("leaderboard", (), "leaderboard")
     for table in render_text(frame):
         out.print(table)

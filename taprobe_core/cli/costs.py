@@ -118,6 +118,8 @@ def _layers(model: Row, row: Row) -> str:
 
 
 def _device(speed: Speed, model: str) -> str:
+    if speed.device == "auto":
+        return "the first device of cuda, mps, cpu"
     name = f"{speed.n_devices} × {speed.device}" if speed.n_devices > 1 else speed.device
     rate = speed.gemm_rates.get(model)
     if rate is None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import polars as pl
 import typer
 
 from taprobe_core.cli.app import JsonOption, StudyOption, app, checked_cell, print_frame
-from taprobe_core.deferral import relabel_runs
 from taprobe_core.errors import ConfigError
-from taprobe_core.pipeline import key_of, open_plan
 
 _SHOWN = (
     "recipe",
@@ -38,6 +35,11 @@ def plan_(
     as_json: JsonOption = False,
 ) -> None:
     """Show deferral plans; with --recipe, the runs of sentences to relabel."""
+    import polars as pl
+
+    from taprobe_core.deferral import relabel_runs
+    from taprobe_core.pipeline import key_of, open_plan
+
     plan = open_plan(study)
     key = key_of(plan, "deferral_plans", checked_cell(plan, "deferral_plans", (site, trial)))
     artifact = plan.store.open(key)

@@ -9,7 +9,6 @@ import typer
 from rich.markup import escape
 
 from taprobe_core.cli.app import EXIT_UNSOUND, app, err, out, show_progress
-from taprobe_core.demo import BUNDLE
 from taprobe_core.errors import ConfigError, CorruptArtifactError
 
 
@@ -29,11 +28,11 @@ def demo_build(
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is built.")] = 0,
 ) -> None:
     """Train the demo's reasoners and sample their rollouts: minutes on a GPU, a day on 2 cores."""
-    # Deferred: the other verbs should not pay for torch.
     import torch
 
     from taprobe_core.demo.audit import check_bundle, finish_build
     from taprobe_core.demo.build import Recipe, build_demo
+    from taprobe_core.demo.bundle import BUNDLE
 
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if check:

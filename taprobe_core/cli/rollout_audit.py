@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import polars as pl
 import typer
 from rich.markup import escape
 
@@ -17,9 +16,9 @@ from taprobe_core.cli.app import (
     out,
     print_frame,
 )
-from taprobe_core.importance import trigram_masked_dissimilar
-from taprobe_core.pipeline import open_plan
-from taprobe_core.rollout_audit import NOTED, RolloutAudit, audit_rollouts
+
+if TYPE_CHECKING:
+    from taprobe_core.rollout_audit import RolloutAudit
 
 _SHOWN = 50
 """Findings for a reader; `--json` prints them all."""
@@ -38,6 +37,10 @@ def audit_rollouts_(
     as_json: JsonOption = False,
 ) -> None:
     """Read all rollouts of a study; name failed, empty and missing ones, and labels that differ."""
+    from taprobe_core.importance.similarity import trigram_masked_dissimilar
+    from taprobe_core.pipeline import open_plan
+    from taprobe_core.rollout_audit import NOTED, audit_rollouts
+
     plan = open_plan(study)
     chosen = plan.study.rollouts
     is_own = trigram or chosen.source.kind in {"demo", "policy"}
@@ -60,6 +63,8 @@ def audit_rollouts_(
 
 
 def _print(audit: RolloutAudit) -> None:
+    import polars as pl
+
     findings, coverage = audit
     print_frame(coverage, "rollouts read")
     if coverage["n_banks"].min() == 0:

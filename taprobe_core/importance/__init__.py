@@ -13,7 +13,6 @@ from taprobe_core.importance.similarity import (
 from taprobe_core.importance.solutions import (
     Rollout,
     Solutions,
-    parse_solutions,
     read_solutions,
     states_failure,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "Rollout",
     "Solutions",
     "answer_kl",
-    "parse_solutions",
     "published_measures",
     "read_solutions",
     "states_failure",

@@ -6,7 +6,6 @@ a row is either kept, counted as an error or ungraded row, or named in the error
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -72,24 +71,6 @@ def states_failure(row: Mapping[str, Any]) -> bool:
         return bool(error.strip())
     is_nan = getattr(error, "is_nan", False) or (isinstance(error, float) and math.isnan(error))
     return bool(error) and not is_nan
-
-
-def parse_solutions(text: str, where: str) -> Solutions:
-    """Parse the text of a `solutions.json`; see `read_solutions`.
-
-    Args:
-        text: JSON list with one object per rollout.
-        where: the file, for messages.
-
-    Raises:
-        DataError: `text` is not a JSON list.
-        SchemaError: rows lack a key or have a wrong type; lists them all.
-    """
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"rollouts are not JSON ({error})", where, _FIX) from error
-    return read_solutions(rows, where)
 
 
 def read_solutions(rows: Any, where: str) -> Solutions:

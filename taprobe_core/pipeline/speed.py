@@ -9,10 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from taprobe_core.activations.block_shape import BlockShape
-from taprobe_core.activations.gemm_rate import sustained_gemm_rate
 from taprobe_core.checkpoints import pick_devices
 from taprobe_core.errors import ConfigError
 from taprobe_core.pipeline.plan import Plan
@@ -23,7 +20,7 @@ class Speed:
     """What the study's devices do.
 
     Attributes:
-        device: their kind; what the study says, when this machine lacks it.
+        device: their kind; what the study says, when this machine lacks it or nobody asked.
         n_devices: how many share the work.
         gemm_rates: by model, measured FLOP/s of one device; models that were not measured are not
             in it.
@@ -44,15 +41,24 @@ def measure_speed(
     Args:
         plan: the plan.
         shapes: by model; models without one are left out.
-        is_measured: False only finds the devices.
+        is_measured: False only looks whether the devices are there that the study names.
     """
+    named = plan.study.activations.device
+    if not is_measured and named in {"auto", "cpu"}:
+        return Speed(named)  # every machine has one: torch, which takes seconds, need not be asked
     try:
-        devices = pick_devices(plan.study.activations.device)
+        devices = pick_devices(named)
     except ConfigError as error:
-        return Speed(plan.study.activations.device, note=error.what)
+        return Speed(named, note=error.what)
+    if not is_measured:
+        return Speed(devices[0].type, len(devices))
+    import torch
+
+    from taprobe_core.activations.gemm_rate import sustained_gemm_rate
+
     rates: dict[tuple[BlockShape, str], float] = {}
     by_model: dict[str, float] = {}
-    for model, shape in shapes.items() if is_measured else ():
+    for model, shape in shapes.items():
         dtype = plan.model(model).dtype
         if (shape, dtype) not in rates:
             rates[shape, dtype] = sustained_gemm_rate(devices[0], getattr(torch, dtype), shape)

@@ -13,24 +13,17 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2Model
 
 from taprobe_core import tables
-from taprobe_core.activations import (
-    Extracted,
-    ExtractOptions,
-    Pooling,
-    Storage,
-    TextTask,
-    extract,
-    finite_faults,
-    mass_faults,
-    pooled_layers,
-    shape_faults,
-    tasks_of,
-)
+from taprobe_core.activations.extract import Extracted, extract
+from taprobe_core.activations.faults import finite_faults, mass_faults, shape_faults
+from taprobe_core.activations.forward import pooled_layers
+from taprobe_core.activations.options import ExtractOptions
 from taprobe_core.activations.schedule import run_ahead
-from taprobe_core.attention import AttentionMode
+from taprobe_core.activations.tasks import TextTask, tasks_of
+from taprobe_core.attention.mode import AttentionMode
 from taprobe_core.checkpoints import replicate
 from taprobe_core.errors import ModelError, ModelMismatchError, NonFiniteError, SpanError
 from taprobe_core.spans import input_sha256
+from taprobe_core.study.activations import Pooling, Storage
 
 LOUD = 9
 TEXTS_IN = {

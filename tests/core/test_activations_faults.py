@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from taprobe_core.activations import mass_faults
-from taprobe_core.attention import sentence_mass, tail_mass
+from taprobe_core.activations.faults import mass_faults
+from taprobe_core.attention.mass import sentence_mass, tail_mass
 
 N_TOKENS = 60
 SPANS = [(1, 9), (8, 20), (20, 21), (25, 44), (44, 60)]

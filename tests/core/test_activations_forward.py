@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Model,
 )
 
-from taprobe_core.activations import pooled_layers
+from taprobe_core.activations.forward import pooled_layers
 from taprobe_core.errors import ModelError, ModelMismatchError, SpanError
 
 DEPTH = 4

@@ -19,11 +19,13 @@ from transformers import (
     Qwen2Model,
 )
 
-from taprobe_core.activations import ExtractOptions, TextTask, extract, run_pack
-from taprobe_core.activations.forward import Way
+from taprobe_core.activations.extract import extract
+from taprobe_core.activations.forward import Way, run_pack
 from taprobe_core.activations.fused import can_fuse
 from taprobe_core.activations.host_steps import HostSteps
+from taprobe_core.activations.options import ExtractOptions
 from taprobe_core.activations.passes import ways_for
+from taprobe_core.activations.tasks import TextTask
 
 DEPTH = 3
 SIZES = {

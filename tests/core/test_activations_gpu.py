@@ -10,12 +10,14 @@ import torch
 from torch.nn.functional import silu
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
-from taprobe_core.activations import ExtractOptions, TextTask, extract, pool, run_pack
-from taprobe_core.activations.forward import Way
+from taprobe_core.activations.extract import extract
+from taprobe_core.activations.forward import Way, run_pack
 from taprobe_core.activations.fused import can_fuse
+from taprobe_core.activations.options import ExtractOptions
 from taprobe_core.activations.packing import lay_out
-from taprobe_core.activations.pooling import span_index
-from taprobe_core.attention import AttentionMode
+from taprobe_core.activations.pooling import pool, span_index
+from taprobe_core.activations.tasks import TextTask
+from taprobe_core.attention.mode import AttentionMode
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
-from taprobe_core.activations import run_pack
-from taprobe_core.activations.forward import ways_of
+from taprobe_core.activations.forward import run_pack, ways_of
 from taprobe_core.activations.packed_attention import packed
 from taprobe_core.activations.packing import QUERY_BLOCK, lay_out, plan_packs, query_blocks
 from taprobe_core.errors import ModelError

@@ -8,23 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from taprobe_core.activations import (
-    FLOAT16_MAX,
-    Pooling,
-    Progress,
-    finite_faults,
-    pool,
-    shape_faults,
-    span_means,
-)
+from taprobe_core.activations.faults import finite_faults, shape_faults
 from taprobe_core.activations.pooling import (
+    FLOAT16_MAX,
     check_finite,
     fits,
     join_indexes,
+    pool,
     span_index,
     value_range,
 )
+from taprobe_core.activations.progress import Progress
 from taprobe_core.errors import NonFiniteError, SpanError
+from taprobe_core.study.activations import Pooling
 
 NAN, INF = float("nan"), float("inf")
 
@@ -41,12 +37,16 @@ def pooled_texts(draw: st.DrawFn) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     return hidden.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))), spans
 
 
+def span_means(hidden: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
+    return pool(hidden, span_index(spans, len(hidden)), ["mean"])["mean"]
+
+
 @given(pooled_texts())
 def test_means_equal_a_float64_reference(
     text: tuple[torch.Tensor, list[tuple[int, int]]],
 ) -> None:
     hidden, spans = text
-    means = span_means(hidden, torch.tensor(spans))
+    means = span_means(hidden, spans)
     exact = hidden.double().numpy()
     expected = np.stack([exact[start:end].mean(axis=0) for start, end in spans])
     assert means.dtype == torch.float32

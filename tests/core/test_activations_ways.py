@@ -12,10 +12,12 @@ import torch
 import transformers
 from torch import nn
 
-from taprobe_core.activations import ExtractOptions, Pooling, TextTask, extract, run_pack
 from taprobe_core.activations import forward as forward_module
-from taprobe_core.activations.forward import ways_of
+from taprobe_core.activations.extract import extract
+from taprobe_core.activations.forward import run_pack, ways_of
 from taprobe_core.activations.fused import can_fuse
+from taprobe_core.activations.options import ExtractOptions
+from taprobe_core.activations.tasks import TextTask
 from taprobe_core.activations.trial import (
     Ways,
     choose_ways,
@@ -24,9 +26,11 @@ from taprobe_core.activations.trial import (
     trial_lengths,
 )
 from taprobe_core.activations.understood import Understanding, understand
-from taprobe_core.attention import AttentionMode, sentence_mass, sentence_mass_of, tail_mass_of
-from taprobe_core.attention.mass import tail_mass
+from taprobe_core.attention.mass import sentence_mass, tail_mass
+from taprobe_core.attention.mode import AttentionMode
+from taprobe_core.attention.weights import sentence_mass_of, tail_mass_of
 from taprobe_core.errors import ModelError, NonFiniteError
+from taprobe_core.study.activations import Pooling
 
 SIZES: dict[str, Any] = {
     "vocab_size": 90,

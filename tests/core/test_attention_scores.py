@@ -9,20 +9,19 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from taprobe_core.attention import (
-    average_matrix,
+from taprobe_core.attention.confounds import distance_law, near_diagonal_share, sink_share
+from taprobe_core.attention.receivers import (
     choose_receiver_heads,
-    distance_law,
-    full_scores,
-    head_kurtosis,
-    light_scores,
-    near_diagonal_share,
-    proximity_sensitivity,
     receiver_scores,
-    sink_share,
     split_half_reliability,
+)
+from taprobe_core.attention.scores import (
+    average_matrix,
+    head_kurtosis,
+    proximity_sensitivity,
     vertical_scores,
 )
+from taprobe_core.attention.simple import full_scores, light_scores
 from taprobe_core.errors import NonFiniteError, NotEnoughDataError
 
 Array = npt.NDArray[Any]

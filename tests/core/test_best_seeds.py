@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from taprobe_core.best_seeds import best_recipe_seed, best_seeds
+from taprobe_core.best_seeds import best_seeds
 from taprobe_core.tables import BEST_SEEDS, PROTOCOLS, SPLITS, check_table
 
 METRIC = {"probe": "pr_auc", "other": "pr_auc"}
@@ -82,14 +82,3 @@ def test_no_test_value_influences_the_choice():
         for _ in range(5)
     ]
     assert all(each == chosen[0] for each in chosen)
-
-
-def test_the_best_recipe_and_seed_stand_highest_on_validation():
-    values = {
-        ("probe", 0, 0): (0.4, 0.1),
-        ("probe", 0, 1): (0.6, 0.0),
-        ("other", 0, 1): (0.6, 0.9),
-        ("other", 0, 0): (0.6, 0.9),
-    }
-    assert best_recipe_seed(_per_problem(values), "lopo") == ("other", 0)
-    assert best_recipe_seed(_per_problem(values), "holdout") is None

@@ -334,7 +334,7 @@ class TestOnline:
         def refuse(*args: Any, **options: Any) -> str:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(origin, "snapshot_download", refuse)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
         with pytest.raises(DiskFullError, match=r"no space left[\s\S]*Fix: .*HF_HOME"):
             resolve_checkpoint(model(revision=SHA), tmp_path)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from taprobe_core.activations.block_shape import BlockShape, is_known
 from taprobe_core.checkpoints import (
     CheckpointFiles,
     checkpoint_identity,
@@ -23,8 +24,10 @@ from taprobe_core.checkpoints import (
     resolve_checkpoint,
     tokenizer_sha256,
 )
+from taprobe_core.checkpoints.context import context_length
 from taprobe_core.checkpoints.loading import weight_bytes
 from taprobe_core.checkpoints.resolve import checkpoint_config
+from taprobe_core.demo import BUNDLE
 from taprobe_core.errors import (
     ConfigError,
     DiskFullError,
@@ -33,7 +36,7 @@ from taprobe_core.errors import (
     ModelMissingError,
     UnsafeModelError,
 )
-from taprobe_core.study import Model, PretrainedCheckpoint, StandInCheckpoint
+from taprobe_core.study import DemoCheckpoint, Model, PretrainedCheckpoint, StandInCheckpoint
 
 WORDS = ("<bos>", "<eos>", "a", "b", "c")
 CPU = torch.device("cpu")
@@ -524,6 +527,21 @@ class TestDevice:
 
         with pytest.raises(ConfigError, match=r"'cuda'.*in activations\.device\nFix: set it to"):
             pick_devices("cuda")
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_a_configuration_of_ours_says_what_transformers_reads(
+    tmp_path: Path, tokenizer: Path, architecture: str
+) -> None:
+    stand_in = stand_in_model(tokenizer, architecture=architecture)
+    built = resolve_checkpoint(stand_in, tmp_path).folder
+    demo = DemoCheckpoint(kind="demo", name=f"tiny-{architecture}")
+    for ours in (stand_in, stand_in.model_copy(update={"checkpoint": demo})):
+        folder = built if ours is stand_in else BUNDLE / demo.name
+        stated, read = checkpoint_config(ours), checkpoint_config(pretrained_model(folder))
+        assert BlockShape.of(stated) == BlockShape.of(read)
+        assert is_known(stated)
+        assert context_length(ours) == read.max_position_embeddings
 
 
 def test_naming_a_checkpoint_does_not_import_torch(tokenizer: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from taprobe_core import pipeline
 from taprobe_core.cli import EXIT_FIXABLE, EXIT_INTERRUPTED, EXIT_UNSOUND, guarded
 from taprobe_core.pipeline import open_plan, stages_of
 from taprobe_core.store import Artifact, ArtifactKey, write_json
 
 # The package has an attribute of the module's name: the application itself.
-verbs = importlib.import_module("taprobe_core.cli.app")
 CORRECT = "correct_base_solution"
 Command = Callable[..., Any]
 
@@ -291,7 +290,7 @@ def test_an_interruption_has_its_own_code(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verbs, "open_plan", interrupted)
+    monkeypatch.setattr(pipeline, "open_plan", interrupted)
     said = taprobe("du", built.study)
     assert said.code == EXIT_INTERRUPTED
     assert "everything finished is kept" in said.err

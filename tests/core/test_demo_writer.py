@@ -17,7 +17,7 @@ from taprobe_core.demo import SETTINGS, DemoWorld, true_importance, write_policy
 from taprobe_core.demo.task import problem
 from taprobe_core.demo.world import N_FORCED
 from taprobe_core.errors import ConfigError
-from taprobe_core.importance import parse_solutions, published_measures, trigram_masked_dissimilar
+from taprobe_core.importance import published_measures, read_solutions, trigram_masked_dissimilar
 from taprobe_core.study.config import PolicySource
 
 SOURCE = PolicySource(kind="policy", n_problems=4, n_rollouts=24, seed=5)
@@ -90,7 +90,7 @@ def recomputed(folder: Path, sentences: list[str], n_rollouts: int) -> list[dict
     banks = []
     for index in range(len(sentences)):
         path = folder / f"chunk_{index}" / "solutions.json"
-        solutions = parse_solutions(path.read_text(encoding="utf-8"), str(path))
+        solutions = read_solutions(json.loads(path.read_text(encoding="utf-8")), str(path))
         assert (solutions.n_errors, solutions.n_ungraded) == (0, 0)
         assert len(solutions.rollouts) == n_rollouts
         banks.append(solutions.rollouts)

@@ -14,8 +14,8 @@ import torch
 import yaml
 from transformers import AutoModel
 
-from taprobe_core.activations import Extracted
-from taprobe_core.attention import full_scores, light_scores
+from taprobe_core.activations.extract import Extracted
+from taprobe_core.attention.simple import full_scores, light_scores
 from taprobe_core.checkpoints import resolve_checkpoint
 from taprobe_core.errors import ConfigError, MissingArtifactError
 from taprobe_core.keys import Site

@@ -136,7 +136,7 @@ def test_a_speed_is_measured_once_for_equal_shapes(
         asked.append(arguments)
         return 5e9
 
-    monkeypatch.setattr("taprobe_core.pipeline.speed.sustained_gemm_rate", measured)
+    monkeypatch.setattr("taprobe_core.activations.gemm_rate.sustained_gemm_rate", measured)
     values = plan.study.model_dump(mode="json")["models"]["tiny"]
     models = dict.fromkeys(("first", "second"), values)
     models["third"] = values | {"dtype": "bfloat16"}

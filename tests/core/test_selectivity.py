@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,8 @@ import polars as pl
 import pytest
 
 from taprobe_core.aggregation import chance_pr_auc
-from taprobe_core.errors import DataError
 from taprobe_core.metrics import pr_auc
-from taprobe_core.selectivity import control_values, online_code, selectivity
+from taprobe_core.selectivity import control_values, selectivity
 from taprobe_core.study.config import Evaluation
 from taprobe_core.tables import SELECTIVITY, check_table
 
@@ -84,29 +82,3 @@ def test_a_control_is_measured_by_its_own_labels(make_scores: Callable[..., Any]
         assert row["primary"] == pytest.approx(
             pr_auc(own["is_positive"].to_numpy(), own["score"].to_numpy())
         )
-
-
-def test_a_probe_that_knows_the_prevalence_alone_compresses_nothing():
-    labels = np.arange(200) % 10 == 0
-    code = online_code(
-        100, [(labels[:50], np.full(50, 0.1)), (labels[50:], np.full(150, 0.1))], 0.1
-    )
-    assert code.compression == pytest.approx(1.0)
-    assert code.bits == pytest.approx(300 * -(0.1 * math.log2(0.1) + 0.9 * math.log2(0.9)))
-
-
-def test_code_length_is_the_log_loss_in_bits():
-    code = online_code(10, [([True, False], [0.5, 0.25])], 0.5)
-    assert code.bits == pytest.approx(10 + 1 - math.log2(0.75))
-    assert code.compression == pytest.approx(12 / code.bits)
-    certain = online_code(0, [([True, False], [1.0, 0.0])], 0.5)
-    assert 0 < certain.bits < 1e-5
-    wrong = online_code(0, [([True], [0.0])], 0.5)
-    assert wrong.bits == pytest.approx(-math.log2(1e-7))
-
-
-def test_blocks_that_do_not_fit_are_refused():
-    with pytest.raises(DataError, match="2 labels and 1 prob"):
-        online_code(1, [([True, False], [0.5])], 0.5)
-    with pytest.raises(DataError, match="prevalence 0"):
-        online_code(1, [], 0.0)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from taprobe_core import pipeline
 from taprobe_core.errors import ConfigError
 from taprobe_core.pipeline import STAGES, cells_of, open_plan, stages_of
 from taprobe_core.store import Artifact, Store
-from taprobe_dagster import cli
 
 CORRECT = "correct_base_solution"
 Command = Callable[..., Any]
@@ -149,7 +149,7 @@ def test_the_demo_is_the_shipped_study_whatever_the_environment_says(
         raise ConfigError("far enough", None, "none")
 
     monkeypatch.setenv("TAPROBE_STUDY", "/another.yaml")
-    monkeypatch.setattr(cli, "open_plan", stop)
+    monkeypatch.setattr(pipeline, "open_plan", stop)
     assert taprobe("demo").code == 2
     assert opened == [(None, None)]
 

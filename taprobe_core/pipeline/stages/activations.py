@@ -114,7 +114,7 @@ def _describe(plan: Plan, cell: Cell) -> Description:
 
 def activations_finite(plan: Plan, cell: Cell) -> Found:
     """Every activation that is kept is a number, one row per sentence (or token) of every text."""
-    from taprobe_core.activations import finite_faults, shape_faults
+    from taprobe_core.activations.faults import finite_faults, shape_faults
     from taprobe_core.pipeline.inputs import read_shards
 
     site, setting = parse_site(cell[0]), cell[1]

@@ -164,7 +164,7 @@ def _top_heads(heads: pl.DataFrame, kurtosis: pl.DataFrame) -> pl.DataFrame:
 
 def _attention_of_first_problem(plan: Plan, cell: Cell) -> bytes:
     from taprobe_core import plots
-    from taprobe_core.attention import average_matrix
+    from taprobe_core.attention.scores import average_matrix
     from taprobe_core.pipeline.inputs import read_attention
 
     problem_id, tensors = next(read_attention(plan, parse_site(cell[0]), cell[1]))
@@ -178,7 +178,7 @@ def _attention_of_first_problem(plan: Plan, cell: Cell) -> bytes:
 
 def vertical_attention_sound(plan: Plan, cell: Cell) -> Found:
     """Attention is finite, looks back alone, is at most all of it, and has a row per sentence."""
-    from taprobe_core.activations import mass_faults
+    from taprobe_core.activations.faults import mass_faults
     from taprobe_core.pipeline.inputs import read_attention
 
     site, setting = parse_site(cell[0]), cell[1]
