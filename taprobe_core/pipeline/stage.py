@@ -174,9 +174,9 @@ class Stage(Generic[P]):
         name: of the stage and of its asset.
         title: what it holds, in one sentence.
         grid: names of its two dimensions; none where a study has one artifact of it.
-        reads: the stages that it is made from. Of a cell's keys in them, in this order, follow its
-            fingerprint, its manifest, its asset's dependencies and what a failed check stops. One
-            that a study lacks is left out.
+        reads: the stages that it is made from. Their keys, in this order, are the upstream of its
+            fingerprint and of its manifest; its asset's dependencies, and what a failed check
+            stops, follow from the same list. One that a study lacks is left out.
         code_version: raised by hand when its results change; every key below it then changes too.
         make: computes what cells lack; yields each cell with its outcome, when complete, or with
             what it failed by. An error that it raises is that of all cells that were to come.
@@ -184,8 +184,8 @@ class Stage(Generic[P]):
         tables: each table that it writes -> the name of its contract in `taprobe_core.tables`.
         op: the Dagster op that makes it; stages that share a grid may share one.
         config: the slice of the study that a cell depends on, beside what it reads.
-        keyed_by: keys that stand in the fingerprint for those that are read: of parts that
-            each say what they are made from.
+        keyed_by: keys that are its upstream in place of those that it reads: of parts, each of
+            which says what it is made from.
         part: what its artifacts list, if they are indexes.
         checks: by name.
         asked_by: what makes a study have it; None where all do.

@@ -51,7 +51,7 @@ def plans(
 
 
 def test_no_token_stands_before_the_text(plans: tuple[Plan, Plan]) -> None:
-    spans = plans[1].store.open(plans[1].spans("tiny", SETTING))
+    spans = plans[1].open("spans", ("tiny", SETTING))
     texts = spans.read_table("texts.parquet")
 
     assert texts["bos_token_id"].is_null().all()
@@ -71,7 +71,7 @@ def test_another_name_for_other_texts(plans: tuple[Plan, Plan]) -> None:
 
     assert "bos" not in with_bos.checkpoint("tiny")
     assert without.checkpoint("tiny")["bos"] == "none"
-    assert with_bos.rollouts("tiny", SETTING) == without.rollouts("tiny", SETTING)
+    assert with_bos.key("rollouts", ("tiny", SETTING)) == without.key("rollouts", ("tiny", SETTING))
     assert with_bos.key("spans", ("tiny", SETTING)) != without.key("spans", ("tiny", SETTING))
 
 
