@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +47,9 @@ class Fault:
     trace: str = ""
 
     @property
-    def told(self) -> str:
-        """Part, what was found, and where, on one line or more."""
-        where = f" in {self.error.where}" if self.error.where else ""
-        return (
-            f"{self.part}: {self.error.what}{where}" if self.part else f"{self.error.what}{where}"
-        )
+    def why(self) -> str:
+        """What was found, and where."""
+        return f"{self.error.what} in {self.error.where}" if self.error.where else self.error.what
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,16 @@ class Failure:
     @property
     def details(self) -> str:
         """Why, in words."""
-        told = [each.told for each in self.faults]
-        rest = [f"and {len(told) - _SHOWN} more"] if len(told) > _SHOWN else []
-        return "; ".join(dict.fromkeys(told[:_SHOWN] + rest))
+        return "; ".join(self.lines)
+
+    @property
+    def lines(self) -> list[str]:
+        """What failed and why, parts that failed alike together."""
+        parts: dict[str, list[str]] = defaultdict(list)
+        for each in self.faults:
+            parts[each.why] += [each.part] if each.part else []
+        told = [f"{', '.join(of)}: {why}" if of else why for why, of in parts.items()]
+        return told[:_SHOWN] + ([f"and {len(told) - _SHOWN} more"] if told[_SHOWN:] else [])
 
     @property
     def fix(self) -> str:
