@@ -29,7 +29,7 @@ from taprobe_core.store.disk import disk_errors, make_folder, replace_text
 _log = logging.getLogger(__name__)
 
 _SHOWN = 10
-"""Faults of one cell that a message lists."""
+"""Faults of one cell, and parts that failed alike, that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,9 @@ class Failure:
         parts: dict[str, list[str]] = defaultdict(list)
         for each in self.faults:
             parts[each.why] += [each.part] if each.part else []
-        told = [f"{', '.join(of)}: {why}" if of else why for why, of in parts.items()]
-        return told[:_SHOWN] + ([f"and {len(told) - _SHOWN} more"] if told[_SHOWN:] else [])
+        return _first(
+            [f"{', '.join(_first(of))}: {why}" if of else why for why, of in parts.items()]
+        )
 
     @property
     def fix(self) -> str:
@@ -129,6 +130,10 @@ class Failure:
     def waits(self) -> bool:
         """Whether nothing is wrong with it but that what it reads is not made."""
         return all(isinstance(each.error, MissingArtifactError) for each in self.faults)
+
+
+def _first(texts: list[str]) -> list[str]:
+    return texts[:_SHOWN] + ([f"and {len(texts) - _SHOWN} more"] if texts[_SHOWN:] else [])
 
 
 def failure_of(stage: str, cell: Cell, found: TaprobeError | Mapping[str, TaprobeError]) -> Failure:
