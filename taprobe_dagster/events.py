@@ -88,7 +88,7 @@ def failure_event(failure: Failure) -> dg.AssetObservation:
         metadata={
             "failed": True,
             "error": _lines(dict.fromkeys(type(each.error).__name__ for each in failure.faults)),
-            "what": _lines(each.told for each in failure.faults),
+            "what": _lines(failure.lines),
             "where": _lines(dict.fromkeys(each.error.where or "" for each in failure.faults)),
             "fix": failure.fix,
             "n_faults": len(failure.faults),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from taprobe_core.store.disk import disk_errors, make_folder, replace_text
 _log = logging.getLogger(__name__)
 
 _SHOWN = 10
-"""Faults of one cell that a message lists."""
+"""Faults of one cell, and parts that failed alike, that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,9 @@ class Fault:
     trace: str = ""
 
     @property
-    def told(self) -> str:
-        """Part, what was found, and where, on one line or more."""
-        where = f" in {self.error.where}" if self.error.where else ""
-        return (
-            f"{self.part}: {self.error.what}{where}" if self.part else f"{self.error.what}{where}"
-        )
+    def why(self) -> str:
+        """What was found, and where."""
+        return f"{self.error.what} in {self.error.where}" if self.error.where else self.error.what
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,17 @@ class Failure:
     @property
     def details(self) -> str:
         """Why, in words."""
-        told = [each.told for each in self.faults]
-        rest = [f"and {len(told) - _SHOWN} more"] if len(told) > _SHOWN else []
-        return "; ".join(dict.fromkeys(told[:_SHOWN] + rest))
+        return "; ".join(self.lines)
+
+    @property
+    def lines(self) -> list[str]:
+        """What failed and why, parts that failed alike together."""
+        parts: dict[str, list[str]] = defaultdict(list)
+        for each in self.faults:
+            parts[each.why] += [each.part] if each.part else []
+        return _first(
+            [f"{', '.join(_first(of))}: {why}" if of else why for why, of in parts.items()]
+        )
 
     @property
     def fix(self) -> str:
@@ -124,6 +130,10 @@ class Failure:
     def waits(self) -> bool:
         """Whether nothing is wrong with it but that what it reads is not made."""
         return all(isinstance(each.error, MissingArtifactError) for each in self.faults)
+
+
+def _first(texts: list[str]) -> list[str]:
+    return texts[:_SHOWN] + ([f"and {len(texts) - _SHOWN} more"] if texts[_SHOWN:] else [])
 
 
 def failure_of(stage: str, cell: Cell, found: TaprobeError | Mapping[str, TaprobeError]) -> Failure:

@@ -107,8 +107,11 @@ def refusal(study: Study, stops: Sequence[Stop], stopped: str) -> TaprobeError:
         each = "" if len(checks) == 1 else ", one for each check and cell"
         fix += f"; to go on all the same, add `waivers: [{waiver}]` to the study{each}"
     kinds = {type(fault.error) for each in failures for fault in each.faults}
-    kind = FailedCheckError if not kinds else kinds.pop() if len(kinds) == 1 else FailedCellsError
-    return kind(what, where, fix)
+    if not kinds:
+        return FailedCheckError(what, where, fix)
+    if len(kinds) > 1:
+        return FailedCellsError(what, where, fix)
+    return kinds.pop()(what, where, fix)
 
 
 def all_stops(gate: Gate, cells: Mapping[str, Iterable[Cell]]) -> list[Stop]:
