@@ -19,7 +19,6 @@ from taprobe_core.pipeline.failures import Failure, failure_at, kept_failures
 from taprobe_core.pipeline.gate import (
     Gate,
     all_stops,
-    failed_checks,
     refusal,
     split_stopped,
     stage_verdicts,
@@ -54,7 +53,6 @@ __all__ = [
     "data_root",
     "describe",
     "dimension_keys",
-    "failed_checks",
     "failure_at",
     "has_key",
     "is_complete",

@@ -238,6 +238,6 @@ def _read(path: Path) -> tuple[str, tuple[Fault, ...]] | None:
 
 
 def _error(values: Mapping[str, Any]) -> TaprobeError:
-    kind = getattr(errors, values["error"], None)
+    kind: Any = getattr(errors, values["error"], None)
     is_known = isinstance(kind, type) and issubclass(kind, TaprobeError)
     return (kind if is_known else TaprobeError)(values["what"], values["where"], values["fix"])

@@ -126,26 +126,6 @@ def all_stops(gate: Gate, cells: Mapping[str, Iterable[Cell]]) -> list[Stop]:
     )
 
 
-def failed_checks(gate: Gate, cells: Mapping[str, Iterable[Cell]]) -> list[Verdict]:
-    """Return the failed blocking checks of some cells and of all that these are made from.
-
-    Args:
-        gate: of the plan.
-        cells: stage -> its cells.
-    """
-    return [each for each in all_stops(gate, cells) if isinstance(each, Verdict)]
-
-
-def failed_cells(gate: Gate, cells: Mapping[str, Iterable[Cell]]) -> list[Failure]:
-    """Return which of some cells, and of all that these are made from, failed themselves.
-
-    Args:
-        gate: of the plan.
-        cells: stage -> its cells.
-    """
-    return [each for each in all_stops(gate, cells) if isinstance(each, Failure)]
-
-
 def distinct_stops(stops: Iterable[Stop]) -> list[Stop]:
     """Return each failed check and cell once, in order."""
     return list({each.headline: each for each in stops}.values())

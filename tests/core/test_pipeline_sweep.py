@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
 from taprobe_core.attention_tables import variant_scores
-from taprobe_core.errors import ConfigError
+from taprobe_core.errors import ConfigError, NumericsError
 from taprobe_core.keys import Site
 from taprobe_core.pipeline import (
     STAGES,
@@ -23,6 +25,7 @@ from taprobe_core.pipeline import (
     stages_of,
 )
 from taprobe_core.pipeline.stages.sweep import read_sweep
+from taprobe_core.probes import fit as probe_fit
 from taprobe_core.study.sweep import AttentionVariant
 
 STUDY = """
@@ -103,6 +106,39 @@ def test_running_again_computes_nothing(plan: Plan) -> None:
         assert all(
             done.is_reused for _, done in run_stage(plan, stage, cells_of(plan.study, stage))
         )
+
+
+def test_a_configuration_that_fails_costs_its_own_fit(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = open_plan(plan.study, shutil.copytree(plan.data_root, tmp_path / "data"))
+    cell = (str(SITE), SETTING)
+    index = own.open("sweep_stage1", cell)
+    of_site = [key for key in own.part_keys(index.manifest) if key.partition[0] == str(SITE)]
+    poisoned, sound = [key for key in of_site if "@s" not in key.partition[-1]][:2]
+    for key in (index.key, poisoned, sound):
+        own.store.discard(key)
+    real = probe_fit._SOLVE["linear"]
+
+    def solve(design: Any, fits: Any, *rest: Any) -> Any:
+        if any(fit.recipe.name == poisoned.partition[-1] for fit in fits):
+            raise NumericsError("a column did not converge", "a solve", "lower C")
+        return real(design, fits, *rest)
+
+    with monkeypatch.context() as poison:
+        poison.setitem(probe_fit._SOLVE, "linear", solve)
+        with pytest.raises(NumericsError, match=f"recipe {poisoned.partition[-1]}: a column"):
+            list(run_stage(own, "sweep_stage1", [cell]))
+    assert own.store.find(sound) is not None
+    assert own.store.find(poisoned) is None
+    assert not is_complete(own, "sweep_stage1", cell)
+    # What is chosen from all cells waits for the one.
+    with pytest.raises(NumericsError, match="sweep_shortlist_stage2 cannot be made"):
+        list(run_stage(own, "sweep_shortlist_stage2", [()]))
+    ((_, outcome),) = run_stage(own, "sweep_stage1", [cell])
+    assert not outcome.is_reused
+    assert own.store.find(poisoned) is not None
+    list(run_stage(own, "sweep_shortlist_stage2", [()]))
 
 
 def test_configurations_of_equal_content_share_their_fits(plan: Plan) -> None:
