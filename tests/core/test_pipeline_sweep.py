@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +119,15 @@ def test_a_configuration_that_fails_costs_its_own_fit(
     poisoned, sound = [key for key in of_site if "@s" not in key.partition[-1]][:2]
     for key in (index.key, poisoned, sound):
         own.store.discard(key)
-    real = probe_fit._SOLVE["linear"]
+    linear = probe_fit.SOLVERS["linear"]
 
     def solve(design: Any, fits: Any, *rest: Any) -> Any:
         if any(fit.recipe.name == poisoned.partition[-1] for fit in fits):
             raise NumericsError("a column did not converge", "a solve", "lower C")
-        return real(design, fits, *rest)
+        return linear.solve(design, fits, *rest)
 
     with monkeypatch.context() as poison:
-        poison.setitem(probe_fit._SOLVE, "linear", solve)
+        poison.setitem(probe_fit.SOLVERS, "linear", replace(linear, solve=solve))
         with pytest.raises(NumericsError, match=f"recipe {poisoned.partition[-1]}: a column"):
             list(run_stage(own, "sweep_stage1", [cell]))
     assert own.store.find(sound) is not None
