@@ -22,13 +22,14 @@ import numpy as np
 import polars as pl
 import yaml
 
-from taprobe_core.aggregation import chance_pr_auc
 from taprobe_core.demo.task import problem
 from taprobe_core.demo.truth import exact_rates, simulated_importance
-from taprobe_core.evaluation import compare_values
-from taprobe_core.importance import trigram_masked_dissimilar
-from taprobe_core.labels import anchors
-from taprobe_core.metrics import pr_auc
+from taprobe_core.evaluation.evaluate import compare_values
+from taprobe_core.evaluation.metrics import pr_auc
+from taprobe_core.evaluation.selection import ANY_ACTIVATION_PROBE, chosen_values
+from taprobe_core.evaluation.summary import chance_pr_auc
+from taprobe_core.labels import trigram_masked_dissimilar
+from taprobe_core.labels.make import anchors
 from taprobe_core.pipeline import (
     Plan,
     cells_of,
@@ -37,7 +38,6 @@ from taprobe_core.pipeline import (
     run_stage,
     stages_of,
 )
-from taprobe_core.selection import ANY_ACTIVATION_PROBE, chosen_values
 from taprobe_core.study import parse_study, shipped_studies
 
 N_DRAWS = 1000

@@ -26,11 +26,8 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from threadpoolctl import threadpool_limits
 
-from taprobe_core.metrics import pr_auc
-from taprobe_core.solvers.columns import Columns
-from taprobe_core.solvers.networks import NetworkOptions, fit_networks
-from taprobe_core.splits import Fold
-from taprobe_core.tripwires import (
+from taprobe_core.evaluation.metrics import pr_auc
+from taprobe_core.evaluation.tripwires import (
     Fit,
     linear_probe,
     memorises_one_problem,
@@ -39,8 +36,11 @@ from taprobe_core.tripwires import (
     row_identity,
     shuffled_labels,
 )
-from taprobe_core.tripwires.null import permuted_pr_auc, two_sided_p
-from taprobe_core.tripwires.shuffling import shuffle_within
+from taprobe_core.evaluation.tripwires.rows import permuted_pr_auc, two_sided_p
+from taprobe_core.evaluation.tripwires.shuffling import shuffle_within
+from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.networks.solve import NetworkOptions, fit_networks
+from taprobe_core.splits import Fold
 
 N_PROBLEMS, N_FEATURES = 20, 128
 FLOATS = NDArray[np.float64]

@@ -8,7 +8,8 @@ by web socket. All of it needs a loopback `Host`, no foreign `Origin` or `Sec-Fe
 token (access). What reports events from outside, and notebooks, which nothing here uses, are not
 served.
 
-Source: https://cheatsheetseries.owasp.org/cheatsheets/Cross-Site_Request_Forgery_Prevention_Cheat_Sheet.html
+Source: https://cheatsheetseries.owasp.org/cheatsheets/Cross-
+Site_Request_Forgery_Prevention_Cheat_Sheet.html
 """
 
 from __future__ import annotations

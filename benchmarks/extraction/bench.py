@@ -29,9 +29,8 @@ from benchmarks.extraction.timing import (
     synchronize,
     timed,
 )
-from taprobe_core.activations.block_shape import BlockShape
 from taprobe_core.activations.cost import pass_flop
-from taprobe_core.activations.gemm_rate import sustained_gemm_rate
+from taprobe_core.activations.gemm_rate import BlockShape, sustained_gemm_rate
 from taprobe_core.store import CommitWorkers, workers_for
 
 TITLES = {

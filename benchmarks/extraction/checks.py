@@ -23,10 +23,10 @@ from benchmarks.extraction.tables import render
 from benchmarks.extraction.texts import Text, make_text
 from benchmarks.extraction.timing import Job, Seconds, clean, timed
 from taprobe_core.activations.extract import extract
-from taprobe_core.activations.options import ExtractOptions
 from taprobe_core.activations.packing import plan_packs
+from taprobe_core.activations.tasks import ExtractOptions
 from taprobe_core.attention.mode import AttentionMode
-from taprobe_core.study.activations import Pooling
+from taprobe_core.study.parts import Pooling
 
 POOLINGS: tuple[Pooling, ...] = ("mean", "last", "max", "boundary")
 N_FINE = 4

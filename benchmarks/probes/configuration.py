@@ -24,13 +24,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.probes.features import make_probe_data
-from taprobe_core.metrics import pr_auc
-from taprobe_core.probes.linear import tolerance_of
+from taprobe_core.evaluation.metrics import pr_auc
+from taprobe_core.probes.dense import tolerance_of
+from taprobe_core.probes.features import fold_words, text_pipeline
 from taprobe_core.solvers.columns import Columns
-from taprobe_core.solvers.fold_matrix import FoldMatrix
-from taprobe_core.solvers.logistic import balanced_weights, solve_logistic
-from taprobe_core.solvers.text_block import TextBlock
-from taprobe_core.words import fold_words, text_pipeline
+from taprobe_core.solvers.linear.fold_matrix import FoldMatrix, TextBlock
+from taprobe_core.solvers.linear.logistic import balanced_weights, solve_logistic
 
 SOLVES = (("position",), ("text",), ("activations", "activations_plus_position"))
 """What is solved together: kinds that share all but a few features."""

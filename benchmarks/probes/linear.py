@@ -28,11 +28,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.probes.features import Kind, SyntheticProbeData, make_probe_data
-from taprobe_core.probes.linear import tolerance_of
+from taprobe_core.probes.dense import tolerance_of
 from taprobe_core.solvers.columns import Columns
-from taprobe_core.solvers.fold_matrix import FoldMatrix
-from taprobe_core.solvers.logistic import balanced_weights, solve_logistic
-from taprobe_core.solvers.ridge import solve_ridge
+from taprobe_core.solvers.linear.fold_matrix import FoldMatrix
+from taprobe_core.solvers.linear.logistic import balanced_weights, solve_logistic
+from taprobe_core.solvers.linear.ridge import solve_ridge
 
 PERCENTILES = (90, 85, 87, 92, 93, 95)
 

@@ -30,7 +30,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.probes.features import Kind, SyntheticProbeData, make_probe_data
 from benchmarks.probes.networks_accelerator import accelerator, make_columns, same_as_cpu
-from taprobe_core.solvers.networks import NetworkOptions, fit_networks
+from taprobe_core.solvers.networks.solve import NetworkOptions, fit_networks
 
 ALPHA = 0.01
 

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks.probes.features import make_probe_data
 from taprobe_core.solvers.columns import Columns
-from taprobe_core.solvers.networks import NetworkOptions, fit_networks
+from taprobe_core.solvers.networks.solve import NetworkOptions, fit_networks
 
 
 def make_columns(

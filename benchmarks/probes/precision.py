@@ -22,12 +22,11 @@ from sklearn.metrics import average_precision_score, r2_score
 from benchmarks.probes.features import SyntheticProbeData, make_probe_data
 from benchmarks.probes.networks_accelerator import make_columns
 from benchmarks.probes.tokens import DEMO, Data, make
-from taprobe_core.probes.precision import products_in
+from taprobe_core.devices import products_in
 from taprobe_core.solvers.columns import Columns
-from taprobe_core.solvers.networks import NetworkOptions, fit_networks
-from taprobe_core.solvers.token_options import TokenProbeOptions
-from taprobe_core.solvers.token_pooling import POOLINGS
-from taprobe_core.solvers.token_probes import fit_token_probes, positive_weights
+from taprobe_core.solvers.networks.solve import NetworkOptions, fit_networks
+from taprobe_core.solvers.tokens.pooling import POOLINGS, TokenProbeOptions
+from taprobe_core.solvers.tokens.solve import fit_token_probes, positive_weights
 from taprobe_core.study import Precision
 
 N_SEEDS = 20

@@ -39,10 +39,10 @@ from numpy.typing import NDArray
 
 from benchmarks.probes.configuration import texts_of
 from benchmarks.probes.features import make_probe_data
-from taprobe_core.features import ProbeData, TokenSets
 from taprobe_core.pipeline.fit_rows import View, kept_rows, take_rows
 from taprobe_core.pipeline.stages.sweep import wanted_fits
 from taprobe_core.probes import Design, Fit, fit_batches
+from taprobe_core.probes.features import ProbeData, TokenSets
 from taprobe_core.splits import make_folds
 from taprobe_core.study import Precision, Study, load_study
 from taprobe_core.sweep import count_fits, recipes_at, sweep_space

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from taprobe_core.solvers.token_options import TokenProbeOptions
+from taprobe_core.solvers.tokens.pooling import TokenProbeOptions
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """Padded states, mask, targets and weights of some sentences."""

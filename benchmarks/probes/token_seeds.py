@@ -24,9 +24,8 @@ from sklearn.metrics import average_precision_score
 from benchmarks.probes.token_peer import PaddedSet, train_epoch, watched_loss
 from benchmarks.probes.tokens import Data, Peer, Size, make
 from taprobe_core.solvers.columns import Columns
-from taprobe_core.solvers.token_options import TokenProbeOptions
-from taprobe_core.solvers.token_pooling import POOLINGS
-from taprobe_core.solvers.token_probes import fit_token_probes, positive_weights
+from taprobe_core.solvers.tokens.pooling import POOLINGS, TokenProbeOptions
+from taprobe_core.solvers.tokens.solve import fit_token_probes, positive_weights
 
 PLANTED = Size("planted, 12 d", 12, 12, 30, 8.5, 0.3, 12)
 TESTED = 3

@@ -30,17 +30,11 @@ from numpy.typing import NDArray
 
 from benchmarks.probes.token_peer import PaddedProbe, PaddedSet, scores, train_epoch
 from taprobe_core.solvers.columns import Columns
-from taprobe_core.solvers.ragged import RaggedTokens
-from taprobe_core.solvers.token_forward import draw
-from taprobe_core.solvers.token_options import TokenProbeOptions
-from taprobe_core.solvers.token_pooling import POOLINGS
-from taprobe_core.solvers.token_probes import (
-    TokenSolution,
-    fit_token_probes,
-    positive_weights,
-)
-from taprobe_core.solvers.token_reading import n_batches
-from taprobe_core.solvers.token_training import network_shape
+from taprobe_core.solvers.tokens.forward import draw
+from taprobe_core.solvers.tokens.pooling import POOLINGS, TokenProbeOptions
+from taprobe_core.solvers.tokens.ragged import RaggedTokens, n_batches
+from taprobe_core.solvers.tokens.solve import TokenSolution, fit_token_probes, positive_weights
+from taprobe_core.solvers.tokens.training import network_shape
 
 SHORT, LONG = 1, 4
 

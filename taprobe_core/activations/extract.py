@@ -17,17 +17,14 @@ from typing import NamedTuple
 
 from torch import nn
 
-from taprobe_core.activations.block_shape import BlockShape
 from taprobe_core.activations.cost import pass_flop
 from taprobe_core.activations.forward import LIBRARY_WAYS, MISMATCH_FIX, input_faults
-from taprobe_core.activations.options import ExtractOptions
+from taprobe_core.activations.gemm_rate import BlockShape
 from taprobe_core.activations.packing import plan_packs
 from taprobe_core.activations.passes import ways_for
 from taprobe_core.activations.pooling import span_index
-from taprobe_core.activations.progress import Progress
-from taprobe_core.activations.schedule import run_ahead, run_in_step
-from taprobe_core.activations.shards import ActivationShard, AttentionShard
-from taprobe_core.activations.tasks import TextTask
+from taprobe_core.activations.schedule import Progress, run_ahead, run_in_step
+from taprobe_core.activations.tasks import ActivationShard, AttentionShard, ExtractOptions, TextTask
 from taprobe_core.errors import ModelMismatchError, SpanError, TaprobeError, original
 
 

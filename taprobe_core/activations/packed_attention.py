@@ -22,8 +22,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from taprobe_core.activations.packing import Layout
+from taprobe_core.devices import has_triton
 from taprobe_core.errors import ModelError
-from taprobe_core.kernels import has_triton
 
 _SAID_ELSEWHERE = frozenset({"position_ids", "return_dict"})
 """Arguments with a value that change nothing: the layout has the positions."""
@@ -105,7 +105,7 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if takes_kernel(query):
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-        from taprobe_core.activations.attention_kernel import causal_attention
+        from taprobe_core.activations.kernels import causal_attention
 
         output, lse = causal_attention(q, k, v, packed_layout, scale)
         if packed_watcher is not None:

@@ -1,5 +1,10 @@
 """A model ready for packs: queue one, and get each text's shards when it is done.
 
+On CUDA each copy goes into pinned memory, on a stream of its own that waits for the result; on
+other devices a copy is immediate. What does not belong here: what is copied.
+
+The invariant: after `wait` every tensor handed out is whole; the source lives until then.
+
 In: texts of one pack. Out: shards on the CPU, checked and in the number type they are kept in. What
 does not belong here: which texts make a pack, in what order, and what to do when memory is short
 (extract).
@@ -18,24 +23,21 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from taprobe_core.activations.faults import overflow_fix
 from taprobe_core.activations.forward import LIBRARY_WAYS, run_pack
 from taprobe_core.activations.fused import is_hooked
 from taprobe_core.activations.library_way import weigh_text
-from taprobe_core.activations.options import ExtractOptions
 from taprobe_core.activations.packing import to_device
 from taprobe_core.activations.pooling import (
     SpanIndex,
     check_finite,
     fits,
     join_indexes,
+    overflow_fix,
     pool,
     span_index,
     value_range,
 )
-from taprobe_core.activations.shards import ActivationShard, AttentionShard
-from taprobe_core.activations.tasks import TextTask
-from taprobe_core.activations.transfer import Transfer
+from taprobe_core.activations.tasks import ActivationShard, AttentionShard, ExtractOptions, TextTask
 from taprobe_core.activations.trial import (
     Ways,
     choose_ways,
@@ -44,10 +46,51 @@ from taprobe_core.activations.trial import (
     untried_ways,
 )
 from taprobe_core.activations.understood import find_blocks, understand
-from taprobe_core.attention.mass import SentenceMass, TailMass, sentence_mass, tail_mass
-from taprobe_core.attention.weights import sentence_mass_of, tail_mass_of
+from taprobe_core.attention.mass import (
+    SentenceMass,
+    TailMass,
+    sentence_mass,
+    sentence_mass_of,
+    tail_mass,
+    tail_mass_of,
+)
 from taprobe_core.errors import NonFiniteError, TaprobeError
-from taprobe_core.study.activations import Pooling, Storage
+from taprobe_core.study.parts import Pooling, Storage
+
+
+class Transfer:
+    """Copies that one pack asks for."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a CPU tensor that holds the values of `tensor` once `wait` has returned.
+
+        Args:
+            tensor: on any device, complete in the order of its device's current stream.
+        """
+        # Made outside inference mode, so that whoever gets it may change it in place.
+        with torch.inference_mode(False):
+            if not tensor.is_cuda:
+                return tensor.to("cpu", copy=True)
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        stream = self._streams.get(tensor.device)
+        if stream is None:
+            stream = self._streams[tensor.device] = torch.cuda.Stream(  # type: ignore[no-untyped-call]
+                tensor.device
+            )
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(stream):
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(stream)
+        return host
+
+    def wait(self) -> None:
+        """Wait until every copy has arrived."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
 
 _fused: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _ways: WeakKeyDictionary[nn.Module, tuple[object, Ways]] = WeakKeyDictionary()

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from taprobe_core.activations.block_shape import count_of
 from taprobe_core.activations.forward import Way, run_pack, ways_of
+from taprobe_core.activations.gemm_rate import count_of
 from taprobe_core.activations.library_way import EAGER, call, failure, implementation_of, kind_of
 from taprobe_core.activations.understood import Understanding, find_blocks, understand
 from taprobe_core.errors import ModelError

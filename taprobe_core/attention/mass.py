@@ -1,5 +1,13 @@
 """Queries and keys of one text to attention mass between sentences, without a matrix of tokens.
 
+Spans become tiles first. Mass is also had from softmax weights that a model has already made.
+
+What does not belong here: attention. A tile's bounds are plain integers, so that a loop over tiles
+never asks the device for a number; its membership matrix lies on the device before the loop starts.
+
+The invariant: whatever the tiles, each token of each span is a member once in exactly one of the
+tiles that divide the text. Spans may leave gaps, may overlap, and may stand in any order.
+
 The softmax weight of query token q on key token k is exp(scale * q.k - lse[q]), with lse the log of
 the row's sum. So a block of weights needs nothing but its own scores and lse, and is summed over
 sentences as soon as it is made: first over the queries of each sentence, which leaves a few rows,
@@ -11,18 +19,136 @@ weights and sums are float32 for any input type.
 
 Source: Thought Anchors (arXiv:2506.19143) averages the attention between two sentences; the mass
 is that average times both lengths, from which all published scores follow.
+
+For models whose own way of attending is not known here: their eager attention hands out its
+weights, [head, query token, key token], and those are summed. What does not belong here: plain
+causal attention, which needs no matrix of tokens (mass).
+
+The invariant: sums are float32 for any input type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from taprobe_core.attention.tiles import Bounds, Spans, Tile, cut, span_bounds, touched_ranges
-from taprobe_core.errors import ModelMismatchError
+from taprobe_core.errors import ModelMismatchError, SpanError
+
+Spans = torch.Tensor | Sequence[tuple[int, int]]
+Bounds = npt.NDArray[np.int64]
+
+
+class Tile(NamedTuple):
+    """A range of tokens and the sentences that have a token in it.
+
+    Attributes:
+        start: first token.
+        stop: token after the last.
+        first: first sentence of the smallest range that holds every sentence touched.
+        end: sentence after the last; equal to `first` where no sentence is touched.
+        member: float32 [end - first, stop - start], 1 where the token is in the sentence, else 0.
+    """
+
+    start: int
+    stop: int
+    first: int
+    end: int
+    member: torch.Tensor
+
+    def until(self, token: int) -> Tile:
+        """Return the part of the tile before `token`; itself when it stops there or before."""
+        if token >= self.stop:
+            return self
+        return self._replace(stop=token, member=self.member[:, : token - self.start])
+
+
+def span_bounds(spans: Spans, n_tokens: int) -> Bounds:
+    """Check spans against a text.
+
+    Args:
+        spans: half-open token ranges, [sentence, 2], on the CPU; gaps and overlaps are allowed.
+        n_tokens: tokens of the text.
+
+    Returns:
+        The ranges, int64 [sentence, 2].
+
+    Raises:
+        SpanError: there is no span, or a span is empty or outside the text; names the first.
+    """
+    bounds = np.asarray(spans, dtype=np.int64).reshape(-1, 2)
+    is_bad = (bounds[:, 0] < 0) | (bounds[:, 0] >= bounds[:, 1]) | (bounds[:, 1] > n_tokens)
+    if len(bounds) and not is_bad.any():
+        return bounds
+    first = int(is_bad.argmax()) if len(bounds) else 0
+    found = f"token range {bounds[first].tolist()}" if len(bounds) else "no token range"
+    raise SpanError(
+        f"{found} in a text of {n_tokens} tokens: empty or outside",
+        f"sentence {first}",
+        "build the spans again with the model's own tokenizer",
+    )
+
+
+def touched_ranges(bounds: Bounds, n_tokens: int, size: int) -> list[tuple[int, int]]:
+    """Divide the text every `size` tokens and shrink each part to the tokens that spans cover.
+
+    Args:
+        bounds: half-open token ranges, [sentence, 2].
+        n_tokens: tokens of the text.
+        size: most tokens of a part.
+
+    Returns:
+        Half-open token ranges in text order; parts without a span are left out.
+    """
+    ranges = []
+    for start in range(0, n_tokens, size):
+        stop = min(start + size, n_tokens)
+        inside = bounds[(bounds[:, 0] < stop) & (bounds[:, 1] > start)]
+        if len(inside):
+            ranges.append((max(start, int(inside[:, 0].min())), min(stop, int(inside[:, 1].max()))))
+    return ranges
+
+
+def cut(bounds: Bounds, ranges: Sequence[tuple[int, int]], device: torch.device) -> list[Tile]:
+    """Make the tile of each token range.
+
+    Args:
+        bounds: half-open token ranges of the sentences, [sentence, 2], at least one.
+        ranges: half-open token ranges, at least one.
+        device: where the membership matrices go.
+
+    Returns:
+        One tile per range, in order. The matrices are views of one tensor of
+        tiles x most sentences x most tokens, float32.
+    """
+    tokens = np.asarray(ranges, dtype=np.int64)
+    starts, stops = tokens[:, :1], tokens[:, 1:]
+    touches = (bounds[:, 0] < stops) & (bounds[:, 1] > starts)
+    first = touches.argmax(axis=1)
+    end = np.where(touches.any(axis=1), len(bounds) - touches[:, ::-1].argmax(axis=1), first)
+    sentence = first[:, None] + np.arange((end - first).max())
+    known = bounds[np.minimum(sentence, len(bounds) - 1)] - starts[..., None]
+    edges = _to_device(np.where((sentence < end[:, None])[..., None], known, 0), device)
+    position = torch.arange(int((stops - starts).max()), device=device)
+    member = ((position >= edges[..., :1]) & (position < edges[..., 1:])).float()
+    return [
+        Tile(start, stop, a, b, member[index, : b - a, : stop - start])
+        for index, ((start, stop), a, b) in enumerate(
+            zip(tokens.tolist(), first.tolist(), end.tolist(), strict=True)
+        )
+    ]
+
+
+def _to_device(values: Bounds, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type != "cuda":
+        return tensor.to(device)
+    # A copy from pageable memory would wait for all work that the device still has to do.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
 
 BLOCK_BYTES = 128 * 2**20
 """Scores of one block on an accelerator: enough work for a kernel, little beside the weights."""
@@ -258,3 +384,62 @@ def _check_shapes(query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor | No
             "give query [token, head, d_head], key [token, kv_head, d_head] and lse [head, token] "
             "of one text, without cached keys",
         )
+
+
+def sentence_mass_of(weights: torch.Tensor, spans: Spans) -> SentenceMass:
+    """Sum weights over every pair of sentences.
+
+    Args:
+        weights: [head, token, token], queries before keys, any float type.
+        spans: half-open token ranges, [sentence, 2], on the CPU; may leave gaps and may overlap.
+
+    Returns:
+        Mass [head, sentence, sentence] and BOS mass [head, sentence], float32.
+
+    Raises:
+        SpanError: there is no span, or a span is empty or outside the text.
+    """
+    bounds = span_bounds(spans, weights.shape[-1])
+    return SentenceMass(*_summed(weights, bounds, bounds))
+
+
+def tail_mass_of(weights: torch.Tensor, spans: Spans, last_n: int) -> TailMass:
+    """Sum the weights of each of the last tokens over every sentence.
+
+    Args:
+        weights: [head, token, token], queries before keys, any float type.
+        spans: half-open token ranges, [sentence, 2], on the CPU.
+        last_n: query tokens, counted from the end; a shorter text gives all of its own.
+
+    Returns:
+        Mass [head, query, sentence], BOS mass and eligibility, with query = min(last_n, token).
+
+    Raises:
+        SpanError: there is no span, or a span is empty or outside the text.
+    """
+    n_tokens = weights.shape[-1]
+    bounds = span_bounds(spans, n_tokens)
+    position = np.arange(max(0, n_tokens - last_n), n_tokens)
+    mass, bos_mass = _summed(weights, np.stack([position, position + 1], axis=1), bounds)
+    is_after = torch.from_numpy(position[:, None] >= bounds[:, 1])
+    return TailMass(mass, bos_mass, is_after.to(weights.device))
+
+
+def _summed(
+    weights: torch.Tensor, rows: Bounds, columns: Bounds
+) -> tuple[torch.Tensor, torch.Tensor]:
+    queries, keys = (_members(each, weights) for each in (rows, columns))
+    mass, bos_mass = [], []
+    with torch.no_grad(), torch.autocast(weights.device.type, enabled=False):
+        for head in weights:
+            by_query = queries @ head.float()
+            mass.append(by_query @ keys.T)
+            bos_mass.append(by_query[:, 0])
+    return torch.stack(mass), torch.stack(bos_mass)
+
+
+def _members(bounds: Bounds, weights: torch.Tensor) -> torch.Tensor:
+    """Which token is in which range, float32 [range, token]."""
+    position = torch.arange(weights.shape[-1], device=weights.device)
+    edges = torch.from_numpy(np.ascontiguousarray(bounds)).to(weights.device)
+    return ((position >= edges[:, :1]) & (position < edges[:, 1:])).float()

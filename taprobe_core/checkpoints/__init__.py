@@ -8,10 +8,14 @@ torch and transformers are imported by the functions that need them: naming a ch
 fingerprint or a check of a study, must not cost seconds.
 """
 
-from taprobe_core.checkpoints.context import context_length
 from taprobe_core.checkpoints.folder import CheckpointFiles
 from taprobe_core.checkpoints.loading import LoadedModel, load_base_model, pick_devices, replicate
-from taprobe_core.checkpoints.resolve import check_present, checkpoint_identity, resolve_checkpoint
+from taprobe_core.checkpoints.resolve import (
+    check_present,
+    checkpoint_identity,
+    context_length,
+    resolve_checkpoint,
+)
 from taprobe_core.checkpoints.tokenizer import (
     bos_token,
     load_tokenizer,

@@ -1,5 +1,14 @@
 """Look at a checkpoint folder before anything in it is loaded, and refuse what must not be.
 
+Its small files are read here too, and what a configuration may say is known.
+
+Nothing but a regular file is opened: a pipe or a device would keep the reader waiting for ever. A
+size is looked at before the content is, so that no file costs more memory than its kind may.
+
+A configuration is another's file. The library that reads it divides by its numbers, makes lists of
+their length and looks its dtype up as an attribute, so each is looked at here first and refused by
+name. Whether weights fit the configuration belongs in `loading`.
+
 Refused: weights that are pickles, configurations that name code or an impossible model, files that
 lead out of the folder or are no files, Git LFS pointers and error pages in place of weights, sets
 that are incomplete or hold a tensor twice. Nothing of the folder is run
@@ -10,7 +19,9 @@ passes holds one JSON configuration and whole safetensors files, inside itself o
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +29,189 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from taprobe_core.checkpoints.memory import is_out_of_memory
 from taprobe_core.checkpoints.origin import WEIGHT_FILES
-from taprobe_core.checkpoints.reading import check_regular, read_json, refuse_pointer
-from taprobe_core.checkpoints.sanity import check_config
+from taprobe_core.checkpoints.quiet import is_out_of_memory
 from taprobe_core.errors import ModelError, ModelMissingError, UnsafeModelError
 from taprobe_core.store.integrity import file_sha256
+
+MIB = 2**20
+
+_MOST_BYTES = {"tokenizer.json": 256 * MIB, "model.safetensors.index.json": 128 * MIB}
+_MOST_BYTES_OF_OTHERS = 16 * MIB
+_LFS_POINTER = b"version https://git-lfs"
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular(path: Path, remedy: str) -> int:
+    """Return a file's size in bytes; it is not opened.
+
+    Args:
+        path: the file, or a link to it.
+        remedy: what repairs a missing or damaged one.
+
+    Raises:
+        ModelMissingError: no such file.
+        ModelError: not a regular file.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise ModelMissingError(f"no {path.name}", str(path.parent), remedy) from error
+    except OSError as error:
+        raise ModelError(
+            f"a file that cannot be looked at ({error.strerror})", str(path), remedy
+        ) from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise ModelError(f"{kind} in place of the file", str(path), remedy)
+    return found.st_size
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the JSON object of a file.
+
+    Args:
+        path: the file.
+        remedy: what repairs a missing or damaged one.
+
+    Raises:
+        ModelMissingError: no such file.
+        ModelError: not a regular file, larger than its kind may be, a Git LFS pointer, or not a
+            JSON object.
+    """
+    size, most = check_regular(path, remedy), _MOST_BYTES.get(path.name, _MOST_BYTES_OF_OTHERS)
+    if size > most:
+        raise ModelError(
+            f"{size / MIB:,.0f} MiB, where a {path.name} has {most // MIB} MiB at most",
+            str(path),
+            remedy,
+        )
+    try:
+        content = path.read_bytes()
+        refuse_pointer(content, path)
+        found = json.loads(content)
+    except (ValueError, RecursionError, OSError) as error:
+        raise ModelError(f"a file that is not JSON ({error})", str(path), remedy) from error
+    if not isinstance(found, dict):
+        raise ModelError(f"a JSON {type(found).__name__}, not an object", str(path), remedy)
+    return found
+
+
+def refuse_pointer(head: bytes, path: Path) -> None:
+    """Refuse the pointer that Git LFS leaves where the file was not fetched.
+
+    Args:
+        head: the file's first bytes.
+        path: the file.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if head.startswith(_LFS_POINTER):
+        raise ModelError(
+            "a Git LFS pointer in place of the file",
+            str(path),
+            f"run `git lfs pull` in {path.parent}, or fetch the model with `hf download`",
+        )
+
+
+_MOST_BLOCKS = 10_000
+_MOST_HEADS = 65_536
+_MOST_WIDTH = 2**24
+_MOST_POSITIONS = 2**40
+
+_MOST: dict[str, int] = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), _MOST_BLOCKS),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads"),
+        _MOST_HEADS,
+    ),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "head_dim", "intermediate_size", "vocab_size"),
+        _MOST_WIDTH,
+    ),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), _MOST_POSITIONS),
+}
+_LANGUAGE_MODELS = ("text_config", "language_config", "llm_config", "thinker_config")
+_DTYPE = re.compile(r"(torch\.)?(auto|b?float(16|32|64)?|half|double|float8_\w+|u?int\d+)")
+_FIX = "correct it, or fetch the checkpoint's own config.json again"
+
+
+def check_config(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse a configuration that no model can be built from.
+
+    Args:
+        config: of a `config.json`.
+        where: the file, for messages.
+
+    Raises:
+        ModelError: a size that is not a whole number from 1 to what its kind may be, key-value
+            heads that do not divide the heads, a dtype that is none, or weights under a name of
+            the configuration's own choice.
+    """
+    for path, part in _parts(config):
+        for name, found in part.items():
+            field = f"{path}{name}"
+            if name in _MOST:
+                _check_size(found, field, _MOST[name], where)
+            if name in ("torch_dtype", "dtype") and found is not None:
+                _check_dtype(found, field, where)
+            if name == "transformers_weights" and found is not None:
+                raise ModelError(
+                    f"{field}: {found!r}, another file than those that are checked and hashed",
+                    f"{where}, {field}",
+                    "name the weights model.safetensors and remove the key",
+                )
+        _check_heads(part, path, where)
+
+
+def _parts(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the configuration and those of its language models, with the way to each."""
+    yield path, config
+    for name in _LANGUAGE_MODELS:
+        part = config.get(name)
+        if isinstance(part, Mapping):
+            yield from _parts(part, f"{path}{name}.")
+
+
+def _check_size(found: Any, field: str, most: int, where: Path) -> None:
+    # Some architectures list one size a block; null is the class's own default.
+    for each in found if isinstance(found, list) else [found]:
+        is_whole = isinstance(each, int) and not isinstance(each, bool)
+        if each is not None and not (is_whole and 1 <= each <= most):
+            raise ModelError(
+                f"{field}: {each!r}, not a whole number from 1 to {most:,}",
+                f"{where}, {field}",
+                _FIX,
+            )
+
+
+def _check_dtype(found: Any, field: str, where: Path) -> None:
+    # Some configurations give each of their parts a dtype of its own.
+    for each in found.values() if isinstance(found, Mapping) else [found]:
+        if not isinstance(each, str) or not _DTYPE.fullmatch(each):
+            raise ModelError(
+                f"{field}: {each!r}, which is no dtype",
+                f"{where}, {field}",
+                "name one like bfloat16, or remove the key",
+            )
+
+
+def _check_heads(part: Mapping[str, Any], path: str, where: Path) -> None:
+    heads, shared = part.get("num_attention_heads"), part.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise ModelError(
+            f"num_attention_heads: {heads}, which {shared} num_key_value_heads do not divide",
+            f"{where}, {path}num_key_value_heads",
+            _FIX,
+        )
+
 
 CONFIG = "config.json"
 WEIGHTS, INDEX = WEIGHT_FILES

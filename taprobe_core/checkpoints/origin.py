@@ -1,26 +1,35 @@
 """Where a checkpoint or a tokenizer comes from: a local folder, or a hub repository at a commit.
 
+Also what of its files is pinned: where they come from, and what they were made with.
+
 The hub client's own cache and variables hold (`HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`), what is
 cached needs no network, and only files that a model without code needs are fetched. Whether the
 files may be loaded belongs in `folder`. Invariant: whatever the client raises leaves here as one of
 our errors.
+
+From an origin, or a stand-in's specification, to the source that `store.pins` compares. Which files
+of it decide the model is said by those who read them (`resolve`, `tokenizer`).
 """
 
 from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import huggingface_hub as hub  # loads its parts at their first use
+import huggingface_hub as hub
 from huggingface_hub import constants
 
 from taprobe_core.demo import BUNDLE
-from taprobe_core.errors import ConfigError, DiskFullError, ModelMissingError
+from taprobe_core.demo.bundle import MANIFEST, read_manifest
+from taprobe_core.errors import ConfigError, DiskFullError, ModelError, ModelMissingError
+from taprobe_core.store import PinnedSource
+from taprobe_core.store.integrity import file_sha256
+from taprobe_core.store.local import sealed_files
 from taprobe_core.study import DemoCheckpoint, PretrainedCheckpoint, resolve_folder
 
 CONFIG_FILES = ("config.json",)
@@ -243,3 +252,65 @@ def _remedy(repo: str, revision: str, names: Sequence[str] = ()) -> str:
     if constants.is_offline_mode():
         return f"unset HF_HUB_OFFLINE, or where there is a network run `{command}`"
     return f"check the connection and HF_ENDPOINT, or run `{command}`"
+
+
+def pinned_origin(origin: Origin, noun: str) -> PinnedSource:
+    """Return what is pinned of a folder or of a hub repository's commit.
+
+    Args:
+        origin: where the files are.
+        noun: checkpoint or tokenizer.
+    """
+    if isinstance(origin, HubRepository):
+        return PinnedSource(
+            noun,
+            {"kind": "hub", "repo": origin.repo, "revision": origin.revision},
+            Path(f"{origin.repo}@{origin.revision}"),
+            origin.remedy,
+            ModelError,
+            "is_fetched_again",
+        )
+    if origin.path.parent == BUNDLE:
+        return PinnedSource(
+            noun,
+            {
+                "kind": "bundle",
+                "name": origin.path.name,
+                # A newer version brings other files, which are no change of these.
+                "manifest_sha256": file_sha256(BUNDLE / MANIFEST),
+            },
+            origin.path,
+            "reinstall taprobe, or restore the file from version control",
+            ModelError,
+            expected=lambda: _bundled(origin.path.name),
+        )
+    return PinnedSource(
+        noun,
+        {"kind": "folder", "folder": str(origin.path)},
+        origin.path,
+        "bring the files back as they were",
+        ModelError,
+    )
+
+
+def pinned_stand_in(folder: Path) -> PinnedSource:
+    """Return what is pinned of a stand-in checkpoint."""
+    return PinnedSource(
+        "checkpoint",
+        {"kind": "stand_in", "folder": folder.name},
+        folder,
+        f"remove {folder}, which is built again",
+        ModelError,
+        "is_made_again",
+        sealed_files(folder),
+    )
+
+
+def _bundled(name: str) -> Mapping[str, str]:
+    """Hashes of one bundled reasoner's files, by name."""
+    start = f"{name}/"
+    return {
+        path.removeprefix(start): sha256
+        for path, sha256 in read_manifest(BUNDLE)["sha256"].items()
+        if path.startswith(start)
+    }

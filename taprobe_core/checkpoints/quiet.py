@@ -1,7 +1,12 @@
-"""Keep transformers from writing to the terminal while it loads; put what it raises in one line."""
+"""Keep transformers from writing to the terminal while it loads; put what it raises in one line.
+
+A lack of memory is told from every other failure.
+"""
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,3 +38,21 @@ def reason_of(error: BaseException) -> str:
     line = (str(said).strip().splitlines() or [""])[0]
     is_sentence = " " in line.strip()
     return line if is_sentence else f"{type(error).__name__}: {line}".rstrip(": ")
+
+
+_SAID = re.compile(
+    r"can.?t allocate memory|cannot allocate memory|unable to allocate|not enough memory|"
+    r"out of memory|bad_alloc",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that there was not enough memory, on a host or a device.
+
+    torch's allocator for the CPU raises a plain RuntimeError, and safetensors an error of its own;
+    their text is all there is to know them by.
+    """
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, Exception) and _SAID.search(str(error)) is not None

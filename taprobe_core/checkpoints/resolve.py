@@ -1,5 +1,7 @@
 """From a study's model to a folder that may be loaded, and to the identity of its weights.
 
+How long a text the model takes is told by its configuration before any weight is loaded.
+
 A pretrained checkpoint is a local folder or a hub snapshot; a stand-in is built once. The identity
 says which weights, not where they are: a moved folder keeps it, a changed byte does not. Loading
 belongs in `loading`.
@@ -31,8 +33,9 @@ from taprobe_core.checkpoints.origin import (
     LocalFolder,
     Origin,
     checkpoint_origin,
+    pinned_origin,
+    pinned_stand_in,
 )
-from taprobe_core.checkpoints.pinned import pinned_origin, pinned_stand_in
 from taprobe_core.checkpoints.quiet import quiet_transformers, reason_of
 from taprobe_core.checkpoints.stand_in import (
     build_stand_in,
@@ -42,7 +45,7 @@ from taprobe_core.checkpoints.stand_in import (
     stand_in_identity,
 )
 from taprobe_core.checkpoints.tokenizer import vocabulary_size
-from taprobe_core.errors import ModelError, ModelMismatchError
+from taprobe_core.errors import ModelError, ModelMismatchError, ModelMissingError, UnsafeModelError
 from taprobe_core.store import UNPINNED, Pins
 from taprobe_core.store.local import file_sizes
 from taprobe_core.store.manifest import MANIFEST_NAME
@@ -249,3 +252,26 @@ def _check_number(
             f"{folder.path / 'config.json'}, {field}",
             f"set {key}: {found}",
         )
+
+
+def context_length(model: Model) -> int | None:
+    """Return the most tokens of a text that a model takes; None where its configuration is silent.
+
+    A configuration that cannot be read sets no limit here: what is wrong with it is said when the
+    model is loaded.
+
+    Args:
+        model: the model of the study.
+
+    Raises:
+        ModelMissingError: no `config.json` on this machine, and it is not to be had.
+        UnsafeModelError: it names code.
+    """
+    try:
+        config = checkpoint_config(model)
+    except (ModelMissingError, UnsafeModelError):
+        raise
+    except ModelError:
+        return None
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None

@@ -17,10 +17,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from taprobe_core.checkpoints.memory import is_out_of_memory
-from taprobe_core.checkpoints.quiet import quiet_transformers
+from taprobe_core.checkpoints.quiet import is_out_of_memory, quiet_transformers
 from taprobe_core.errors import DiskFullError, ModelError
-from taprobe_core.store.sealed import seal_folder
+from taprobe_core.store.local import seal_folder
 from taprobe_core.study import StandInCheckpoint
 
 _ROW_MULTIPLE = 64

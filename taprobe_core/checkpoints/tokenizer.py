@@ -19,17 +19,17 @@ from taprobe_core.checkpoints.origin import (
     TOKENIZER_FILES,
     HubRepository,
     checkpoint_origin,
+    pinned_origin,
 )
-from taprobe_core.checkpoints.pinned import pinned_origin
 from taprobe_core.checkpoints.quiet import quiet_transformers
 from taprobe_core.checkpoints.tokenizer_files import (
     TokenizerFiles,
+    check_match,
     find_tokenizer,
     read_special_tokens,
     token_ids,
     tokenizer_origin,
 )
-from taprobe_core.checkpoints.tokenizer_match import check_match
 from taprobe_core.errors import ModelError
 from taprobe_core.store import UNPINNED, Pins
 from taprobe_core.store.integrity import file_sha256

@@ -1,28 +1,107 @@
-"""The files of a model's tokenizer, and what they say of its vocabulary and its BOS token.
+"""The files of a model's tokenizer: its vocabulary, its BOS token, whether it fits the checkpoint.
+
+All is told from the files, without a text.
+
+A normaliser that replaces a letter by a megabyte, or doubles it thirty times over, takes all of a
+machine's memory in one call that nothing can stop. Its growth is bounded by its own rules, so it is
+known before a text is read.
 
 JSON alone: no tokenizer is built and no library asked. A model either begins its texts with one BOS
 token or, as the Qwen family does, with none; its files say which. Invariant: a text gets a BOS
 token only if a file names it, and none only if a file that could name one is there and does not.
+
+Ids are only numbers, so a tokenizer of another model with few enough of them would be read without
+a complaint. Compared are: its ids with the rows of the embedding, the ids that the configuration
+names, and the vocabulary that lies beside the weights. What these leave open cannot be told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taprobe_core.checkpoints.folder import refuse_code
-from taprobe_core.checkpoints.origin import (
-    TOKENIZER_FILES,
-    Origin,
-    checkpoint_origin,
-    locate,
+from taprobe_core.checkpoints.folder import (
+    check_regular,
+    read_config,
+    read_json,
+    refuse_code,
+    stated_number,
 )
-from taprobe_core.checkpoints.reading import check_regular, read_json
-from taprobe_core.checkpoints.tokenizer_bounds import check_growth
+from taprobe_core.checkpoints.origin import TOKENIZER_FILES, Origin, checkpoint_origin, locate
 from taprobe_core.errors import ConfigError, ModelError, ModelMismatchError, ModelMissingError
+from taprobe_core.store.integrity import file_sha256
 from taprobe_core.study import Model, StandInCheckpoint
+
+MOST_GROWTH = 64
+"""Characters that a normaliser may make of one. Real ones replace one by one, or by two or three;
+Unicode's own forms make 18 at most."""
+
+_MOST_AFFIX = 64
+"""Characters of what a model puts to a piece of a word, or a normaliser before a text."""
+
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix", "prefix", "suffix", "replacement")
+
+
+def check_growth(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse a tokenizer that may make a text longer by more than `MOST_GROWTH` times.
+
+    Args:
+        content: of a `tokenizer.json`.
+        path: the file, for messages.
+
+    Raises:
+        ModelError: it does, or its normaliser is not what the format describes.
+    """
+    growth = 1.0
+    try:
+        for step in _steps(content.get("normalizer")):
+            growth *= _growth(step)
+        parts = [content["model"], *_steps(content.get("pre_tokenizer"), "pretokenizers")]
+        affix = max((len(part.get(name) or "") for part in parts for name in _AFFIXES), default=0)
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            "a tokenizer of a form that is not known", str(path), "fetch the model's own again"
+        ) from error
+    if growth > MOST_GROWTH:
+        raise ModelError(
+            f"a normaliser that may make {growth:,.0f} characters of one (at most {MOST_GROWTH} "
+            "are taken)",
+            f"{path}, normalizer",
+            "use the model's own tokenizer.json",
+        )
+    if affix > _MOST_AFFIX:
+        raise ModelError(
+            f"a tokenizer that puts {affix:,} characters to each piece of a text (at most "
+            f"{_MOST_AFFIX} are taken)",
+            str(path),
+            "use the model's own tokenizer.json",
+        )
+
+
+def _steps(part: Any, inner: str = "normalizers") -> Iterator[Mapping[str, Any]]:
+    """Yield the steps of a normaliser or a pre-tokenizer, which may be a sequence of them."""
+    if part is None:
+        return
+    if part.get("type") == "Sequence":
+        for each in part[inner]:
+            yield from _steps(each, inner)
+    else:
+        yield part
+
+
+def _growth(step: Mapping[str, Any]) -> float:
+    if step.get("type") == "Prepend":
+        return 1.0 if len(step["prepend"]) <= _MOST_AFFIX else float(len(step["prepend"]))
+    if step.get("type") != "Replace":
+        return 1.0
+    new, pattern = len(step["content"]), step["pattern"]
+    if "String" in pattern:
+        # An empty one matches before and after every character.
+        return max(1.0, new / len(pattern["String"])) if pattern["String"] else 1.0 + 2 * new
+    return 1.0 + new  # an expression may match nothing at all, between any two characters
+
 
 _VOCABULARY, *_SETTINGS = TOKENIZER_FILES
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -222,3 +301,85 @@ def _leading(step: Mapping[str, Any]) -> list[str]:
             return leading
         leading += map(str, step["special_tokens"][piece["SpecialToken"]["id"]]["tokens"])
     return leading
+
+
+_MOST_UNUSED_ROWS = 4_096
+_MOST_UNUSED_SHARE = 0.1
+"""Embeddings are padded to round sizes and hold rows for tokens to come: at most 0.2 % of the rows
+in the published models looked at. More than both of these is another model's vocabulary."""
+
+_FIX = "give the model its own tokenizer: set tokenizer to null, or to the right folder"
+
+
+def check_match(files: TokenizerFiles, checkpoint: Path) -> None:
+    """Refuse a tokenizer that is not the checkpoint's.
+
+    Args:
+        files: the tokenizer.
+        checkpoint: folder with the checkpoint's `config.json`.
+
+    Raises:
+        ModelMismatchError: an id beyond the embedding, an embedding much larger than the
+            vocabulary, an id in the configuration that the tokenizer lacks, or another vocabulary
+            than the one beside the weights.
+    """
+    given = token_ids(files.path, files.remedy)
+    largest = max(given.values())
+    config = read_config(checkpoint, "fetch the checkpoint again")
+    where = f"{checkpoint / 'config.json'}"
+    rows = stated_number(config, "vocab_size")
+    if rows is not None:
+        if largest >= rows:
+            raise ModelMismatchError(
+                f"token id {largest} of {files.path}, where the embedding has {rows} rows",
+                f"{where}, vocab_size",
+                _FIX,
+            )
+        unused = rows - largest - 1
+        if unused > max(_MOST_UNUSED_ROWS, _MOST_UNUSED_SHARE * rows):
+            raise ModelMismatchError(
+                f"an embedding of {rows} rows, of which {files.path} has no token for {unused}",
+                f"{where}, vocab_size",
+                _FIX,
+            )
+        for field, named in _named_ids(config):
+            # A number beyond the embedding is a leftover of the class's defaults.
+            inside = [each for each in named if each < rows]
+            if inside and min(inside) > largest:
+                raise ModelMismatchError(
+                    f"{field} {min(inside)}, where the ids of {files.path} end at {largest}",
+                    f"{where}, {field}",
+                    _FIX,
+                )
+    _check_own(files, given, checkpoint)
+
+
+def _named_ids(config: Mapping[str, Any]) -> Iterator[tuple[str, list[int]]]:
+    text = config.get("text_config")
+    for field in ("bos_token_id", "eos_token_id"):
+        for part in (text if isinstance(text, Mapping) else {}, config):
+            found = part.get(field)
+            listed = found if isinstance(found, list) else [found]
+            yield field, [each for each in listed if isinstance(each, int) and each >= 0]
+
+
+def _check_own(files: TokenizerFiles, given: Mapping[str, int], checkpoint: Path) -> None:
+    own_path = checkpoint / "tokenizer.json"
+    if checkpoint == files.folder or not own_path.is_file():
+        return
+    hashes = file_sha256(files.path), file_sha256(own_path)
+    if hashes[0] == hashes[1]:
+        return
+    try:
+        own = token_ids(own_path, files.remedy)
+    except ModelError:
+        return  # a damaged one may be why the study names another
+    token_of = {index: token for token, index in own.items()}
+    for token, index in given.items():
+        if own.get(token, index) != index or token_of.get(index, token) != token:
+            raise ModelMismatchError(
+                f"another vocabulary than the checkpoint's own: id {index} is {token!r}, there "
+                f"{token_of.get(index)!r} (sha256 {hashes[0][:12]}, there {hashes[1][:12]})",
+                str(files.path),
+                _FIX,
+            )

@@ -173,13 +173,11 @@ def check(
     """Validate a study and print what a run would do: cells, models, work, time, sizes."""
     import polars as pl
 
-    from taprobe_core.cli.costs import render_check
-    from taprobe_core.cli.skips import render_skips
+    from taprobe_core.cli.check import render_check, render_skips
     from taprobe_core.pipeline import open_plan
     from taprobe_core.pipeline.failures import kept_failures
-    from taprobe_core.pipeline.forecast import Assumptions, forecast, model_shapes
+    from taprobe_core.pipeline.forecast import Assumptions, forecast, measure_speed, model_shapes
     from taprobe_core.pipeline.skips import foreseen_skips
-    from taprobe_core.pipeline.speed import measure_speed
     from taprobe_core.pipeline.summary import plan_summary
 
     plan = open_plan(study)
@@ -230,7 +228,7 @@ def check(
 
 def _ask_for_inputs(plan: Plan, accept: bool) -> list[TaprobeError]:
     """Return what is wrong with a study's inputs; say which of their changes are now accepted."""
-    from taprobe_core.cli.verdicts import acceptance_line
+    from taprobe_core.cli.check import acceptance_line
     from taprobe_core.pipeline.input_faults import input_faults
 
     show_progress()  # of hashing, which takes its time with large weights
@@ -257,7 +255,7 @@ def storage(
     as_json: JsonOption = False,
 ) -> None:
     """Forecast the disk use of activations and attention, and of all tokens if they were kept."""
-    from taprobe_core.cli.costs import render_storage
+    from taprobe_core.cli.check import render_storage
     from taprobe_core.pipeline import open_plan
     from taprobe_core.pipeline.forecast import Assumptions, forecast
 
@@ -283,7 +281,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Hash every artifact against its manifest, every input against its pin; name each fault."""
-    from taprobe_core.cli.verdicts import verify_document, verify_lines
+    from taprobe_core.cli.check import verify_document, verify_lines
 
     plan = _on_disk(study)
     store = plan.store
@@ -403,7 +401,7 @@ def _name(key: ArtifactKey) -> str:
 
 def print_skipped(plan: Plan) -> None:
     """Print the problems that the study's artifacts leave out, as far as they are there."""
-    from taprobe_core.cli.skips import render_skips
+    from taprobe_core.cli.check import render_skips
     from taprobe_core.pipeline.skips import stored_skips
 
     for line in render_skips(stored_skips(plan), _SKIPS_IN_RUN):
@@ -412,7 +410,7 @@ def print_skipped(plan: Plan) -> None:
 
 def print_leaderboard(plan: Plan) -> None:
     """Print the best rows of the study's leaderboard."""
-    from taprobe_core.leaderboard import render_text
+    from taprobe_core.report.leaderboard import render_text
 
     frame = plan.read("leaderboard", (), "leaderboard")
     for table in render_text(frame):

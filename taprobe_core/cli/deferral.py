@@ -37,7 +37,7 @@ def plan_(
     """Show deferral plans; with --recipe, the runs of sentences to relabel."""
     import polars as pl
 
-    from taprobe_core.deferral import relabel_runs
+    from taprobe_core.deferral.plans import relabel_runs
     from taprobe_core.pipeline import key_of, open_plan
 
     plan = open_plan(study)

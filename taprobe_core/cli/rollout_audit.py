@@ -18,7 +18,7 @@ from taprobe_core.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from taprobe_core.rollout_audit import RolloutAudit
+    from taprobe_core.labels.audit import RolloutAudit
 
 _SHOWN = 50
 """Findings for a reader; `--json` prints them all."""
@@ -37,9 +37,9 @@ def audit_rollouts_(
     as_json: JsonOption = False,
 ) -> None:
     """Read all rollouts of a study; name failed, empty and missing ones, and labels that differ."""
-    from taprobe_core.importance.similarity import trigram_masked_dissimilar
+    from taprobe_core.labels.audit import NOTED, audit_rollouts
+    from taprobe_core.labels.similarity import trigram_masked_dissimilar
     from taprobe_core.pipeline import open_plan
-    from taprobe_core.rollout_audit import NOTED, audit_rollouts
 
     plan = open_plan(study)
     chosen = plan.study.rollouts

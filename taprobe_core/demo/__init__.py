@@ -30,7 +30,7 @@ Invariant: a world depends on its arguments alone.
 from __future__ import annotations
 
 from taprobe_core.demo.bundle import BUNDLE, SAMPLING
-from taprobe_core.demo.settings import SETTINGS
+from taprobe_core.demo.task import SETTINGS
 from taprobe_core.demo.truth import choose_problems, true_importance
 from taprobe_core.demo.world import DemoWorld, write_demo_world, write_policy_world
 

@@ -31,13 +31,11 @@ from taprobe_core.demo.bundle import (
     read_records,
     verify_files,
 )
-from taprobe_core.demo.labelling import exact_importance, measures
-from taprobe_core.demo.resampling import Resampler, base_traces
-from taprobe_core.demo.sampling import Reasoner
-from taprobe_core.demo.settings import SETTINGS
-from taprobe_core.demo.trace import Continuation, seeded
+from taprobe_core.demo.sampling import Reasoner, Resampler, base_traces
+from taprobe_core.demo.task import SETTINGS, Continuation, seeded
+from taprobe_core.demo.truth import exact_importance, measures
 from taprobe_core.errors import CorruptArtifactError, TaprobeError
-from taprobe_core.importance import trigram_masked_dissimilar
+from taprobe_core.labels import trigram_masked_dissimilar
 from taprobe_core.store.integrity import file_sha256
 
 if TYPE_CHECKING:

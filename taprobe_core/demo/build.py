@@ -26,16 +26,19 @@ from typing import TYPE_CHECKING, Any
 
 from taprobe_core.demo import sampling
 from taprobe_core.demo.bundle import ROLLOUTS, TRUTH, Record, write_records
-from taprobe_core.demo.gates import failed_gates, measure_gates
-from taprobe_core.demo.labelling import measures
-from taprobe_core.demo.reading import read_answer, read_continuation
-from taprobe_core.demo.resampling import Resampler, base_traces
-from taprobe_core.demo.settings import SETTINGS
-from taprobe_core.demo.task import N_TASKS, Problem, problem
+from taprobe_core.demo.policy import read_answer, read_continuation
+from taprobe_core.demo.sampling import Resampler, base_traces
+from taprobe_core.demo.task import N_TASKS, SETTINGS, Problem, Reasoned, Trace, problem, seeded
 from taprobe_core.demo.tokenizer import train_tokenizer
-from taprobe_core.demo.trace import Reasoned, Trace, seeded
-from taprobe_core.demo.training import Architecture, Training, train_reasoner, training_examples
-from taprobe_core.demo.truth import choose_problems
+from taprobe_core.demo.training import (
+    Architecture,
+    Training,
+    failed_gates,
+    measure_gates,
+    train_reasoner,
+    training_examples,
+)
+from taprobe_core.demo.truth import choose_problems, measures
 from taprobe_core.errors import ConfigError, NotEnoughDataError
 
 if TYPE_CHECKING:

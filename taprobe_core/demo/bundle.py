@@ -19,9 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from taprobe_core.demo.reading import read_answer, read_continuation, read_trace
-from taprobe_core.demo.task import problem
-from taprobe_core.demo.trace import Reasoned
+from taprobe_core.demo.policy import read_answer, read_continuation, read_trace
+from taprobe_core.demo.task import Reasoned, problem
 from taprobe_core.errors import CorruptArtifactError, DataError
 from taprobe_core.store.integrity import file_sha256
 

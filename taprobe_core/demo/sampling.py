@@ -1,4 +1,4 @@
-"""A trained reasoner -> texts, the same on every device.
+"""A trained reasoner -> texts, the same on every device: traces, and rests of their prefixes.
 
 A draw is the first token whose cumulative probability exceeds a uniform number. The numbers come
 from a named stream, not from a device, and the network is computed in double precision
@@ -8,6 +8,11 @@ token changes all that follow.
 
 Invariant: a text depends on weights, prompt, temperature and stream alone, not on what is sampled
 beside it.
+
+Each draw has a stream of its own, named by seed, reasoner, setting, problem, sentence and purpose,
+so that any of them can be made again alone. What does not belong here: which to make (`build`), and
+how a text is sampled (`sampling`). Invariant: a text depends on weights, seed and place alone; more
+texts begin with the same ones.
 """
 
 from __future__ import annotations
@@ -23,7 +28,10 @@ import torch
 from tokenizers import Tokenizer
 
 from taprobe_core.demo.network import Memory, Network
+from taprobe_core.demo.policy import read_trace
+from taprobe_core.demo.task import FORCED_ANSWER, SETTINGS, Problem, Trace
 from taprobe_core.demo.tokenizer import BOS, EOS, token_id
+from taprobe_core.errors import NotEnoughDataError
 
 TEMPERATURE = 1.0
 """Logits are divided by this; nothing is cut off (top p is 1)."""
@@ -171,3 +179,76 @@ def draw(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     found = torch.searchsorted(cumulative, numbers[:, None], right=True).squeeze(1)
     # The last sum may round to less than 1, and a number may lie above it.
     return found.clamp(max=logits.shape[1] - 1)
+
+
+MAX_ANSWER_TOKENS = 16
+"""Tokens of a forced answer, at most."""
+
+
+def base_traces(
+    reasoner: Reasoner, seed: int, name: str, problems: Sequence[Problem], n_candidates: int
+) -> dict[str, list[Trace]]:
+    """Sample base traces: per setting, each problem's first one of its grade.
+
+    Args:
+        reasoner: who reasons.
+        seed: of the recipe.
+        name: of the reasoner, a part of the streams' names.
+        problems: the problems.
+        n_candidates: whole solutions per problem in search of the two.
+
+    Raises:
+        NotEnoughDataError: no candidate of a grade that the policy could have said.
+    """
+    streams = [
+        uniforms(n_candidates, MAX_NEW_TOKENS, seed, name, some.id, "base") for some in problems
+    ]
+    candidates = reasoner.complete([some.prompt for some in problems], streams)
+    found: dict[str, list[Trace]] = {setting: [] for setting in SETTINGS}
+    for some, texts in zip(problems, candidates, strict=True):
+        traces = [trace for text in texts if (trace := read_trace(some, text))]
+        for setting, grade in SETTINGS.items():
+            first = next((trace for trace in traces if trace.is_correct == grade), None)
+            if first is None:
+                raise NotEnoughDataError(
+                    f"no {'right' if grade else 'wrong'} base trace in {len(texts)} candidates",
+                    f"{name}, problem {some.id}",
+                    "raise n_candidates, or train the reasoner longer",
+                )
+            found[setting].append(first)
+    return found
+
+
+class Resampler:
+    """Samples what follows the prefixes of base traces.
+
+    Args:
+        reasoner: who reasons.
+        seed: of the recipe.
+        place: reasoner and setting, parts of the streams' names.
+    """
+
+    def __init__(self, reasoner: Reasoner, seed: int, *place: str) -> None:
+        self.reasoner = reasoner
+        self.name: tuple[str | int, ...] = (seed, *place)
+
+    def rests(
+        self, at: Sequence[tuple[Problem, Trace, int]], n: int, purpose: str
+    ) -> list[list[str]]:
+        """Sample `n` rests per (problem, base trace, removed sentence).
+
+        Args:
+            at: where.
+            n: how many.
+            purpose: "rollouts", "truth" or "forced", a part of the streams' names.
+        """
+        is_forced = purpose == "forced"
+        length = MAX_ANSWER_TOKENS if is_forced else MAX_NEW_TOKENS
+        prompts = []
+        for some, trace, index in at:
+            prefix = " ".join(sentence.text for sentence in trace.sentences[:index])
+            prompts.append(some.prompt + prefix + (FORCED_ANSWER if is_forced else ""))
+        streams = [
+            uniforms(n, length, *self.name, some.id, index, purpose) for some, _, index in at
+        ]
+        return self.reasoner.complete(prompts, streams, stop="}" if is_forced else None)

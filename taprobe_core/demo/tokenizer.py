@@ -14,8 +14,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from taprobe_core.demo.policy import drawn_trace
-from taprobe_core.demo.task import N_TASKS, problem
-from taprobe_core.demo.trace import seeded
+from taprobe_core.demo.task import N_TASKS, problem, seeded
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 """Special tokens; their ids are 0, 1 and 2."""

@@ -15,10 +15,8 @@ from typing import Any
 
 from taprobe_core.demo.bundle import BUNDLE, SAMPLING, first_rollouts, read_manifest, read_records
 from taprobe_core.demo.policy import drawn_answers, drawn_rollouts, drawn_trace
-from taprobe_core.demo.settings import SETTINGS
-from taprobe_core.demo.task import Problem
+from taprobe_core.demo.task import SETTINGS, Problem, Reasoned, Trace, seeded
 from taprobe_core.demo.tokenizer import train_tokenizer
-from taprobe_core.demo.trace import Reasoned, Trace, seeded
 from taprobe_core.demo.truth import choose_problems
 from taprobe_core.demo.writer import Entry, write_rollouts
 from taprobe_core.errors import ConfigError, PlanError

@@ -14,7 +14,7 @@ from taprobe_core.demo.world import write_policy_world
 from taprobe_core.store import PinnedSource, fingerprint
 from taprobe_core.store.disk import disk_errors
 from taprobe_core.store.integrity import file_sha256
-from taprobe_core.store.sealed import seal_folder, sealed_files
+from taprobe_core.store.local import seal_folder, sealed_files
 from taprobe_core.study import DemoSource, PolicySource, Study
 
 _log = logging.getLogger(__name__)

@@ -21,13 +21,17 @@ import polars as pl
 import torch
 import transformers
 
-from taprobe_core.activations.block_shape import BlockShape
 from taprobe_core.activations.cost import attention_bytes, bytes_of, cost_line, pass_flop
 from taprobe_core.activations.extract import Extracted, extract
-from taprobe_core.activations.gemm_rate import sustained_gemm_rate
-from taprobe_core.activations.options import ExtractOptions
-from taprobe_core.activations.shards import ActivationShard, AttentionShard, shard_file
-from taprobe_core.activations.tasks import TextTask, tasks_of
+from taprobe_core.activations.gemm_rate import BlockShape, sustained_gemm_rate
+from taprobe_core.activations.tasks import (
+    ActivationShard,
+    AttentionShard,
+    ExtractOptions,
+    TextTask,
+    shard_file,
+    tasks_of,
+)
 from taprobe_core.attention.mode import AttentionMode
 from taprobe_core.checkpoints import (
     LoadedModel,

@@ -18,10 +18,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from taprobe_core.attention_tables import variant_scores
+from taprobe_core.attention.tables import variant_scores
 from taprobe_core.checkpoints import pick_devices
 from taprobe_core.errors import TaprobeError, attempted
-from taprobe_core.features import ProbeData
 from taprobe_core.keys import Site
 from taprobe_core.pipeline.commit import commit_once
 from taprobe_core.pipeline.fit_rows import WHOLE, View, kept_rows, take_rows, with_attention
@@ -29,6 +28,7 @@ from taprobe_core.pipeline.inputs import read_attention, read_probe_data
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.skips import folds_of
 from taprobe_core.probes import Contents, Design, Fit, RecipeFit, fit_each, save_probes
+from taprobe_core.probes.features import ProbeData
 from taprobe_core.store import Artifact, ArtifactKey, write_table
 from taprobe_core.study import ProbeRecipe
 

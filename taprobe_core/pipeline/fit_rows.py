@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from taprobe_core.features import ProbeData, TokenSets
+from taprobe_core.probes.features import ProbeData, TokenSets
 from taprobe_core.study.sweep import AttentionVariant
 
 

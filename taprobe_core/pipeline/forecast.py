@@ -1,4 +1,7 @@
-"""What extraction will cost, before it costs anything: tokens, operations, bytes, seconds.
+"""What a study will cost before anything runs: passes, bytes and seconds, by the device's own rate.
+
+In: the study's device and the shapes of its models. Out: FLOP/s, measured with random values; no
+weights are loaded. What does not belong here: what there is to multiply (forecast).
 
 Counts come from the store where a stage has run, else from stated assumptions; operations from the
 dimensions in the checkpoint's configuration, else from the width of the model alone; every row says
@@ -11,12 +14,11 @@ The whole study is forecast, whether or not part of it is there already.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import polars as pl
 
-from taprobe_core.activations.block_shape import BlockShape, is_known
 from taprobe_core.activations.cost import (
     attention_bytes,
     attention_scores_flop,
@@ -24,11 +26,64 @@ from taprobe_core.activations.cost import (
     expected_seconds,
     pass_flop,
 )
+from taprobe_core.activations.gemm_rate import BlockShape, is_known
+from taprobe_core.checkpoints import pick_devices
 from taprobe_core.checkpoints.resolve import checkpoint_config
-from taprobe_core.errors import ModelError, ModelMissingError, TaprobeError
+from taprobe_core.errors import ConfigError, ModelError, ModelMissingError, TaprobeError
 from taprobe_core.pipeline.plan import Plan
-from taprobe_core.pipeline.speed import Speed
 from taprobe_core.study import PretrainedCheckpoint, resolve_folder
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the study's devices do.
+
+    Attributes:
+        device: their kind; what the study says, when this machine lacks it or nobody asked.
+        n_devices: how many share the work.
+        gemm_rates: by model, measured FLOP/s of one device; models that were not measured are not
+            in it.
+        note: why nothing can be measured here; None when it can.
+    """
+
+    device: str
+    n_devices: int = 1
+    gemm_rates: Mapping[str, float] = field(default_factory=dict)
+    note: str | None = None
+
+
+def measure_speed(
+    plan: Plan, shapes: Mapping[str, BlockShape], *, is_measured: bool = True
+) -> Speed:
+    """Find the study's devices and measure one of them, once for each shape and number type.
+
+    Args:
+        plan: the plan.
+        shapes: by model; models without one are left out.
+        is_measured: False only looks whether the devices are there that the study names.
+    """
+    named = plan.study.activations.device
+    if not is_measured and named in {"auto", "cpu"}:
+        return Speed(named)  # every machine has one: torch, which takes seconds, need not be asked
+    try:
+        devices = pick_devices(named)
+    except ConfigError as error:
+        return Speed(named, note=error.what)
+    if not is_measured:
+        return Speed(devices[0].type, len(devices))
+    import torch
+
+    from taprobe_core.activations.gemm_rate import sustained_gemm_rate
+
+    rates: dict[tuple[BlockShape, str], float] = {}
+    by_model: dict[str, float] = {}
+    for model, shape in shapes.items():
+        dtype = plan.model(model).dtype
+        if (shape, dtype) not in rates:
+            rates[shape, dtype] = sustained_gemm_rate(devices[0], getattr(torch, dtype), shape)
+        by_model[model] = rates[shape, dtype]
+    return Speed(devices[0].type, len(devices), by_model)
+
 
 PUBLISHED_PROBLEMS = 20
 """Problems per model and setting in the published dataset."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from taprobe_core.features import ProbeData
+    from taprobe_core.probes.features import ProbeData
 
 
 def read_shards(
@@ -33,7 +33,7 @@ def read_shards(
         MissingArtifactError: they are not extracted yet.
         CorruptArtifactError: a shard differs from its manifest.
     """
-    from taprobe_core.activations.shards import ACTIVATIONS_FILE
+    from taprobe_core.activations.tasks import ACTIVATIONS_FILE
 
     index = plan.read("activations", (str(site), setting), "shards")
     for problem_id, shard in index.select("problem_id", "shard_fingerprint").iter_rows():
@@ -62,7 +62,7 @@ def read_attention(
 
 def attention_tensors(plan: Plan, key: ArtifactKey) -> dict[str, torch.Tensor]:
     """Read the tensors of one attention shard."""
-    from taprobe_core.activations.shards import ATTENTION_FILE
+    from taprobe_core.activations.tasks import ATTENTION_FILE
 
     return plan.store.open(key).read_tensors(ATTENTION_FILE)
 
@@ -117,7 +117,7 @@ def read_probe_data(
     Raises:
         MissingArtifactError: an upstream artifact is not there yet.
     """
-    from taprobe_core.features import join_features
+    from taprobe_core.probes.features import join_features
 
     poolings = sorted({pooling for recipe in recipes for pooling in recipe.poolings_read})
     if not recipes and site is not None and "mean" in plan.study.activations.poolings:

@@ -91,7 +91,7 @@ def folds_of(plan: Plan, model: str, setting: str, present: tuple[int, ...]) -> 
 def _foreseen(plan: Plan, model: str, setting: str) -> Iterator[pl.DataFrame]:
     """Yield what each stage leaves out; one that cannot be told does not hide those before it."""
     from taprobe_core.checkpoints import load_tokenizer
-    from taprobe_core.labels import unlabelled
+    from taprobe_core.labels.make import unlabelled
     from taprobe_core.spans import make_spans
 
     study = plan.study

@@ -15,11 +15,9 @@ precision   products on CUDA
 threads     how many threads a solve gets
 """
 
-from taprobe_core.probes.content import Contents
-from taprobe_core.probes.design import Design, Fit
-from taprobe_core.probes.files import load_probes, save_probes
+from taprobe_core.probes.design import Contents, Design, Fit
 from taprobe_core.probes.fit import RecipeFit, fit_batches, fit_each
-from taprobe_core.probes.fitted import FittedProbe, Training
+from taprobe_core.probes.fitted import FittedProbe, Training, load_probes, save_probes
 from taprobe_core.probes.registry import predict
 
 __all__ = [

@@ -21,15 +21,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from taprobe_core.devices import products_in, threads_for
 from taprobe_core.errors import NonFiniteError, TaprobeError, attempted, original
-from taprobe_core.features import ProbeData
 from taprobe_core.probes.design import TARGET_SETTINGS, Design, Fit
-from taprobe_core.probes.fitted import FittedProbe
+from taprobe_core.probes.features import ProbeData
+from taprobe_core.probes.fitted import FittedProbe, Solved
 from taprobe_core.probes.inputs import n_inputs, n_values
-from taprobe_core.probes.precision import products_in
 from taprobe_core.probes.registry import SOLVERS
-from taprobe_core.probes.solved import Solved
-from taprobe_core.probes.threads import threads_for
 from taprobe_core.study import Precision
 from taprobe_core.tables import SCORES, check_table
 

@@ -1,19 +1,106 @@
-"""A fitted probe: arrays and what they were fitted on, no estimator object.
+"""A fitted probe: arrays in, scores out; what a batched solve leaves; probes on disk.
+
+Probes that read token sets are fitted and scored here too.
+
+A solve leaves scores of every row, and each model's arrays on demand. What does not belong here:
+which estimator is which (`registry`).
 
 What does not belong here: how the arrays are found and how they score (`linear`, `network`,
 `token_sets`), and how they are kept (`files`). Invariant: what a probe reads of a row is a function
 of arrays, terms and the row alone.
+
+What does not belong here: the training (`solvers.token_probes`), rows and targets (`design`).
+
+JSON: `format`, `seed`, `recipe` (with its target), `terms` (every term that any fold chose, once,
+alphabetical) and `probes`, one object per fold: `protocol`, `index`, `train`, `val`, `test`,
+`n_iter`, `is_converged`, `early_stopping`, `arrays`. A tensor's name is the fold and the array,
+`lopo_3.coef`; `lopo_3.terms` [term] int32 are that fold's terms as positions in `terms`.
+
+What does not belong here: atomic publishing and hashes (`store`). Invariant: the same fit gives
+the same bytes, and loaded probes hold bit-equal arrays. No pickle.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from taprobe_core.errors import DataError
-from taprobe_core.features import ProbeData
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+from scipy.special import expit
+
+from taprobe_core.errors import (
+    CorruptArtifactError,
+    DataError,
+    MissingArtifactError,
+    StaleArtifactError,
+)
+from taprobe_core.probes.design import Design, Fit
+from taprobe_core.probes.features import ProbeData
 from taprobe_core.probes.inputs import Arrays, Matrix, dense_matrix, transform_inputs
+from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.tokens.platt import probabilities
+from taprobe_core.solvers.tokens.pooling import TokenProbeOptions
+from taprobe_core.solvers.tokens.ragged import RaggedTokens
+from taprobe_core.solvers.tokens.solve import fit_token_probes, positive_weights, score_token_probe
 from taprobe_core.splits import Fold
-from taprobe_core.study import ProbeRecipe
+from taprobe_core.store import write_bytes
+from taprobe_core.study import ControlRecipe, ProbeRecipe
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """One solve.
+
+    Attributes:
+        score: [row, column] float32: the probability of an anchor for targets that are classes,
+            else the predicted value; the columns of `Design.columns`.
+        n_iter: [column] int64, epochs of a network or token probe, else solver steps.
+        probe: makes the stored probe of one column; called only for folds that are tested.
+    """
+
+    score: NDArray[np.float32]
+    n_iter: NDArray[np.int64]
+    probe: Callable[[Fit, int], FittedProbe]
+
+
+def own_features(recipe: ProbeRecipe, data: ProbeData) -> tuple[str, ...]:
+    """Return the features that a recipe reads."""
+    return recipe.features
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How one kind of estimator is fitted and scored.
+
+    Attributes:
+        solve: fits many recipes on every fold: design, fits, device and whether weights are kept.
+        score: scores every row of data with a stored probe, [sentence] float32.
+        n_weights: about how many weights one probe has, given the recipe and the number of dense
+            values that it reads of a row or token.
+        per_model: settings in which the models of one solve may differ, beside their targets.
+        features: what of the features the recipes of one solve have in common.
+        is_watched: whether training always stops by the fold's validation rows, so that the models
+            of one solve must have their target defined on the same rows.
+    """
+
+    solve: Callable[[Design, Sequence[Fit], str, bool], Solved]
+    score: Callable[[FittedProbe, ProbeData], NDArray[np.float32]]
+    n_weights: Callable[[ProbeRecipe, int], int]
+    per_model: tuple[str, ...] = ()
+    features: Callable[[ProbeRecipe, ProbeData], tuple[str, ...]] = own_features
+    is_watched: bool = False
+
+
+def scores_of(decision: NDArray[np.float64], recipe: ProbeRecipe) -> NDArray[np.float32]:
+    """Return what a recipe's scores are: the probability of a class, else the value as it is."""
+    return np.asarray(expit(decision) if recipe.is_binary else decision, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -75,3 +162,201 @@ class FittedProbe:
                 "use activations of the model that the probe was fitted on",
             )
         return transform_inputs(dense, data.texts, self.arrays, self.terms)
+
+
+def fit_token_sets(
+    design: Design, fits: Sequence[Fit], device: str, keep_weights: bool = True
+) -> Solved:
+    """Train the token probes of recipes that differ in target and seed alone.
+
+    Binary targets weigh both classes alike while training; their scores are then calibrated on the
+    fold's validation problems, the ones whose loss stopped the training.
+
+    Args:
+        design: rows and folds.
+        fits: recipes of one token estimator, of equal settings.
+        device: of the training.
+        keep_weights: False where no probe will be asked for.
+
+    Raises:
+        DataError: the data has no token sets.
+        NonFiniteError: a probe diverged.
+    """
+    recipe = fits[0].recipe
+    train, validation = design.watched()
+    # An undefined target has no loss; `fit` groups fits by what leaves it undefined.
+    validation &= design.target(recipe).weight > 0
+    columns, options = design.columns(fits, train), token_options(recipe)
+    if options.is_binary:
+        weight = columns.weight * positive_weights(columns.y, columns.fold, train)
+        columns = Columns(columns.fold, columns.y, weight, columns.seed)
+    tokens = ragged_tokens(recipe, design.data)
+    found = fit_token_probes(
+        tokens, train, validation, columns, options, device, keep_weights=keep_weights
+    )
+    score = found.probability() if options.is_binary else found.decision
+
+    def probe(fit: Fit, column: int) -> FittedProbe:
+        is_fitted = bool(found.is_calibrated[column])
+        in_words = f"on: validation loss, best in epoch {found.best_epoch[column]}"
+        if options.is_binary and not is_fitted:
+            in_words += "; not calibrated"
+        training = Training(int(found.n_iter[column]), bool(found.is_converged[column]), in_words)
+        arrays: dict[str, NDArray[Any]] = {**found.column(column)}
+        arrays["calibration"] = found.calibration[column]
+        fold = design.folds[int(columns.fold[column])]
+        return FittedProbe(fit.recipe, fold, fit.seed, arrays, None, training)
+
+    return Solved(score.astype(np.float32), found.n_iter, probe)
+
+
+def score_tokens(probe: FittedProbe, data: ProbeData) -> NDArray[np.float32]:
+    """Score every row of `data` with a stored token probe.
+
+    Returns:
+        [sentence] float32: the calibrated probability of an anchor, or the predicted value.
+
+    Raises:
+        DataError: `data` has no token sets, or of another d_model.
+    """
+    options = token_options(probe.recipe)
+    decision = score_token_probe(ragged_tokens(probe.recipe, data), probe.arrays, options)
+    if options.is_binary:
+        decision = probabilities(decision[:, None], probe.arrays["calibration"][None])[:, 0]
+    return decision.astype(np.float32)
+
+
+def ragged_tokens(recipe: ProbeRecipe, data: ProbeData) -> RaggedTokens:
+    """Return the token sets of the rows.
+
+    Raises:
+        DataError: the data has none.
+    """
+    if data.tokens is None:
+        raise DataError(
+            f"recipe {recipe.name!r} reads token sets, and the data has none",
+            "ProbeData.tokens",
+            "pass activations of pooling tokens to join_features",
+        )
+    return RaggedTokens(torch.from_numpy(data.tokens.values), data.tokens.offsets)
+
+
+def token_options(recipe: ProbeRecipe) -> TokenProbeOptions:
+    """Return the solver's settings of a recipe."""
+    own = recipe.token_probe
+    return TokenProbeOptions(
+        pooling=recipe.estimator,  # type: ignore[arg-type] # the recipe has a token estimator
+        loss="logistic" if recipe.is_binary else own.loss,
+        **own.model_dump(exclude={"loss"}),
+    )
+
+
+def _n_weights(recipe: ProbeRecipe, d_model: int) -> int:
+    width, depth = recipe.token_probe.width, recipe.token_probe.depth
+    return width * (d_model + (depth - 1) * width)
+
+
+TOKEN_SETS = Solver(fit_token_sets, score_tokens, _n_weights, is_watched=True)
+"""Probes that read each token of a sentence and pool what they read."""
+
+
+FORMAT = 2
+_ARRAYS, _REST = "probes.safetensors", "probes.json"
+_FIT_AGAIN = "fit these probes again"
+
+
+def save_probes(folder: Path, probes: Sequence[FittedProbe]) -> None:
+    """Write the probes of one recipe into `folder`, which exists.
+
+    Args:
+        folder: receives `probes.safetensors` and `probes.json`.
+        probes: one per fold, at least one.
+    """
+    first = probes[0]
+    terms = sorted({term for probe in probes for term in probe.terms or ()})
+    position = {term: index for index, term in enumerate(terms)}
+    tensors = {}
+    for probe in probes:
+        arrays = dict(probe.arrays)
+        if probe.terms is not None:
+            arrays["terms"] = np.array([position[term] for term in probe.terms], dtype=np.int32)
+        for name, array in arrays.items():
+            tensors[f"{_prefix(probe.fold)}.{name}"] = np.ascontiguousarray(array)
+    document = {
+        "format": FORMAT,
+        "seed": first.seed,
+        "recipe": first.recipe.model_dump(mode="json"),
+        "terms": terms,
+        "probes": [_record(probe) for probe in probes],
+    }
+    # The library's own writer would let only its owner read the file, whatever the umask says.
+    write_bytes(folder / _ARRAYS, save(tensors))
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1, sort_keys=True)
+    (folder / _REST).write_text(text + "\n", encoding="utf-8")
+
+
+def load_probes(folder: Path) -> list[FittedProbe]:
+    """Read what `save_probes` wrote, in fold order.
+
+    Raises:
+        MissingArtifactError: a file is absent.
+        StaleArtifactError: another version of this format.
+        CorruptArtifactError: a file cannot be read, or the two do not belong together.
+    """
+    missing = [name for name in (_ARRAYS, _REST) if not (folder / name).is_file()]
+    if missing:
+        raise MissingArtifactError(f"no {' and no '.join(missing)}", str(folder), _FIT_AGAIN)
+    try:
+        document = json.loads((folder / _REST).read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            raise StaleArtifactError(
+                f"format is {document['format']}, this version reads {FORMAT}",
+                str(folder / _REST),
+                _FIT_AGAIN,
+            )
+        tensors = load_file(folder / _ARRAYS)
+        kind = ControlRecipe if "control_seed" in document["recipe"] else ProbeRecipe
+        recipe = kind.model_validate_json(json.dumps(document["recipe"]))
+        return [_probe(document, recipe, record, tensors) for record in document["probes"]]
+    except (ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        raise CorruptArtifactError(
+            f"probes cannot be read ({type(error).__name__}: {error})", str(folder), _FIT_AGAIN
+        ) from error
+
+
+def _record(probe: FittedProbe) -> dict[str, Any]:
+    fold, training = probe.fold, probe.training
+    return {
+        "protocol": fold.protocol,
+        "index": fold.index,
+        "train": list(fold.train),
+        "val": list(fold.val),
+        "test": list(fold.test),
+        "n_iter": training.n_iter,
+        "is_converged": training.is_converged,
+        "early_stopping": training.early_stopping,
+        "arrays": sorted(probe.arrays),
+    }
+
+
+def _probe(
+    document: dict[str, Any], recipe: ProbeRecipe, record: dict[str, Any], tensors: Arrays
+) -> FittedProbe:
+    train, val, test = (tuple(record[side]) for side in ("train", "val", "test"))
+    fold = Fold(record["protocol"], record["index"], train, val, test)
+    prefix = _prefix(fold)
+    terms = None
+    if "text" in recipe.features:
+        terms = tuple(document["terms"][position] for position in tensors[f"{prefix}.terms"])
+    return FittedProbe(
+        recipe=recipe,
+        fold=fold,
+        seed=document["seed"],
+        arrays={name: tensors[f"{prefix}.{name}"] for name in record["arrays"]},
+        terms=terms,
+        training=Training(record["n_iter"], record["is_converged"], record["early_stopping"]),
+    )
+
+
+def _prefix(fold: Fold) -> str:
+    return f"{fold.protocol}_{fold.index}"

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, hstack
 
 from taprobe_core.errors import DataError
-from taprobe_core.features import ProbeData
+from taprobe_core.probes.features import ProbeData, weigh_texts
 from taprobe_core.study import ProbeRecipe
-from taprobe_core.words import weigh_texts
 
 Matrix: TypeAlias = NDArray[np.float64] | csr_matrix
 Arrays = dict[str, NDArray[Any]]

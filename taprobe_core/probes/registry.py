@@ -9,12 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from taprobe_core.features import ProbeData
-from taprobe_core.probes.fitted import FittedProbe
-from taprobe_core.probes.linear import LINEAR
-from taprobe_core.probes.network import MLP
-from taprobe_core.probes.solved import Solver
-from taprobe_core.probes.token_sets import TOKEN_SETS
+from taprobe_core.probes.dense import LINEAR, MLP
+from taprobe_core.probes.features import ProbeData
+from taprobe_core.probes.fitted import TOKEN_SETS, FittedProbe, Solver
 
 SOLVERS: dict[str, Solver] = {
     "linear": LINEAR,

@@ -5,13 +5,15 @@
 in `labels`.
 """
 
-from taprobe_core.rollouts.contents import content_digest, problem_listing, source_files
 from taprobe_core.rollouts.parse import ProblemRecord, parse_problem
 from taprobe_core.rollouts.read import (
     RolloutTables,
     choose_problems,
+    content_digest,
     listed_problems,
+    problem_listing,
     read_rollouts,
+    source_files,
 )
 from taprobe_core.rollouts.sources import (
     FILE_NAMES,

@@ -10,10 +10,17 @@ that holds a character of a sentence is in that sentence's range. `cover_faults`
 from the tables alone.
 """
 
-from taprobe_core.spans.build import SpanTables, input_sha256, make_spans
-from taprobe_core.spans.cover import cover_faults
-from taprobe_core.spans.tokens import TokenizedText, bos_id, token_ranges, tokenize_text
-from taprobe_core.spans.walk import TextPart, flatten_text, view_text, walk_sentences
+from taprobe_core.spans.build import SpanTables, cover_faults, input_sha256, make_spans
+from taprobe_core.spans.tokens import (
+    TextPart,
+    TokenizedText,
+    bos_id,
+    flatten_text,
+    token_ranges,
+    tokenize_text,
+    view_text,
+    walk_sentences,
+)
 
 __all__ = [
     "SpanTables",

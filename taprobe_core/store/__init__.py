@@ -13,12 +13,9 @@ backend       what a store needs from the place that keeps it
 local         that place as folders; disk and lock are its tools
 """
 
-from taprobe_core.store.artifact import Artifact
 from taprobe_core.store.artifacts import Store
-from taprobe_core.store.audit import Lineage, Verdict
 from taprobe_core.store.backend import Backend
-from taprobe_core.store.batch import commit_files
-from taprobe_core.store.committer import Committer
+from taprobe_core.store.batch import Committer, commit_files
 from taprobe_core.store.disk import write_bytes
 from taprobe_core.store.files import (
     read_json,
@@ -32,9 +29,9 @@ from taprobe_core.store.files import (
 from taprobe_core.store.fingerprint import ArtifactKey, fingerprint, parse_key
 from taprobe_core.store.local import LocalBackend
 from taprobe_core.store.manifest import FileRecord, Manifest, library_versions
-from taprobe_core.store.pin_file import Acceptance
-from taprobe_core.store.pin_reading import PinnedSource
+from taprobe_core.store.pin_file import Acceptance, PinnedSource
 from taprobe_core.store.pins import UNPINNED, Pins, PinVerdict
+from taprobe_core.store.reader import Artifact, Lineage, Verdict
 from taprobe_core.store.workers import CommitWorkers, FileCommit, workers_for
 
 __all__ = [

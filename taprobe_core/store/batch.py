@@ -1,4 +1,4 @@
-"""Many commits of one file each, for the price of fewer.
+"""Many commits of one file each with grouped fsyncs, as they come or in step with their maker.
 
 Turns whole files into artifacts as `Store.commit` does, each locked, flushed and renamed by itself;
 but every step is taken for all of them before the next one, so that the disk writes them side by
@@ -9,19 +9,29 @@ twice, a store that is no local folder. What does not belong here: where the fil
 
 The invariant: no version gets its name before its bytes, its manifest, its folder and the entry of
 its partition are on the disk; a fault of one commit is no other's.
+
+In step, what came together is committed by the call (`batch`). Ahead, child processes do it
+(`workers`), because commits by the hundred a second would keep this process from
+feeding an accelerator. What does not belong here: what the files are.
+
+The invariant: an error of a commit is raised by a later `put`, or by `flush`; in step, by this one.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from taprobe_core.errors import BusyArtifactError, TaprobeError
-from taprobe_core.store.artifacts import Store
+from taprobe_core.store.artifacts import Draft, Store
 from taprobe_core.store.backend import POINTER
 from taprobe_core.store.disk import (
     check_room,
@@ -31,12 +41,11 @@ from taprobe_core.store.disk import (
     write_bytes,
     write_open,
 )
-from taprobe_core.store.draft import Draft
 from taprobe_core.store.fingerprint import ArtifactKey, check_key
 from taprobe_core.store.integrity import describe_parts, remember_sha256
 from taprobe_core.store.local import LocalBackend
 from taprobe_core.store.manifest import MANIFEST_NAME, render_manifest
-from taprobe_core.store.workers import FileCommit
+from taprobe_core.store.workers import CommitWorkers, FileCommit
 
 MAX_BATCH = 32
 """Commits under way at once; each holds its lock and three open files."""
@@ -236,3 +245,68 @@ class _Staged:
     def _errors(self) -> Iterator[None]:
         with disk_errors(self._partition, self._commit.n_bytes, self._backend.free_bytes):
             yield
+
+
+_BATCH = 12
+"""Commits that a child gets at once: so that the last ones are shared out over the children."""
+
+_AHEAD = 2
+"""Calls of `put` for each child whose commits may be under way; bounds the memory."""
+
+
+class Committer:
+    """Commits artifacts of one file each.
+
+    Args:
+        store: where to.
+        workers: children that commit while `put` returns; None commits in step, and so does a
+            store that is no local folder.
+    """
+
+    def __init__(self, store: Store, workers: CommitWorkers | None = None) -> None:
+        self._store = store
+        self._workers = workers
+        self._root = store.backend.root if isinstance(store.backend, LocalBackend) else None
+        self._pending: deque[list[Future[None]]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.flush()
+
+    def put(self, commits: Sequence[FileCommit]) -> None:
+        """Commit some artifacts.
+
+        Args:
+            commits: their bytes must stay as they are until they are committed.
+
+        Raises:
+            TaprobeError: one of these, or of an earlier call, could not be committed.
+        """
+        if self._workers is not None and self._root is not None:
+            starts = range(0, len(commits), _BATCH)
+            batches = [commits[at : at + _BATCH] for at in starts]
+            self._pending.append([self._workers.submit(self._root, each) for each in batches])
+            self._wait(_AHEAD * len(self._workers))
+        else:
+            commit_files(self._store, commits)
+
+    def flush(self) -> None:
+        """Wait for every commit.
+
+        Raises:
+            TaprobeError: one could not be committed.
+        """
+        self._wait(0)
+
+    def _wait(self, n_left: int) -> None:
+        while len(self._pending) > n_left:
+            for future in self._pending.popleft():
+                future.result()

@@ -1,4 +1,4 @@
-"""Artifacts in folders of a local file system.
+"""Artifacts in folders of a local file system, and folders beside the store sealed like them.
 
 Turns keys into folders, `<root>/<stage>/<part>/.../<fingerprint>/`, and a staged folder into a
 published one. Manifests and hashes belong in `artifacts`. Invariant: a folder named like a
@@ -6,31 +6,39 @@ fingerprint is a whole version that was on the disk before it got its name; ever
 writer makes is called `.tmp-*` and vanishes with its writer or at the next lock.
 
 Order of a publish: fsync files and folder, rename, swap `CURRENT`, fsync the partition.
+
+`manifest.json` names every other file of the folder with its sha256. It is written before the
+folder gets its name, so that a folder without one was not made here or has lost it. When the files
+are compared with it belongs in `pins`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from taprobe_core.errors import ArtifactError
+from taprobe_core.errors import ArtifactError, CorruptArtifactError
 from taprobe_core.store.backend import NOT_REGULAR, POINTER
 from taprobe_core.store.disk import (
+    LOCK_NAME,
     TEMPORARY,
+    hold_lock,
     make_folder,
     make_unflushed,
     replace_text,
     sync_path,
     sync_tree,
     temporary_name,
+    write_bytes,
 )
 from taprobe_core.store.fingerprint import MAX_DEPTH, ArtifactKey, is_fingerprint, is_part
-from taprobe_core.store.lock import LOCK_NAME, hold_lock
+from taprobe_core.store.integrity import file_sha256
 from taprobe_core.store.manifest import MANIFEST_NAME
 
 _MAX_POINTER_BYTES = 200
@@ -277,3 +285,37 @@ def _delete(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+_FORMAT = "sha256_by_name"
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the manifest of a folder that is complete.
+
+    Nothing is flushed: what a power cut takes is missed by the manifest, and made again.
+    """
+    names = sorted(file_sizes(folder))
+    files = {name: file_sha256(folder / name, use_cache=False) for name in names}
+    write_bytes(folder / MANIFEST_NAME, json.dumps({_FORMAT: files}, indent=1).encode())
+
+
+def sealed_files(folder: Path) -> Callable[[], Mapping[str, str]]:
+    """Return a function that reads a folder's manifest: sha256 by relative path.
+
+    It raises CorruptArtifactError where there is no manifest, or none that was written here.
+    """
+
+    def read() -> Mapping[str, str]:
+        path = folder / MANIFEST_NAME
+        try:
+            files = json.loads(path.read_bytes())[_FORMAT]
+            return {str(name): str(sha256) for name, sha256 in files.items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CorruptArtifactError(
+                f"the manifest cannot be read ({error})",
+                str(path),
+                f"remove {folder}; it is made again",
+            ) from error
+
+    return read

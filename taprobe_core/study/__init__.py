@@ -7,7 +7,6 @@
 for editors) stands beside them and is imported by its own name.
 """
 
-from taprobe_core.study.activations import SPEED_ONLY, Activations, Attention, Pooling, Storage
 from taprobe_core.study.config import (
     DEFAULT_RECIPES,
     Checkpoint,
@@ -41,6 +40,7 @@ from taprobe_core.study.controls import (
     Selectivity,
 )
 from taprobe_core.study.estimators import ESTIMATORS, Estimator, EstimatorEntry
+from taprobe_core.study.parts import SPEED_ONLY, Activations, Attention, Pooling, Storage
 from taprobe_core.study.probes import Precision
 from taprobe_core.study.source import load_study, parse_study, shipped_studies
 from taprobe_core.study.targets import TARGETS, Target, TargetEntry

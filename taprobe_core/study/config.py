@@ -14,24 +14,9 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from taprobe_core.keys import LONGEST_KEY, Site, Trial
-from taprobe_core.study.activations import Activations, Attention, Pooling
 from taprobe_core.study.controls import ControlRecipe, control_fault, controls_of
 from taprobe_core.study.estimators import TokenProbe
 from taprobe_core.study.evaluation import Evaluation
-from taprobe_core.study.fields import (
-    CommitSha,
-    Count,
-    FolderName,
-    Fraction,
-    HubId,
-    Index,
-    LocalPath,
-    Seed,
-    Slug,
-    StudyPart,
-    distinct,
-    study_fault,
-)
 from taprobe_core.study.models import (
     Checkpoint,
     DemoCheckpoint,
@@ -40,10 +25,26 @@ from taprobe_core.study.models import (
     PretrainedCheckpoint,
     StandInCheckpoint,
 )
+from taprobe_core.study.parts import (
+    Activations,
+    Attention,
+    CommitSha,
+    Count,
+    FolderName,
+    Fraction,
+    HubId,
+    Index,
+    LocalPath,
+    Pooling,
+    Seed,
+    Slug,
+    Splits,
+    StudyPart,
+    distinct,
+    study_fault,
+)
 from taprobe_core.study.probes import DEFAULT_RECIPES, ProbeRecipe, Probes
-from taprobe_core.study.splits import Splits
-from taprobe_core.study.sweep import Sweep
-from taprobe_core.study.sweep_faults import sweep_fault
+from taprobe_core.study.sweep import Sweep, sweep_fault
 from taprobe_core.study.targets import Target
 from taprobe_core.study.waivers import Waiver, waiver_fault
 

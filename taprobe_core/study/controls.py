@@ -1,7 +1,7 @@
 """Control tasks of a study: which recipes get one, and the recipe that it is fitted as.
 
-What the labels of a control are belongs in `taprobe_core.control_task`, what follows from it in
-`taprobe_core.selectivity`.
+What the labels of a control are belongs in `taprobe_core.probes.control_task`, what follows from it
+in `taprobe_core.evaluation.contrasts`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 from pydantic_core import PydanticCustomError
 
-from taprobe_core.study.fields import Seed, StudyPart, distinct, study_fault
+from taprobe_core.study.parts import Seed, StudyPart, distinct, study_fault
 from taprobe_core.study.probes import ProbeRecipe
 
 ANY_LINEAR_PROBE = "any_linear_probe"

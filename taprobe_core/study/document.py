@@ -1,4 +1,17 @@
-"""Read the YAML text of a study into plain values that know their lines.
+"""Read the YAML text of a study into plain values that know their lines; collect its faults.
+
+`${VAR}` and `${VAR:-default}` in a location are replaced by values of environment variables.
+
+A fault knows where it stands (key and line), what was found there and what to write instead.
+Finding them belongs in `document` (the YAML), `environment` (the variables) and `wording` (the
+values).
+
+A study is often somebody else's, and its texts end in manifests and reports. Variables therefore
+stand only where a location does, and never one that by its name holds a secret.
+
+As in a shell: the default is taken when the variable is unset or empty, and may itself hold
+variables. `$${` stands for a literal `${`. A replaced value is never expanded again, so a variable
+cannot smuggle in another one.
 
 Only what a study needs is accepted: mappings with text keys, lists, text, numbers, true, false and
 null, by the rules of YAML 1.2 (so `no` is text and `1e-3` a number). Whatever YAML would let pass
@@ -8,18 +21,175 @@ in silence is a fault here: a key given twice, NaN, infinity, tags. What the val
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from taprobe_core.errors import ConfigError
-from taprobe_core.study.environment import ExpansionError, expand, is_secret, variables
-from taprobe_core.study.faults import Fault, KeyPath, fault_error, key_name, shown
+
+KeyPath = tuple[str | int, ...]
+"""Keys and list indices from the top of the file down to a value."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing to correct.
+
+    Attributes:
+        path: where it stands in the study.
+        line: line of the file, counted from 1; None when the fault is of the whole file.
+        what: what was found, in one sentence without a full stop.
+        fix: the edit to make, or the command to type.
+    """
+
+    path: KeyPath
+    line: int | None
+    what: str
+    fix: str
+
+
+def key_name(path: KeyPath) -> str:
+    """Return a path as a user writes it, for example `models.tiny.layers[2]`."""
+    name = ""
+    for part in path:
+        name += f"[{part}]" if isinstance(part, int) else f".{part}" if name else part
+    return name
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """Return a value as it may stand in a message: one line, printable, at most `limit` long."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def fault_error(faults: Sequence[Fault], where: str) -> ConfigError:
+    """Return the one error that says every fault, in the order of the file.
+
+    Args:
+        faults: at least one.
+        where: the file, for the message.
+    """
+    ordered = sorted(faults, key=lambda fault: fault.line or 0)
+    if len(ordered) == 1:
+        (fault,) = ordered
+        place = where if fault.line is None else f"{where}:{fault.line}"
+        name = key_name(fault.path)
+        return ConfigError(fault.what, f"{place}, {name}" if name else place, fault.fix)
+    listed = "".join(f"\n  - {_listed(fault)}" for fault in ordered)
+    return ConfigError(
+        f"{len(ordered)} faults", f"{where}:{listed}", "make the edit that each line names"
+    )
+
+
+def _listed(fault: Fault) -> str:
+    place = [f"line {fault.line}"] if fault.line is not None else []
+    name = key_name(fault.path)
+    head = ", ".join([*place, name] if name else place)
+    said = f"{fault.what}; fix: {fault.fix}"
+    return f"{head}: {said}" if head else said
+
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MAX_DEPTH = 10
+_SECRET = re.compile(r"TOKEN(?!IZER)|KEY|SECRET|PASS|CREDENTIAL|AUTH(?!OR)", re.IGNORECASE)
+_OPENING = re.compile(r"\$\$\{|\$\{([A-Za-z0-9_]*)")
+_MARK = re.compile(r"\$\$\{|\$\{|\}")
+
+
+class ExpansionError(ValueError):
+    """A text holds a `${...}` that has no end, no variable's name, or too many others in it."""
+
+
+def variables(text: str) -> list[str]:
+    """Return the names of a text's variables, those in defaults too, in the order met.
+
+    Example:
+        >>> variables("${ROOT:-${HOME}}/$${no}")
+        ['ROOT', 'HOME']
+    """
+    found = _OPENING.finditer(text)
+    return [mark.group(1) for mark in found if mark.group(1) is not None]
+
+
+def is_secret(name: str) -> bool:
+    """Whether a variable by its name holds something that no report may show."""
+    return _SECRET.search(name) is not None
+
+
+def expand(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
+    """Expand the variables of a text.
+
+    Args:
+        text: any text.
+        environ: values of the variables.
+
+    Returns:
+        The expanded text, and the names of variables that have neither value nor default, in the
+        order met; an unset one is replaced by nothing.
+
+    Raises:
+        ExpansionError: `${` without `}`, something else than a name between them, or more than ten
+            levels.
+
+    Example:
+        >>> expand("${ROOT:-/data}/rollouts", {})
+        ('/data/rollouts', [])
+    """
+    unset: list[str] = []
+    return _expand(text, environ, unset), unset
+
+
+def _expand(text: str, environ: Mapping[str, str], unset: list[str]) -> str:
+    parts: list[str] = []
+    at = 0
+    while (mark := _next_opening(text, at)) is not None:
+        parts.append(text[at : mark.start()])
+        if mark.group() == "$${":
+            parts.append("${")
+            at = mark.end()
+            continue
+        end = _closing(text, mark.end())
+        parts.append(_value(text[mark.end() : end], environ, unset))
+        at = end + 1
+    return "".join([*parts, text[at:]])
+
+
+def _next_opening(text: str, at: int) -> re.Match[str] | None:
+    return next((mark for mark in _MARK.finditer(text, at) if mark.group() != "}"), None)
+
+
+def _closing(text: str, at: int) -> int:
+    depth = 1
+    for mark in _MARK.finditer(text, at):
+        if mark.group() == "${":
+            depth += 1
+        elif mark.group() == "}":
+            depth -= 1
+        if depth > _MAX_DEPTH:
+            raise ExpansionError(f"variables nested deeper than {_MAX_DEPTH}")
+        if depth == 0:
+            return mark.start()
+    raise ExpansionError("`${` without a closing `}`")
+
+
+def _value(body: str, environ: Mapping[str, str], unset: list[str]) -> str:
+    name, has_default, default = body.partition(":-")
+    if not _NAME.fullmatch(name):
+        raise ExpansionError(f"`${{{name}}}` does not name a variable")
+    value = environ.get(name, "")
+    if value:
+        return value
+    if has_default:
+        return _expand(default, environ, unset)
+    unset.append(name)
+    return ""
+
 
 MAX_CHARACTERS = 1_000_000
 LOCATIONS: tuple[KeyPath, ...] = (
@@ -30,7 +200,7 @@ LOCATIONS: tuple[KeyPath, ...] = (
 """Values in which `${VAR}` stands for an environment variable; `*` is any key."""
 _LOCATION_NAMES = ", ".join(".".join(map(str, location)) for location in LOCATIONS)
 _MAX_NODES = 10_000
-_MAX_DEPTH = 20
+_DOCUMENT_MAX_DEPTH = 20
 _MAX_DIGITS = 100
 _TAG = "tag:yaml.org,2002:"
 
@@ -52,7 +222,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self.n_composed += 1
         self.depth += 1
-        if self.depth > _MAX_DEPTH or self.n_composed > _MAX_NODES:
+        if self.depth > _DOCUMENT_MAX_DEPTH or self.n_composed > _MAX_NODES:
             raise _TooLargeError(self.line + 1)
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1
@@ -131,7 +301,7 @@ def _whole(what: str, fix: str) -> Fault:
 
 
 def _too_large(path: KeyPath, line: int | None, where: str) -> ConfigError:
-    what = f"more than {_MAX_DEPTH} levels or {_MAX_NODES:,} values, aliases expanded"
+    what = f"more than {_DOCUMENT_MAX_DEPTH} levels or {_MAX_NODES:,} values, aliases expanded"
     return fault_error([Fault(path, line, what, "write a flatter or smaller study")], where)
 
 
@@ -178,7 +348,7 @@ class _Builder:
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
         self.n_nodes += 1
         self.document.lines.setdefault(path, node.start_mark.line + 1)
-        if len(path) > _MAX_DEPTH or self.n_nodes > _MAX_NODES:
+        if len(path) > _DOCUMENT_MAX_DEPTH or self.n_nodes > _MAX_NODES:
             line = self.document.line(path)
             raise _too_large(path[:3], line, self.where)
         if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":

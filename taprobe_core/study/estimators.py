@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from taprobe_core.study.fields import Count, Depth, NameOf, StudyPart, Width, distinct
+from taprobe_core.study.parts import Count, Depth, NameOf, StudyPart, Width, distinct
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]

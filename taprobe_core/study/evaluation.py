@@ -1,6 +1,6 @@
 """The part of a study that says how recipes are compared.
 
-The statistics themselves belong in `taprobe_core.evaluation` and the modules it reads.
+The statistics themselves belong in `taprobe_core.evaluation.evaluate` and the modules it reads.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from taprobe_core.study.controls import Selectivity
-from taprobe_core.study.fields import Count, Seed, StudyPart, distinct
+from taprobe_core.study.parts import Count, Seed, StudyPart, distinct
 
 Interval = Literal["bca", "percentile"]
 Correction = Literal["holm", "benjamini_hochberg", "none"]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from taprobe_core.study.fields import (
+from taprobe_core.study.parts import (
     CommitSha,
     Count,
     FolderName,

@@ -1,8 +1,8 @@
 """The parts of a study that say what is fitted: targets, features, probes and their settings.
 
 A recipe is target × features × probe × residualisation × settings. What a target or a feature is
-made of belongs in `taprobe_core.targets` and `taprobe_core.features`; how a probe is solved in
-`taprobe_core.solvers`.
+made of belongs in `taprobe_core.probes.targets` and `taprobe_core.probes.features`; how a probe is
+solved in `taprobe_core.solvers`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from taprobe_core.study.activations import Pooling
 from taprobe_core.study.estimators import (
     ESTIMATORS,
     Estimator,
@@ -19,7 +18,7 @@ from taprobe_core.study.estimators import (
     EstimatorSettings,
     token_estimators,
 )
-from taprobe_core.study.fields import StudyPart, distinct, free_name, study_fault
+from taprobe_core.study.parts import Pooling, StudyPart, distinct, free_name, study_fault
 from taprobe_core.study.targets import (
     TARGETS,
     Target,

@@ -18,8 +18,7 @@ from pydantic import ValidationError
 
 from taprobe_core.errors import ConfigError
 from taprobe_core.study.config import Study
-from taprobe_core.study.document import MAX_CHARACTERS, read_document
-from taprobe_core.study.faults import fault_error
+from taprobe_core.study.document import MAX_CHARACTERS, fault_error, read_document
 from taprobe_core.study.wording import value_faults
 
 STUDY_VARIABLE = "TAPROBE_STUDY"

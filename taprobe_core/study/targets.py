@@ -1,8 +1,8 @@
 """The targets: for each its name, its settings, what it reads and how its scores are read.
 
 All that study, content hash, fit, selection and sweep know of a target stands in its entry here;
-how labels become its values stands in `taprobe_core.targets` under the same name. What a setting is
-called, its range and its values in a sweep stand here, too.
+how labels become its values stands in `taprobe_core.probes.targets` under the same name. What a
+setting is called, its range and its values in a sweep stand here, too.
 
 Invariant: every setting of `TargetSettings` belongs to a target, and every setting of an entry is
 one of them.
@@ -18,7 +18,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from taprobe_core.errors import ConfigError
-from taprobe_core.study.fields import Count, NameOf, StudyPart, distinct
+from taprobe_core.study.parts import Count, NameOf, StudyPart, distinct
 
 Percentile = Annotated[float, Field(gt=0, lt=100)]
 Threshold = Annotated[float, Field(gt=0, lt=1)]

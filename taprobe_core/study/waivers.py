@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from taprobe_core.study.fields import StudyPart, study_fault
+from taprobe_core.study.parts import StudyPart, study_fault
 
 CheckName = Literal[
     "rollouts_schema",

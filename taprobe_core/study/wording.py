@@ -16,9 +16,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from taprobe_core.study.config import Study
-from taprobe_core.study.document import Document
-from taprobe_core.study.faults import Fault, KeyPath, key_name, shown
-from taprobe_core.study.fields import COMMIT_SHA, FOLDER_NAME, HUB_ID
+from taprobe_core.study.document import Document, Fault, KeyPath, key_name, shown
+from taprobe_core.study.parts import COMMIT_SHA, FOLDER_NAME, HUB_ID
 
 _EXPECTED = {
     "int_type": "a whole number",

@@ -10,22 +10,27 @@ Everything here is a pure function of a study and of tables; running it belongs 
 is no registry of what has run: status is read off what is there.
 """
 
-from taprobe_core.sweep.boards import sweep_leaderboard
-from taprobe_core.sweep.choices import sweep_choices
-from taprobe_core.sweep.counts import FitCount, count_fits
-from taprobe_core.sweep.deltas import CHANCE, sweep_paired_deltas
-from taprobe_core.sweep.factors import Configuration, configuration_id
-from taprobe_core.sweep.recipes import SweptRecipe, Use
-from taprobe_core.sweep.sheets import (
+from taprobe_core.sweep.boards import (
+    CHANCE,
     configuration_table,
     recipe_table,
     status_table,
+    sweep_leaderboard,
+    sweep_paired_deltas,
     wanted_fits,
 )
-from taprobe_core.sweep.shortlist import shortlist_stage2, shortlist_stage3
-from taprobe_core.sweep.space import SweepSpace, sweep_space
+from taprobe_core.sweep.recipes import Configuration, SweptRecipe, Use, configuration_id
+from taprobe_core.sweep.shortlist import shortlist_stage2, shortlist_stage3, sweep_choices
+from taprobe_core.sweep.space import (
+    FitCount,
+    SweepSpace,
+    count_fits,
+    duplicates,
+    recipes_at,
+    sweep_space,
+    uses_of,
+)
 from taprobe_core.sweep.stability import sweep_stability
-from taprobe_core.sweep.uses import duplicates, recipes_at, uses_of
 
 __all__ = [
     "CHANCE",

@@ -21,15 +21,16 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from taprobe_core.store.canonical import canonical_json
-from taprobe_core.sweep.skills import (
+from taprobe_core.store.fingerprint import canonical_json
+from taprobe_core.sweep.values import (
+    PLACE,
     Doubles,
     SkillMatrix,
+    problem_values,
     rank_correlation,
     skill_matrix,
     winner,
 )
-from taprobe_core.sweep.values import PLACE, problem_values
 from taprobe_core.tables.contract import check_table
 from taprobe_core.tables.results import PROTOCOLS, schema_of
 from taprobe_core.tables.sweep import SWEEP_STABILITY

@@ -161,10 +161,9 @@ sys.exit(f"loaded: {loaded}" if loaded else 0)
 
 
 TRITON_MODULES = {
-    "taprobe_core.activations.attention_kernel",
     "taprobe_core.activations.kernels",
-    "taprobe_core.solvers.network_kernels",
-    "taprobe_core.solvers.token_kernels",
+    "taprobe_core.solvers.networks.kernels",
+    "taprobe_core.solvers.tokens.kernels",
 }
 
 

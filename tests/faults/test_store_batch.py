@@ -16,7 +16,7 @@ import pytest
 
 from taprobe_core.errors import ArtifactError, ConfigError
 from taprobe_core.store import ArtifactKey, FileCommit, Store, commit_files, write_json
-from taprobe_core.store.lock import hold_lock
+from taprobe_core.store.disk import hold_lock
 
 OLD, NEW = "0" * 20, "1" * 20
 PARTITIONS = [("m@L00", "7"), ("m@L01", "7"), ("m@L01", "8")]

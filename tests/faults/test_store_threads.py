@@ -14,7 +14,7 @@ import torch
 
 from taprobe_core.errors import BusyArtifactError
 from taprobe_core.store import ArtifactKey, Store, fingerprint, write_json, write_tensors
-from taprobe_core.store.lock import hold_lock
+from taprobe_core.store.disk import hold_lock
 
 N_THREADS = 8
 N_LAYERS = 12

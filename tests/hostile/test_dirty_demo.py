@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, get_args
 import pytest
 
 from taprobe_core.demo import DemoWorld, write_policy_world
-from taprobe_core.demo.dirty import Damage, write_dirty_copy
+from taprobe_core.demo.writer import Damage, write_dirty_copy
 from taprobe_core.errors import DataError
-from taprobe_core.importance import trigram_masked_dissimilar
-from taprobe_core.rollout_audit import Kind, RolloutAudit, audit_rollouts
+from taprobe_core.labels import trigram_masked_dissimilar
+from taprobe_core.labels.audit import Kind, RolloutAudit, audit_rollouts
 from taprobe_core.rollouts import FILE_NAMES, FolderRollouts, RolloutTables, read_rollouts
 from taprobe_core.study import PolicySource
 from taprobe_core.study.config import MirrorSource, Model, Rollouts, StandInCheckpoint

@@ -23,8 +23,7 @@ from torch import nn
 from transformers import AutoModel
 
 from taprobe_core.activations.extract import Extracted, extract
-from taprobe_core.activations.options import ExtractOptions
-from taprobe_core.activations.tasks import TextTask
+from taprobe_core.activations.tasks import ExtractOptions, TextTask
 from taprobe_core.attention.mode import AttentionMode
 from taprobe_core.checkpoints import LoadedModel, load_base_model, pick_devices, resolve_checkpoint
 from taprobe_core.errors import ModelError, TaprobeError

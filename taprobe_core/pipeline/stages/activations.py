@@ -89,8 +89,8 @@ def _commit_index(plan: Plan, cell: Cell, texts: pl.DataFrame) -> Outcome:
 def _describe(plan: Plan, cell: Cell) -> Description:
     import numpy as np
 
-    from taprobe_core import plots
     from taprobe_core.pipeline.inputs import read_activations
+    from taprobe_core.report import plots
 
     index = plan.read("activations", cell, "shards")
     poolings = plan.study.activations.poolings
@@ -114,7 +114,7 @@ def _describe(plan: Plan, cell: Cell) -> Description:
 
 def activations_finite(plan: Plan, cell: Cell) -> Found:
     """Every activation that is kept is a number, one row per sentence (or token) of every text."""
-    from taprobe_core.activations.faults import finite_faults, shape_faults
+    from taprobe_core.activations.pooling import finite_faults, shape_faults
     from taprobe_core.pipeline.inputs import read_shards
 
     site, setting = parse_site(cell[0]), cell[1]

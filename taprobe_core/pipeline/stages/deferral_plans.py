@@ -25,7 +25,7 @@ def _make(plan: Plan, cell: Cell) -> Outcome:
     site, trial = parse_site(cell[0]), parse_trial(cell[1])
 
     def compute() -> Files:
-        from taprobe_core.deferral import plan_deferrals
+        from taprobe_core.deferral.plans import plan_deferrals
 
         ranking = [recipe.name for recipe in plan.study.recipes if recipe.ranks_anchors]
         plan.open("probe_fits", cell)

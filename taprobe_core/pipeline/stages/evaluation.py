@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from taprobe_core.evaluation import EvaluationTables
-    from taprobe_core.features import ProbeData
+    from taprobe_core.evaluation.evaluate import EvaluationTables
+    from taprobe_core.probes.features import ProbeData
     from taprobe_core.study import Pooling
 
 _EVALUATED = {
@@ -69,7 +69,7 @@ def _make(plan: Plan, cell: Cell) -> Outcome:
     trials, recipes = [Trial(setting, seed) for seed in plan.study.seeds], plan.study.recipes
 
     def compute() -> Files:
-        from taprobe_core.evaluation import evaluate
+        from taprobe_core.evaluation.evaluate import evaluate
 
         for key in plan.upstream("evaluation", cell):
             plan.store.open(key)
@@ -99,15 +99,15 @@ def read_evaluation(plan: Plan, site: Site, setting: str) -> EvaluationTables:
     Raises:
         MissingArtifactError: it is not there yet.
     """
-    from taprobe_core.evaluation import EvaluationTables
+    from taprobe_core.evaluation.evaluate import EvaluationTables
 
     cell = (str(site), setting)
     return EvaluationTables(**{name: plan.read("evaluation", cell, name) for name in _EVALUATED})
 
 
 def _describe(plan: Plan, cell: Cell) -> Description:
-    from taprobe_core import plots
-    from taprobe_core.findings import main_protocol
+    from taprobe_core.report import plots
+    from taprobe_core.report.findings import main_protocol
 
     tables = read_evaluation(plan, parse_site(cell[0]), cell[1])
     protocol = main_protocol(tables.metrics)
@@ -127,9 +127,9 @@ def _describe(plan: Plan, cell: Cell) -> Description:
 
 def shuffled_labels_at_chance(plan: Plan, cell: Cell) -> Found:
     """A probe of shuffled labels ranks held-out problems no better than chance."""
-    from taprobe_core.probes.threads import threads_for
+    from taprobe_core.devices import threads_for
+    from taprobe_core.evaluation.tripwires import ridge_probe, row_identity, shuffled_labels
     from taprobe_core.splits import make_folds
-    from taprobe_core.tripwires import ridge_probe, row_identity, shuffled_labels
 
     data, X = _rows(plan, cell)
     folds = make_folds(plan.problem_ids(), plan.study.splits, present=data.problems)
@@ -154,8 +154,8 @@ def shuffled_labels_at_chance(plan: Plan, cell: Cell) -> Found:
 
 def one_problem_is_memorised(plan: Plan, cell: Cell) -> Found:
     """A network learns the labels of the largest problem by heart, without early stopping."""
-    from taprobe_core.probes.threads import threads_for
-    from taprobe_core.tripwires import memorises_one_problem, network
+    from taprobe_core.devices import threads_for
+    from taprobe_core.evaluation.tripwires import memorises_one_problem, network
 
     data, X = _rows(plan, cell)
     try:

@@ -37,7 +37,7 @@ def _make(plan: Plan, cell: Cell) -> Outcome:
     """
 
     def compute() -> Files:
-        from taprobe_core.labels import make_labels, unlabelled
+        from taprobe_core.labels.make import make_labels, unlabelled
         from taprobe_core.rollouts import max_rollouts
 
         sentences = plan.read("rollouts", cell, "sentences")
@@ -53,7 +53,7 @@ def _make(plan: Plan, cell: Cell) -> Outcome:
 
 
 def _describe(plan: Plan, cell: Cell) -> Description:
-    from taprobe_core import plots
+    from taprobe_core.report import plots
 
     labels = plan.read("labels", cell, "labels")
     metrics = {

@@ -28,7 +28,7 @@ def _make(plan: Plan, cell: Cell) -> Outcome:
     """
 
     def compute() -> Files:
-        from taprobe_core.leaderboard import build_leaderboard
+        from taprobe_core.report.leaderboard import build_leaderboard
 
         places = [
             (parse_site(site), setting)
@@ -44,7 +44,7 @@ def _make(plan: Plan, cell: Cell) -> Outcome:
 
 
 def _describe(plan: Plan, cell: Cell) -> Description:
-    from taprobe_core import plots
+    from taprobe_core.report import plots
 
     board = plan.read("leaderboard", cell, "leaderboard")
     block = board.filter(setting=board["setting"][0], protocol=board["protocol"][0])

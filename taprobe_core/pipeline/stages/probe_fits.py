@@ -35,8 +35,8 @@ def _make(plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Made]]:
     Cells are grouped by site and setting: what shares a feature matrix is done on one. A recipe
     that fails leaves the other fits of its cell committed.
     """
+    from taprobe_core.devices import side_by_side
     from taprobe_core.pipeline.fit import Fits, Wanted, ensure_fits
-    from taprobe_core.probes.threads import side_by_side
 
     groups: dict[tuple[Site, str], list[Trial]] = defaultdict(list)
     for cell in cells:

@@ -62,7 +62,7 @@ def _make(plan: Plan, cell: Cell) -> Outcome:
     attention = plan.study.attention
 
     def compute() -> Files:
-        from taprobe_core.attention_tables import receiver_tables
+        from taprobe_core.attention.tables import receiver_tables
         from taprobe_core.pipeline.skips import folds_of
 
         kurtosis = read_kurtosis(plan, cell)
@@ -101,7 +101,7 @@ def read_kurtosis(plan: Plan, cell: Cell) -> pl.DataFrame:
 
 
 def _describe(plan: Plan, cell: Cell) -> Description:
-    from taprobe_core import plots
+    from taprobe_core.report import plots
 
     heads = plan.read("receiver_heads", cell, "heads")
     scores = plan.read("receiver_heads", cell, "receiver_scores")
@@ -133,7 +133,7 @@ def _kurtosis_of_heads(plan: Plan, cell: Cell) -> bytes:
     """Mean kurtosis over all problems, layer by head."""
     import numpy as np
 
-    from taprobe_core import plots
+    from taprobe_core.report import plots
 
     grid = (
         read_kurtosis(plan, cell)

@@ -129,7 +129,7 @@ def no_trace_on_two_sides(plan: Plan, cell: Cell) -> Found:
 
 def passages_differ_across_problems(plan: Plan, cell: Cell) -> Found:
     """At most half of a held-out problem's passages stand word for word in a training problem."""
-    from taprobe_core.tripwires import duplicates_across_problems
+    from taprobe_core.evaluation.tripwires import duplicates_across_problems
 
     # Passages of three sentences: of single ones, formulas, the bundled reasoners share half.
     sentences = _sentences(plan, cell)

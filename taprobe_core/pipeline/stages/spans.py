@@ -79,7 +79,7 @@ def _make(plan: Plan, cell: Cell) -> Outcome:
 
 
 def _describe(plan: Plan, cell: Cell) -> Description:
-    from taprobe_core import plots
+    from taprobe_core.report import plots
 
     spans, texts = plan.read("spans", cell, "spans"), plan.read("spans", cell, "texts")
     metrics = {

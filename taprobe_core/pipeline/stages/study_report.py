@@ -18,7 +18,7 @@ from taprobe_core.study import SPEED_ONLY, StandInCheckpoint
 
 if TYPE_CHECKING:
     from taprobe_core.pipeline.verdicts import Verdict
-    from taprobe_core.report import CheckSummary, Example, ReportData
+    from taprobe_core.report.page import CheckSummary, Example, ReportData
 
 _FILE = "report.html"
 
@@ -38,7 +38,7 @@ def _make(plan: Plan, cell: Cell) -> Outcome:
     """
 
     def compute() -> Files:
-        from taprobe_core.report import render_report
+        from taprobe_core.report.page import render_report
 
         return {_FILE: render_report(_gather(plan))}
 
@@ -51,9 +51,9 @@ def _describe(plan: Plan, cell: Cell) -> Description:
 
 
 def _gather(plan: Plan) -> ReportData:
-    from taprobe_core.diagnostics import diagnose
-    from taprobe_core.report import ReportData
-    from taprobe_core.selection import select_on_validation
+    from taprobe_core.evaluation.selection import select_on_validation
+    from taprobe_core.report.findings import diagnose
+    from taprobe_core.report.page import ReportData
 
     study = plan.study
     cells = [(site, setting) for site in study.sites for setting in study.settings]
@@ -124,7 +124,7 @@ def _skipped(plan: Plan) -> pl.DataFrame:
 
 def _example(plan: Plan, selected: pl.DataFrame) -> Example | None:
     """The first test problem, scored by a probe that validation chose."""
-    from taprobe_core.report import Example
+    from taprobe_core.report.page import Example
 
     if selected.is_empty():
         return None
@@ -155,7 +155,7 @@ def _example(plan: Plan, selected: pl.DataFrame) -> Example | None:
 
 
 def _figures(plan: Plan) -> dict[str, bytes]:
-    from taprobe_core import plots
+    from taprobe_core.report import plots
 
     return {
         f"labels of {model}, {setting}": plots.importance_histogram(
@@ -199,7 +199,7 @@ def _failed(plan: Plan) -> pl.DataFrame:
 def _checks(plan: Plan) -> CheckSummary:
     """Say what every check of a study finds in every cell that is stored."""
     from taprobe_core.pipeline.gate import stage_verdicts
-    from taprobe_core.report import CheckSummary
+    from taprobe_core.report.page import CheckSummary
 
     counts, verdicts = [], []
     for stage in plan.stages.of(plan.study):

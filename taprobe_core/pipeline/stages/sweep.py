@@ -82,7 +82,7 @@ def _make_fits(stage: str, plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[
     Raises:
         MissingArtifactError: the shortlist is not there yet.
     """
-    from taprobe_core.probes.threads import side_by_side
+    from taprobe_core.devices import side_by_side
     from taprobe_core.sweep import sweep_space
 
     space = sweep_space(_sweep(plan), plan.study)
@@ -289,7 +289,7 @@ _SHOWN = 20
 
 def _describe_leaderboard(plan: Plan, cell: Cell) -> Description:
     """The best of each target on validation, and its test."""
-    from taprobe_core import plots
+    from taprobe_core.report import plots
 
     board = plan.read("sweep_leaderboard", cell, "leaderboard")
     ranked = board.filter(pl.col("rank").is_not_null())

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import polars as pl
 
+from taprobe_core.evaluation.blocks import make_blocks
+from taprobe_core.evaluation.units import measure_units
 from taprobe_core.keys import Site
 from taprobe_core.pipeline.fit import Wanted, fit_key
 from taprobe_core.pipeline.plan import Plan
-from taprobe_core.score_blocks import make_blocks
 from taprobe_core.tables import SWEEP_RESULTS, schema_of
-from taprobe_core.unit_metrics import measure_units
 
 _RECIPES_AT_ONCE = 32
 """Whose scores are read together: bounds memory."""

@@ -103,7 +103,7 @@ def _commit(plan: Plan, cell: Cell, shards: Mapping[int, ArtifactKey]) -> Outcom
     attention = plan.study.attention
 
     def compute() -> Files:
-        from taprobe_core.attention_tables import vertical_tables
+        from taprobe_core.attention.tables import vertical_tables
         from taprobe_core.pipeline.inputs import attention_tensors
 
         index = {
@@ -127,7 +127,7 @@ _SHARES = ("bos_share", "first_sentence_share", "near_diagonal_share", "distance
 
 
 def _describe(plan: Plan, cell: Cell) -> Description:
-    from taprobe_core import plots
+    from taprobe_core.report import plots
 
     scores = plan.read("vertical_attention", cell, "scores")
     metrics: dict[str, float | None] = {
@@ -163,9 +163,9 @@ def _top_heads(heads: pl.DataFrame, kurtosis: pl.DataFrame) -> pl.DataFrame:
 
 
 def _attention_of_first_problem(plan: Plan, cell: Cell) -> bytes:
-    from taprobe_core import plots
     from taprobe_core.attention.scores import average_matrix
     from taprobe_core.pipeline.inputs import read_attention
+    from taprobe_core.report import plots
 
     problem_id, tensors = next(read_attention(plan, parse_site(cell[0]), cell[1]))
     title = f"{' · '.join(cell)} · problem {problem_id}, mean over heads"
@@ -178,7 +178,7 @@ def _attention_of_first_problem(plan: Plan, cell: Cell) -> bytes:
 
 def vertical_attention_sound(plan: Plan, cell: Cell) -> Found:
     """Attention is finite, looks back alone, is at most all of it, and has a row per sentence."""
-    from taprobe_core.activations.faults import mass_faults
+    from taprobe_core.activations.pooling import mass_faults
     from taprobe_core.pipeline.inputs import read_attention
 
     site, setting = parse_site(cell[0]), cell[1]

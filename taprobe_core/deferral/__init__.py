@@ -1,0 +1,1 @@
+"""Scores to deferral plans: which sentences a probe may decide, and which to label again."""

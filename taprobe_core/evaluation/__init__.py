@@ -1,0 +1,1 @@
+"""How well recipes rank sentences: metrics, intervals, nulls, comparisons, tripwires."""

@@ -1,0 +1,201 @@
+"""Which rows are which for a tripwire, and what rankings that know nothing reach on them.
+
+Arrays in, arrays out. What does not belong here: what follows from it (`shuffling`,
+`memorisation`, `duplicates`). Invariant: two rows are the same only if every feature is equal, the
+sign of a zero apart.
+
+A probe that never saw a problem's labels has scores that are independent of them, so every way of
+placing the problem's anchors on its sentences is equally likely: drawing placements gives the exact
+distribution of its PR-AUC, ties of the scores included. What does not belong here: fitting, and
+what follows from a value outside the band (`shuffling`).
+
+Invariant: scores are used by rank alone, and each placement has as many anchors as the problem.
+
+Source: permutation null of a ranking measure; Monte Carlo p of Phipson and Smyth (2010), which is
+valid at any number of draws because the observed value counts as one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from taprobe_core.errors import DataError, NonFiniteError, NotEnoughDataError
+from taprobe_core.solvers.columns import class_sizes
+from taprobe_core.splits import Fold
+
+
+def row_identity(X: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Number the distinct rows of a feature matrix.
+
+    Args:
+        X: [row, feature], finite.
+
+    Returns:
+        [row] int64; equal numbers for equal rows.
+
+    Raises:
+        NonFiniteError: a feature is NaN or infinite.
+    """
+    bad = np.flatnonzero(~np.isfinite(X).all(axis=1))
+    if bad.size:
+        raise NonFiniteError(
+            f"{bad.size} feature rows hold NaN or infinity",
+            f"rows {bad[:10].tolist()}",
+            "extract them again; with storage float16, set activations.storage to float32",
+        )
+    if not X.shape[1]:
+        return np.zeros(len(X), dtype=np.int64)
+    # Adding 0 turns -0 into 0, which has other bytes.
+    whole = np.ascontiguousarray(X + X.dtype.type(0))
+    as_bytes = whole.view(np.dtype((np.void, whole.dtype.itemsize * whole.shape[1])))
+    return np.unique(as_bytes.ravel(), return_inverse=True)[1].astype(np.int64)
+
+
+def numbered_occurrences(
+    problem: NDArray[np.int64], identity: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Number rows so that the i-th occurrence of an identity has one number in every problem.
+
+    Args:
+        problem: [row].
+        identity: [row].
+
+    Returns:
+        [row] int64 from 0; no number stands twice in a problem.
+    """
+    order = np.lexsort((identity, problem))
+    is_new = np.ones(len(order), dtype=np.bool_)
+    is_new[1:] = (np.diff(problem[order]) != 0) | (np.diff(identity[order]) != 0)
+    first = np.flatnonzero(is_new)[np.cumsum(is_new) - 1]
+    occurrence = np.empty(len(order), dtype=np.int64)
+    occurrence[order] = np.arange(len(order)) - first
+    pairs = np.column_stack([identity, occurrence])
+    return np.unique(pairs, axis=0, return_inverse=True)[1].ravel().astype(np.int64)
+
+
+def fold_masks(
+    problem_id: NDArray[np.int64], is_anchor: NDArray[np.bool_], folds: Sequence[Fold]
+) -> tuple[NDArray[np.bool_], list[dict[int, NDArray[np.intp]]]]:
+    """Return the training rows of each fold, and the rows of each problem that it tests.
+
+    A problem on both sides is passed on as it is: to find that out is what the checks are for.
+
+    Args:
+        problem_id: [row].
+        is_anchor: [row].
+        folds: at least one.
+
+    Returns:
+        train [fold, row] bool; per fold, problem id -> rows.
+
+    Raises:
+        DataError: lengths differ, or a fold names a problem without rows.
+        NotEnoughDataError: no fold, or a fold's training rows have one class.
+    """
+    if len(problem_id) != len(is_anchor):
+        raise DataError(
+            f"{len(problem_id)} problem ids and {len(is_anchor)} labels",
+            "rows",
+            "give one of each per row",
+        )
+    if not folds:
+        raise NotEnoughDataError("no fold to check", "folds", "make them with splits.make_folds")
+    known = set(problem_id.tolist())
+    for fold in folds:
+        unknown = sorted({*fold.train, *fold.test} - known)
+        if unknown:
+            raise DataError(
+                f"problems {unknown} have no rows", str(fold), "make the folds from the rows' ids"
+            )
+    train = np.stack([np.isin(problem_id, fold.train) for fold in folds])
+    n_others, n_anchors = class_sizes(is_anchor[:, None], train.T)
+    one_class = np.flatnonzero((n_anchors == 0) | (n_others == 0))
+    if one_class.size:
+        raise NotEnoughDataError(
+            f"training needs two classes, found {n_anchors[one_class[0]]} anchors among "
+            f"{train[one_class[0]].sum()} sentences",
+            str(folds[one_class[0]]),
+            "use more problems, or lower labels.percentile",
+        )
+    tested = [
+        {problem: np.flatnonzero(problem_id == problem) for problem in fold.test} for fold in folds
+    ]
+    return train, tested
+
+
+_ROUNDING = 1e-12
+
+
+def permuted_pr_auc(
+    score: NDArray[np.float64], n_anchors: int, n_draws: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Draw the PR-AUC of `score` against anchors placed at random.
+
+    With anchors at ranks r_1 < ... < r_k (counted from 1, highest score first, a tie at its last
+    rank), PR-AUC is the mean over anchors of found(r_i) / r_i, found being the number of anchors
+    at or above that rank.
+
+    Args:
+        score: [row] of one problem, finite.
+        n_anchors: anchors of the problem, 1 to n_rows.
+        n_draws: placements to draw.
+        rng: source of the placements.
+
+    Returns:
+        [draw] float64, each what `metrics.pr_auc` gives for one placement.
+    """
+    ranked = -np.sort(-score)
+    is_last = np.append(ranked[1:] != ranked[:-1], True)
+    last_of_tie = np.flatnonzero(is_last)[np.cumsum(is_last) - is_last]
+    # The smallest keys of a row are a random subset; only their places matter.
+    keys = rng.random((n_draws, len(score)), dtype=np.float32)
+    places = np.argpartition(keys, n_anchors - 1, axis=1)[:, :n_anchors]
+    places.sort(axis=1)
+    rank = last_of_tie[places] + 1
+    found = np.arange(1, n_anchors + 1)
+    if len(is_last) != is_last.sum():
+        is_end = np.ones(rank.shape, dtype=np.bool_)
+        is_end[:, :-1] = rank[:, 1:] != rank[:, :-1]
+        # Anchors of one tie are found together: each takes the count of the last of them.
+        counts = np.where(is_end, found, n_anchors)
+        found = np.minimum.accumulate(counts[:, ::-1], axis=1)[:, ::-1]
+    return np.asarray((found / rank).mean(axis=1), dtype=np.float64)
+
+
+def two_sided_p(values: NDArray[np.float64]) -> float:
+    """Return the p of the first value: how many lie as far from the mean of all as it does.
+
+    Args:
+        values: [1 + draw]; the observed value, then draws of its null.
+    """
+    distance = np.abs(values - values.mean())
+    return float((distance >= distance[0] - _ROUNDING).mean())
+
+
+def excess_p(
+    values: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the excess of each unit and its p, the other units allowed for (max-T).
+
+    Each unit is centred and scaled by its own mean and standard deviation, the observed row
+    included so that all rows are alike; a unit that never varies has no excess.
+
+    Args:
+        values: [1 + draw, unit]; the observed row, then draws of its null.
+
+    Returns:
+        [unit] observed excess in standard deviations of the null; [unit] share of rows whose
+        largest excess is at least that.
+
+    Source:
+        Westfall and Young (1993), single-step max-T.
+    """
+    deviation = values - values.mean(axis=0)
+    spread = deviation.std(axis=0)
+    excess = np.divide(deviation, spread, out=np.zeros_like(values), where=spread > _ROUNDING)
+    largest = np.sort(excess.max(axis=1))
+    below = np.searchsorted(largest, excess[0] - _ROUNDING)
+    return excess[0], (len(values) - below) / len(values)

@@ -1,0 +1,18 @@
+"""Rollouts and the labels beside them -> what is wrong with them.
+
+`findings` judges one problem, `folder` reads all problems of a rollouts folder. Repairing does not
+belong here, nor does choosing what a study reads. Invariant: nothing is written.
+"""
+
+from taprobe_core.labels.audit.findings import NOTED, Finding, Kind, audit_problem, cut_prefix
+from taprobe_core.labels.audit.folder import RolloutAudit, audit_rollouts
+
+__all__ = [
+    "NOTED",
+    "Finding",
+    "Kind",
+    "RolloutAudit",
+    "audit_problem",
+    "audit_rollouts",
+    "cut_prefix",
+]

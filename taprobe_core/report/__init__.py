@@ -1,0 +1,1 @@
+"""What a study found, for a reader: leaderboard, findings, figures, one page."""

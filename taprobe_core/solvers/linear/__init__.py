@@ -1,0 +1,1 @@
+"""Ridge and logistic regression of many columns over one feature matrix."""

@@ -1,0 +1,1 @@
+"""Multilayer perceptrons of many recipes, folds and seeds, side by side."""

@@ -1,0 +1,1 @@
+"""Probes that read token sets: attention, MultiMax and rolling MultiMax."""
