@@ -24,12 +24,14 @@ import numpy.typing as npt
 import polars as pl
 import torch
 
-from taprobe_core.attention.confounds import distance_law, near_diagonal_share, sink_share
 from taprobe_core.attention.receivers import (
     ReceiverHead,
     ReceiverHeads,
     choose_receiver_heads,
+    distance_law,
+    near_diagonal_share,
     receiver_scores,
+    sink_share,
     split_half_reliability,
 )
 from taprobe_core.attention.scores import (

@@ -176,9 +176,14 @@ def check(
     from taprobe_core.cli.check import render_check, render_skips
     from taprobe_core.pipeline import open_plan
     from taprobe_core.pipeline.failures import kept_failures
-    from taprobe_core.pipeline.forecast import Assumptions, forecast, measure_speed, model_shapes
+    from taprobe_core.pipeline.forecast import (
+        Assumptions,
+        forecast,
+        measure_speed,
+        model_shapes,
+        plan_summary,
+    )
     from taprobe_core.pipeline.skips import foreseen_skips
-    from taprobe_core.pipeline.summary import plan_summary
 
     plan = open_plan(study)
     faults = _ask_for_inputs(plan, accept)

@@ -38,7 +38,7 @@ def audit_rollouts_(
 ) -> None:
     """Read all rollouts of a study; name failed, empty and missing ones, and labels that differ."""
     from taprobe_core.labels.audit import NOTED, audit_rollouts
-    from taprobe_core.labels.similarity import trigram_masked_dissimilar
+    from taprobe_core.labels.measures import trigram_masked_dissimilar
     from taprobe_core.pipeline import open_plan
 
     plan = open_plan(study)

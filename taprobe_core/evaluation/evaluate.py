@@ -35,8 +35,7 @@ from taprobe_core.evaluation.contrasts import (
 from taprobe_core.evaluation.intervals import compare_values
 from taprobe_core.evaluation.metrics import metric_names, primary_metric
 from taprobe_core.evaluation.nulls import null_distributions
-from taprobe_core.evaluation.seeds import best_seeds
-from taprobe_core.evaluation.summary import summarise
+from taprobe_core.evaluation.summary import best_seeds, summarise
 from taprobe_core.evaluation.units import measure_units, position_metrics
 from taprobe_core.study.config import Evaluation, Target
 from taprobe_core.study.probes import Residualize

@@ -4,9 +4,11 @@
 here; files are opened by callers, and targets are made in `labels`.
 """
 
-from taprobe_core.labels.measures import MIN_SENTENCE_CHARS, answer_kl, published_measures
-from taprobe_core.labels.similarity import (
+from taprobe_core.labels.measures import (
+    MIN_SENTENCE_CHARS,
     SIMILARITY_THRESHOLD,
+    answer_kl,
+    published_measures,
     trigram_cosine,
     trigram_masked_dissimilar,
 )

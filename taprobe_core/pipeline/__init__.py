@@ -16,17 +16,18 @@ from taprobe_core.pipeline.cells import (
 )
 from taprobe_core.pipeline.data_folder import data_root, open_plan
 from taprobe_core.pipeline.failures import Failure, failure_at, kept_failures
-from taprobe_core.pipeline.gate import (
-    Gate,
-    all_stops,
-    refusal,
-    split_stopped,
-    stage_verdicts,
-)
 from taprobe_core.pipeline.grid import Cell, CellFilter, dimension_keys
 from taprobe_core.pipeline.inputs import read_activations, read_attention, read_probe_data
 from taprobe_core.pipeline.plan import Plan
-from taprobe_core.pipeline.run import describe, run_stage
+from taprobe_core.pipeline.run import (
+    Gate,
+    all_stops,
+    describe,
+    refusal,
+    run_stage,
+    split_stopped,
+    stage_verdicts,
+)
 from taprobe_core.pipeline.stage import Check, Description, Found, Outcome, Part, Stage
 from taprobe_core.pipeline.stages import STAGES
 from taprobe_core.pipeline.stages.evaluation import read_evaluation

@@ -12,14 +12,14 @@ A tripwire that holds says that the pipeline is not broken in the way it looks a
 that a probe is good. `docs/tripwires.md` has false-alarm rates, power, and what to do.
 """
 
-from taprobe_core.evaluation.tripwires.duplicates import (
+from taprobe_core.evaluation.tripwires.fits import linear_probe, network, ridge_probe
+from taprobe_core.evaluation.tripwires.memorisation import Memorisation, memorises_one_problem
+from taprobe_core.evaluation.tripwires.rows import (
     CopiedProblem,
     Duplicates,
     duplicates_across_problems,
+    row_identity,
 )
-from taprobe_core.evaluation.tripwires.fits import linear_probe, network, ridge_probe
-from taprobe_core.evaluation.tripwires.memorisation import Memorisation, memorises_one_problem
-from taprobe_core.evaluation.tripwires.rows import row_identity
 from taprobe_core.evaluation.tripwires.shuffling import (
     Fit,
     HeldOutProblem,

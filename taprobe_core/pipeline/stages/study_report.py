@@ -198,7 +198,7 @@ def _failed(plan: Plan) -> pl.DataFrame:
 
 def _checks(plan: Plan) -> CheckSummary:
     """Say what every check of a study finds in every cell that is stored."""
-    from taprobe_core.pipeline.gate import stage_verdicts
+    from taprobe_core.pipeline.run import stage_verdicts
     from taprobe_core.report.page import CheckSummary
 
     counts, verdicts = [], []

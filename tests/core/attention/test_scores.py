@@ -9,10 +9,12 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-from taprobe_core.attention.confounds import distance_law, near_diagonal_share, sink_share
 from taprobe_core.attention.receivers import (
     choose_receiver_heads,
+    distance_law,
+    near_diagonal_share,
     receiver_scores,
+    sink_share,
     split_half_reliability,
 )
 from taprobe_core.attention.scores import (

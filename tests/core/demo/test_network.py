@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from taprobe_core.demo.network import Memory, Network
+from taprobe_core.demo.sampling import Memory, Network
 from taprobe_core.demo.training import Architecture, new_reasoner
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from taprobe_core.evaluation.seeds import best_seeds
+from taprobe_core.evaluation.summary import best_seeds
 from taprobe_core.tables import BEST_SEEDS, PROTOCOLS, SPLITS, check_table
 
 METRIC = {"probe": "pr_auc", "other": "pr_auc"}

@@ -19,8 +19,8 @@ from taprobe_core.pipeline.forecast import (
     forecast,
     measure_speed,
     model_shapes,
+    plan_summary,
 )
-from taprobe_core.pipeline.summary import plan_summary
 from taprobe_core.store import Store
 from taprobe_core.study import Study, parse_study
 

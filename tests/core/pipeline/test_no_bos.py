@@ -11,8 +11,7 @@ import yaml
 
 from taprobe_core.cli.check import render_check
 from taprobe_core.pipeline import STAGES, Plan, cells_of, open_plan, run_stage
-from taprobe_core.pipeline.forecast import Assumptions, Speed, forecast
-from taprobe_core.pipeline.summary import plan_summary
+from taprobe_core.pipeline.forecast import Assumptions, Speed, forecast, plan_summary
 
 MADE = ("rollouts", "labels", "spans", "activations", "vertical_attention", "probe_fits")
 SETTING = "correct_base_solution"
