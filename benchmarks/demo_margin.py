@@ -25,11 +25,11 @@ import yaml
 from taprobe_core.demo.task import problem
 from taprobe_core.demo.truth import exact_rates, simulated_importance
 from taprobe_core.evaluation.evaluate import compare_values
-from taprobe_core.evaluation.metrics import pr_auc
 from taprobe_core.evaluation.selection import ANY_ACTIVATION_PROBE, chosen_values
 from taprobe_core.evaluation.summary import chance_pr_auc
 from taprobe_core.labels import trigram_masked_dissimilar
 from taprobe_core.labels.make import anchors
+from taprobe_core.metrics import pr_auc
 from taprobe_core.pipeline import (
     Plan,
     cells_of,

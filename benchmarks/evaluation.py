@@ -16,9 +16,9 @@ import polars as pl
 
 from taprobe_core.evaluation.blocks import ScoreBlocks, make_blocks
 from taprobe_core.evaluation.evaluate import evaluate
-from taprobe_core.evaluation.metrics import pr_auc, recall_at_k, spearman
 from taprobe_core.evaluation.nulls import null_distributions
 from taprobe_core.evaluation.units import measure_units
+from taprobe_core.metrics import pr_auc, recall_at_k, spearman
 from taprobe_core.study.config import Evaluation, Target
 from taprobe_core.tables import SCORES, schema_of
 

@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from threadpoolctl import threadpool_limits
 
-from taprobe_core.evaluation.metrics import pr_auc
 from taprobe_core.evaluation.tripwires import (
     Fit,
     linear_probe,
@@ -38,6 +37,7 @@ from taprobe_core.evaluation.tripwires import (
 )
 from taprobe_core.evaluation.tripwires.rows import permuted_pr_auc, two_sided_p
 from taprobe_core.evaluation.tripwires.shuffling import shuffle_within
+from taprobe_core.metrics import pr_auc
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.networks.solve import NetworkOptions, fit_networks
 from taprobe_core.splits import Fold

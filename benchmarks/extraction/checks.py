@@ -22,7 +22,7 @@ from benchmarks.extraction.shapes import Shape, copy_base
 from benchmarks.extraction.tables import render
 from benchmarks.extraction.texts import Text, make_text
 from benchmarks.extraction.timing import Job, Seconds, clean, timed
-from taprobe_core.activations.extract import extract
+from taprobe_core.activations.extraction import extract
 from taprobe_core.activations.packing import plan_packs
 from taprobe_core.activations.tasks import ExtractOptions
 from taprobe_core.attention.mode import AttentionMode

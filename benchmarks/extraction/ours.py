@@ -18,7 +18,7 @@ from torch import nn
 
 from benchmarks.extraction.texts import Text
 from benchmarks.extraction.timing import Job, Rows, Variant
-from taprobe_core.activations.extract import extract
+from taprobe_core.activations.extraction import extract
 from taprobe_core.activations.tasks import ActivationShard, ExtractOptions, shard_file
 from taprobe_core.store import ArtifactKey, Committer, CommitWorkers, FileCommit, Store
 from taprobe_core.study.parts import Pooling

@@ -26,7 +26,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.probes.features import make_probe_data
-from taprobe_core.evaluation.metrics import pr_auc
+from taprobe_core.metrics import pr_auc
 from taprobe_core.pipeline import cells_of, open_plan, read_probe_data, run_stage
 from taprobe_core.probes import Design, Fit, fit_batches, predict
 from taprobe_core.probes.features import ProbeData

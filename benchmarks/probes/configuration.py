@@ -24,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.probes.features import make_probe_data
-from taprobe_core.evaluation.metrics import pr_auc
+from taprobe_core.metrics import pr_auc
 from taprobe_core.probes.dense import tolerance_of
 from taprobe_core.probes.features import fold_words, text_pipeline
 from taprobe_core.solvers.columns import Columns

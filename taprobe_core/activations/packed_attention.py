@@ -78,7 +78,7 @@ def packed_attention(
         raise ModelError(
             "packed attention without a layout, or with a mask",
             type(module).__name__,
-            "run texts through taprobe_core.activations.extract",
+            "run texts through taprobe_core.activations.extraction",
         )
     unknown = sorted(
         name

@@ -11,3 +11,7 @@ shards (the store). No module reads or writes a file.
 The invariant: no tensor of tokens x tokens is ever made; the mass is that of exact causal softmax
 attention to float32 rounding; receiver heads are chosen on training problems alone.
 """
+
+from taprobe_core.attention.mode import OFF, AttentionKind, AttentionMode
+
+__all__ = ["OFF", "AttentionKind", "AttentionMode"]

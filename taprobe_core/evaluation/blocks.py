@@ -20,7 +20,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from taprobe_core.errors import LabelError, NotEnoughDataError
-from taprobe_core.evaluation.metrics import Ranking, rank_rows
+from taprobe_core.metrics import Ranking, rank_rows
 
 UNIT = ("recipe", "protocol", "split", "fold", "seed", "problem_id")
 """Key of a unit."""

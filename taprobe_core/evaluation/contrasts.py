@@ -29,15 +29,15 @@ from numpy.typing import NDArray
 
 from taprobe_core.evaluation.blocks import ScoreBlocks, make_blocks
 from taprobe_core.evaluation.intervals import Comparison, compare_values, no_comparison
-from taprobe_core.evaluation.metrics import (
+from taprobe_core.evaluation.summary import chance_levels
+from taprobe_core.evaluation.units import measure_units
+from taprobe_core.metrics import (
     centred_rank_rows,
     pr_auc_rows,
     primary_metric,
     rank_rows,
     spearman_rows,
 )
-from taprobe_core.evaluation.summary import chance_levels
-from taprobe_core.evaluation.units import measure_units
 from taprobe_core.study.config import Evaluation
 from taprobe_core.study.targets import TARGETS, Target
 from taprobe_core.tables import CONTRASTS, DELTAS, SELECTIVITY, schema_of

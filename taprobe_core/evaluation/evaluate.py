@@ -33,10 +33,10 @@ from taprobe_core.evaluation.contrasts import (
     selectivity,
 )
 from taprobe_core.evaluation.intervals import compare_values
-from taprobe_core.evaluation.metrics import metric_names, primary_metric
 from taprobe_core.evaluation.nulls import null_distributions
 from taprobe_core.evaluation.summary import best_seeds, summarise
 from taprobe_core.evaluation.units import measure_units, position_metrics
+from taprobe_core.metrics import metric_names, primary_metric
 from taprobe_core.study.config import Evaluation, Target
 from taprobe_core.study.probes import Residualize
 from taprobe_core.tables import (

@@ -29,12 +29,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from taprobe_core.evaluation.blocks import Block, ScoreBlocks, distinct_rows
-from taprobe_core.evaluation.metrics import (
-    centred_rank_rows,
-    pr_auc_at,
-    primary_metric,
-    tie_end_rows,
-)
+from taprobe_core.metrics import centred_rank_rows, pr_auc_at, primary_metric, tie_end_rows
 from taprobe_core.probes.control_task import position_bin
 from taprobe_core.study.config import Target
 from taprobe_core.tables import NULL_KINDS, NULLS, schema_of

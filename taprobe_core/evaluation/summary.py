@@ -22,7 +22,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from taprobe_core.evaluation.blocks import ScoreBlocks
-from taprobe_core.evaluation.metrics import pr_auc_rows, rank_rows
+from taprobe_core.metrics import pr_auc_rows, rank_rows
 from taprobe_core.tables import BEST_SEEDS, schema_of
 
 ROW = ("recipe", "protocol", "split")

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError
 from taprobe_core.evaluation.blocks import UNIT, Block, ScoreBlocks
-from taprobe_core.evaluation.metrics import (
+from taprobe_core.evaluation.summary import chance_levels
+from taprobe_core.metrics import (
     centred_rank_rows,
     metric_names,
     pearson_rows,
@@ -34,7 +35,6 @@ from taprobe_core.evaluation.metrics import (
     spearman_rows,
     top_rows,
 )
-from taprobe_core.evaluation.summary import chance_levels
 from taprobe_core.probes.control_task import position_bin
 from taprobe_core.study.probes import Residualize
 from taprobe_core.study.targets import TARGETS, Target, TargetEntry

@@ -1,9 +1,11 @@
-"""Rollouts of one trace -> published importance measures: the label code for any rollouts.
+"""Labels: rollouts of a trace -> published importance measures -> importance, anchors, their doubt.
 
-`solutions` reads rows, `similarity` compares sentences, `measures` computes. Nothing else belongs
-here; files are opened by callers, and targets are made in `labels`.
+`measures` computes what the dataset publishes, for any rollouts; `make` turns it into labels;
+`noise` says how sure a measure is; `effects` estimates true effects behind noisy ones; `audit`
+finds what is wrong with a rollouts folder. Files are opened by callers.
 """
 
+from taprobe_core.labels.make import make_labels, unlabelled
 from taprobe_core.labels.measures import (
     MIN_SENTENCE_CHARS,
     SIMILARITY_THRESHOLD,
@@ -20,9 +22,11 @@ __all__ = [
     "Rollout",
     "Solutions",
     "answer_kl",
+    "make_labels",
     "published_measures",
     "read_solutions",
     "states_failure",
     "trigram_cosine",
     "trigram_masked_dissimilar",
+    "unlabelled",
 ]

@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from taprobe_core.activations.cost import attention_bytes, bytes_of, cost_line, pass_flop
-from taprobe_core.activations.extract import Extracted, extract
+from taprobe_core.activations.extraction import Extracted, extract
 from taprobe_core.activations.gemm_rate import BlockShape, sustained_gemm_rate
 from taprobe_core.activations.tasks import (
     ActivationShard,

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from taprobe_core.activations.extract import Extracted, extract
+from taprobe_core.activations.extraction import Extracted, extract
 from taprobe_core.activations.tasks import ExtractOptions, TextTask
 from taprobe_core.attention.mode import AttentionMode
 from taprobe_core.checkpoints import LoadedModel, load_base_model, pick_devices, resolve_checkpoint

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError, NonFiniteError, NotEnoughDataError
-from taprobe_core.evaluation.metrics import pr_auc
 from taprobe_core.evaluation.tripwires.rows import row_identity
+from taprobe_core.metrics import pr_auc
 
 Memorise = Callable[
     [NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]], NDArray[np.float64]

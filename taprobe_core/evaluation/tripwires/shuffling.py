@@ -37,7 +37,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError, NonFiniteError, NotEnoughDataError, PlanError
-from taprobe_core.evaluation.metrics import pr_auc
 from taprobe_core.evaluation.tripwires.rows import (
     excess_p,
     fold_masks,
@@ -45,6 +44,7 @@ from taprobe_core.evaluation.tripwires.rows import (
     permuted_pr_auc,
     two_sided_p,
 )
+from taprobe_core.metrics import pr_auc
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.linear.logistic import balanced_weights
 from taprobe_core.splits import Fold

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Qwen2Config, Qwen2Model
 
 from taprobe_core import tables
-from taprobe_core.activations.extract import Extracted, extract
+from taprobe_core.activations.extraction import Extracted, extract
 from taprobe_core.activations.forward import pooled_layers
 from taprobe_core.activations.pooling import finite_faults, mass_faults, shape_faults
 from taprobe_core.activations.schedule import run_ahead

@@ -19,7 +19,7 @@ from transformers import (
     Qwen2Model,
 )
 
-from taprobe_core.activations.extract import extract
+from taprobe_core.activations.extraction import extract
 from taprobe_core.activations.forward import Way, run_pack
 from taprobe_core.activations.fused import HostSteps, can_fuse
 from taprobe_core.activations.passes import ways_for

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import silu
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
-from taprobe_core.activations.extract import extract
+from taprobe_core.activations.extraction import extract
 from taprobe_core.activations.forward import Way, run_pack
 from taprobe_core.activations.fused import can_fuse
 from taprobe_core.activations.packing import lay_out

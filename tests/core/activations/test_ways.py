@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from taprobe_core.activations import forward as forward_module
-from taprobe_core.activations.extract import extract
+from taprobe_core.activations.extraction import extract
 from taprobe_core.activations.forward import run_pack, ways_of
 from taprobe_core.activations.fused import can_fuse
 from taprobe_core.activations.tasks import ExtractOptions, TextTask

@@ -5,8 +5,8 @@ import pytest
 
 from taprobe_core.evaluation.blocks import make_blocks
 from taprobe_core.evaluation.contrasts import contrast_values, paired_deltas
-from taprobe_core.evaluation.metrics import pr_auc, spearman
 from taprobe_core.evaluation.units import measure_units
+from taprobe_core.metrics import pr_auc, spearman
 from taprobe_core.study.config import Evaluation
 from taprobe_core.tables import CONTRASTS, DELTAS, check_table
 

@@ -8,7 +8,7 @@ import pytest
 
 from taprobe_core.errors import DataError, LabelError, NotEnoughDataError
 from taprobe_core.evaluation.evaluate import EvaluationTables, evaluate, primary_metric
-from taprobe_core.evaluation.metrics import pr_auc, spearman
+from taprobe_core.metrics import pr_auc, spearman
 from taprobe_core.study.config import Evaluation
 from taprobe_core.tables import DELTAS, PROTOCOLS, SPLITS, check_table, results
 

@@ -7,8 +7,8 @@ import polars as pl
 import pytest
 
 from taprobe_core.evaluation.blocks import make_blocks
-from taprobe_core.evaluation.metrics import pr_auc, spearman
 from taprobe_core.evaluation.nulls import null_distributions, null_p
+from taprobe_core.metrics import pr_auc, spearman
 from taprobe_core.probes.control_task import position_bin
 from taprobe_core.tables import NULL_KINDS, NULLS, check_table
 

@@ -5,9 +5,9 @@ import polars as pl
 import pytest
 
 from taprobe_core.evaluation.blocks import make_blocks
-from taprobe_core.evaluation.metrics import pr_auc, spearman
 from taprobe_core.evaluation.summary import chance_pr_auc
 from taprobe_core.evaluation.units import position_metrics
+from taprobe_core.metrics import pr_auc, spearman
 from taprobe_core.probes.control_task import position_bin
 from taprobe_core.tables import POSITION_BINS, check_table
 

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 
 from taprobe_core.evaluation.contrasts import control_values, selectivity
-from taprobe_core.evaluation.metrics import pr_auc
 from taprobe_core.evaluation.summary import chance_pr_auc
+from taprobe_core.metrics import pr_auc
 from taprobe_core.study.config import Evaluation
 from taprobe_core.tables import SELECTIVITY, check_table
 

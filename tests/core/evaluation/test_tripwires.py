@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from scipy.stats import kstest
 
 from taprobe_core.errors import DataError, NonFiniteError, NotEnoughDataError, PlanError
-from taprobe_core.evaluation.metrics import pr_auc
 from taprobe_core.evaluation.tripwires import (
     Fit,
     duplicates_across_problems,
@@ -25,6 +24,7 @@ from taprobe_core.evaluation.tripwires import (
 from taprobe_core.evaluation.tripwires.memorisation import anchor_share
 from taprobe_core.evaluation.tripwires.rows import excess_p, permuted_pr_auc, two_sided_p
 from taprobe_core.evaluation.tripwires.shuffling import enough_shuffles, shuffle_within
+from taprobe_core.metrics import pr_auc
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.splits import Fold
 

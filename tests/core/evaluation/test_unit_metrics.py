@@ -6,8 +6,8 @@ import pytest
 from scipy import stats
 
 from taprobe_core.evaluation.blocks import make_blocks
-from taprobe_core.evaluation.metrics import pr_auc, recall_at_k, spearman
 from taprobe_core.evaluation.units import measure_units
+from taprobe_core.metrics import pr_auc, recall_at_k, spearman
 
 TARGETS = {"own": "anchor_binary", "other": "importance_signed"}
 

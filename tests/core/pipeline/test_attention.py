@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoModel
 
-from taprobe_core.activations.extract import Extracted
+from taprobe_core.activations.extraction import Extracted
 from taprobe_core.attention.scores import full_scores, light_scores
 from taprobe_core.checkpoints import resolve_checkpoint
 from taprobe_core.errors import ConfigError, MissingArtifactError

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from taprobe_core.activations.extract import Extracted
+from taprobe_core.activations.extraction import Extracted
 from taprobe_core.checkpoints import LoadedModel
 from taprobe_core.errors import ConfigError, MissingArtifactError, NonFiniteError
 from taprobe_core.evaluation.evaluate import evaluate

@@ -21,8 +21,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedTokenizerFast
 
-from taprobe_core.evaluation.metrics import recall_at_k, spearman
 from taprobe_core.labels.make import make_labels
+from taprobe_core.metrics import recall_at_k, spearman
 from taprobe_core.probes.features import ProbeData, fold_words, join_features
 from taprobe_core.probes.residuals import baseline_predictions, residual_targets
 from taprobe_core.probes.targets import target_values

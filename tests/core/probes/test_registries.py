@@ -13,16 +13,16 @@ import pytest
 from numpy.typing import NDArray
 
 from taprobe_core.errors import ConfigError
-from taprobe_core.evaluation.evaluate import evaluate
-from taprobe_core.evaluation.selection import select_on_validation
-from taprobe_core.keys import Site
-from taprobe_core.probes import Contents, Design, Fit, FittedProbe, Training, fit_batches, predict
-from taprobe_core.probes.estimators import (
+from taprobe_core.estimators import (
     MLPProbeClassifier,
     MLPProbeRegressor,
     TokenProbeClassifier,
     TokenProbeRegressor,
 )
+from taprobe_core.evaluation.evaluate import evaluate
+from taprobe_core.evaluation.selection import select_on_validation
+from taprobe_core.keys import Site
+from taprobe_core.probes import Contents, Design, Fit, FittedProbe, Training, fit_batches, predict
 from taprobe_core.probes.features import ProbeData
 from taprobe_core.probes.fitted import Solved, Solver, scores_of
 from taprobe_core.probes.inputs import dense_matrix

@@ -20,7 +20,7 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from taprobe_core.probes.estimators.linear import BinaryFace
+from taprobe_core.estimators.linear import BinaryFace
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.networks.options import EarlyStopping, NetworkOptions
 from taprobe_core.solvers.networks.solve import NetworkSolution, fit_networks

@@ -7,9 +7,9 @@ tokens        attention, MultiMax and rolling MultiMax probes
 token_inputs  token sets as scikit-learn takes them
 """
 
-from taprobe_core.probes.estimators.linear import LogisticProbe, RidgeProbe
-from taprobe_core.probes.estimators.network import MLPProbeClassifier, MLPProbeRegressor
-from taprobe_core.probes.estimators.tokens import TokenProbeClassifier, TokenProbeRegressor
+from taprobe_core.estimators.linear import LogisticProbe, RidgeProbe
+from taprobe_core.estimators.network import MLPProbeClassifier, MLPProbeRegressor
+from taprobe_core.estimators.tokens import TokenProbeClassifier, TokenProbeRegressor
 
 __all__ = [
     "LogisticProbe",

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from taprobe_core.errors import DataError
-from taprobe_core.probes.estimators.linear import LogisticProbe, RidgeProbe
+from taprobe_core.estimators.linear import LogisticProbe, RidgeProbe
 
 
 def expected_failures(estimator: Any) -> dict[str, str]:

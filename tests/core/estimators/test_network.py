@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from taprobe_core.errors import ConfigError, DataError, NotEnoughDataError
-from taprobe_core.probes.estimators.network import MLPProbeClassifier, MLPProbeRegressor
+from taprobe_core.estimators.network import MLPProbeClassifier, MLPProbeRegressor
 
 QUICK = {"hidden": (20,), "learning_rate": 0.02, "max_iter": 60, "random_state": 0}
 EXPECTED_FAILURES = {

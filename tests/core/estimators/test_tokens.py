@@ -17,7 +17,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict, cross_val_sco
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from taprobe_core.errors import ConfigError, NonFiniteError
-from taprobe_core.probes.estimators.tokens import TokenProbeClassifier, TokenProbeRegressor
+from taprobe_core.estimators.tokens import TokenProbeClassifier, TokenProbeRegressor
 from taprobe_core.solvers.tokens.ragged import RaggedTokens
 
 QUICK = {"width": 16, "max_epochs": 30, "learning_rate": 0.03, "random_state": 0}

@@ -9,13 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 
-from taprobe_core.evaluation.metrics import (
-    metric_names,
-    pr_auc,
-    primary_metric,
-    recall_at_k,
-    spearman,
-)
+from taprobe_core.metrics import metric_names, pr_auc, primary_metric, recall_at_k, spearman
 
 # Few distinct scores, so that ties are common.
 scores = st.integers(-5, 5).map(lambda value: value / 4)

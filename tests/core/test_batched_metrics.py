@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr
 
-from taprobe_core.evaluation.metrics import (
+from taprobe_core.metrics import (
     centred_rank_rows,
     pearson_rows,
     pr_auc,

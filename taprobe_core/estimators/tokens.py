@@ -34,7 +34,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from taprobe_core.probes.estimators.linear import BinaryFace
+from taprobe_core.estimators.linear import BinaryFace
 from taprobe_core.solvers.columns import Columns
 from taprobe_core.solvers.tokens.pooling import Loss, Pooling, TokenProbeOptions, Training
 from taprobe_core.solvers.tokens.ragged import RaggedTokens
