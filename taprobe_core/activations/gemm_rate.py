@@ -13,10 +13,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn.functional import linear
+if TYPE_CHECKING:
+    import torch
 
 _GATED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _PLAIN = frozenset({"gpt2"})
@@ -162,6 +162,8 @@ def sustained_gemm_rate(
     Raises:
         torch.OutOfMemoryError: not even 256 rows fit.
     """
+    import torch
+
     on_cpu = device.type == "cpu"
     wanted_s = seconds or (_CPU_SECONDS if on_cpu else _ACCELERATOR_SECONDS)
     rows = n_rows or (CPU_ROWS if on_cpu else ACCELERATOR_ROWS)
@@ -186,6 +188,9 @@ def _round_seconds(
     clock: Callable[[], float],
 ) -> float:
     """Seconds of one round over a block's products, from about `seconds` of them."""
+    import torch
+    from torch.nn.functional import linear
+
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
@@ -233,4 +238,6 @@ def _narrowed(shape: BlockShape) -> BlockShape:
 
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
+        import torch
+
         torch.accelerator.synchronize(device)

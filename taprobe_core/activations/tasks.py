@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import polars as pl
-import torch
 
 from taprobe_core.attention.mode import OFF, AttentionMode
 from taprobe_core.errors import SpanError
 from taprobe_core.store import tensor_parts
 from taprobe_core.study.parts import Pooling, Storage
+
+if TYPE_CHECKING:
+    import torch
 
 ACCELERATOR_TOKEN_BUDGET = 8_192
 """Tokens of a pass on an accelerator. Matrix products of 14B shape gain nothing from more on an

@@ -103,9 +103,11 @@ class Failure:
         return "; ".join(fixes)
 
     @property
-    def path(self) -> str | None:
-        """Nothing: where it failed is said with each fault."""
-        return None
+    def apart(self) -> tuple[str, str | None]:
+        """Why, in words, and where; that is among the words where there is more than one place."""
+        line, *others = self.lines
+        where = self.faults[0].error.where
+        return (self.details, None) if others else (line.removesuffix(f" in {where}"), where)
 
     @property
     def document(self) -> dict[str, Any]:

@@ -6,14 +6,16 @@ What does not belong here: the scores of an attention variant (`attention_tables
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from taprobe_core.probes.features import ProbeData, TokenSets
 from taprobe_core.study.sweep import AttentionVariant
+
+if TYPE_CHECKING:
+    from taprobe_core.probes.features import ProbeData, TokenSets
 
 
 class View(NamedTuple):
@@ -85,6 +87,8 @@ def take_rows(data: ProbeData, rows: NDArray[np.intp]) -> ProbeData:
 
 
 def _take_tokens(tokens: TokenSets, rows: NDArray[np.intp]) -> TokenSets:
+    from taprobe_core.probes.features import TokenSets
+
     lengths = np.diff(tokens.offsets)
     is_kept = np.zeros(len(lengths), dtype=bool)
     is_kept[rows] = True

@@ -97,7 +97,8 @@ def refusal(study: Study, stops: Sequence[Stop], stopped: str) -> TaprobeError:
     n = len(stops)
     so = f", so {stopped}" if stopped else ""
     if n == 1:
-        what, where = f"{stops[0].headline}{so}: {stops[0].details}", stops[0].path
+        why, where = stops[0].apart
+        what = f"{stops[0].headline}{so}: {why}"
     else:
         counted = [
             f"{count} {noun}{'' if count == 1 else 's'}"

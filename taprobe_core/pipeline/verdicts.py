@@ -87,6 +87,11 @@ class Verdict:
         return "; ".join(self.faults)
 
     @property
+    def apart(self) -> tuple[str, str | None]:
+        """Why, in words, and where."""
+        return self.details, self.path
+
+    @property
     def is_red(self) -> bool:
         """Whether it failed and nobody waived it."""
         return self.status == "failed" and self.waiver is None

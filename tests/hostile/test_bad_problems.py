@@ -265,7 +265,7 @@ def test_too_few_problems_left_says_how_many_and_why(tmp_path: Path, tokenizer: 
 
     assert "2 of 8 problems are left" in caught.value.what
     assert "left out of m, correct: problem 23: the file breaks off" in caught.value.what
-    assert "; and 3 more in lopo fold 0" in caught.value.what
+    assert caught.value.what.endswith("and 3 more")
     # Recipes that fail alike are told together.
     assert caught.value.what.count("2 of 8 problems are left") == 1
 

@@ -16,8 +16,8 @@ from huggingface_hub import constants
 
 from taprobe_core.checkpoints import resolve_checkpoint
 from taprobe_core.errors import DataError, ModelError
-from taprobe_core.pipeline import STAGES, Plan, open_plan
-from taprobe_core.store import pin_file as pin_reading
+from taprobe_core.pipeline import Plan, open_plan, run_stage
+from taprobe_core.store import pin_file
 
 SETTING = "correct_base_solution"
 DATASET, MODEL = "c0ffee" + "0" * 34, "beef" + "0" * 36
@@ -130,7 +130,7 @@ def test_a_sound_cache_is_named_alike_on_every_machine_and_read_once(
     def read(path: Path) -> str:
         raise AssertionError(f"{path} is hashed again")
 
-    monkeypatch.setattr(pin_reading, "file_sha256", read)
+    monkeypatch.setattr(pin_file, "file_sha256", read)
     assert identities(plain) == first
 
 
@@ -147,7 +147,7 @@ def test_a_changed_blob_of_a_dataset_is_refused_by_its_name(
         plan = hub.plan()
         plan.pins.is_accepting = is_accepting
         with pytest.raises(DataError) as refused:
-            list(STAGES["rollouts"].make(plan, [("tiny", SETTING)]))
+            list(run_stage(plan, "rollouts", [("tiny", SETTING)]))
         assert refused.value.where == str(blob)
         assert f"delete {blob} and download it again" in (refused.value.fix or "")
         assert list(plan.store.keys("rollouts")) == []

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from taprobe_core.errors import DataError, ModelError, TaprobeError
-from taprobe_core.pipeline import STAGES, Plan, cells_of, key_of, open_plan
-from taprobe_core.store import pin_file as pin_reading
+from taprobe_core.pipeline import Plan, cells_of, key_of, open_plan, run_stage
+from taprobe_core.store import pin_file
 
 SETTING = "correct_base_solution"
 Command = Callable[..., Any]
@@ -159,7 +159,7 @@ def test_a_second_plan_opens_no_input(
     def read(path: Path) -> str:
         raise AssertionError(f"{path} is hashed again")
 
-    monkeypatch.setattr(pin_reading, "file_sha256", read)
+    monkeypatch.setattr(pin_file, "file_sha256", read)
     assert all_keys(open_plan(built.study, copied)) == first
 
 
@@ -276,7 +276,7 @@ def test_a_change_while_reading_commits_nothing(
     monkeypatch.setattr(rollouts, "read_rollouts", read_then_change)
     plan.store.discard(key) if plan.store.find(key) else None
     with pytest.raises(DataError, match="changed since"):
-        list(STAGES["rollouts"].make(plan, [("tiny", SETTING)]))
+        list(run_stage(plan, "rollouts", [("tiny", SETTING)]))
     assert plan.store.find(key) is None
 
 
@@ -285,7 +285,7 @@ def test_a_tokenizer_that_changes_while_it_is_read_commits_nothing(
 ) -> None:
     study, data = mirror
     plan = open_plan(study, data)
-    list(STAGES["rollouts"].make(plan, [("tiny", SETTING)]))
+    list(run_stage(plan, "rollouts", [("tiny", SETTING)]))
     key = plan.key("spans", ("tiny", SETTING))
     from taprobe_core import checkpoints
 
@@ -299,7 +299,7 @@ def test_a_tokenizer_that_changes_while_it_is_read_commits_nothing(
     monkeypatch.setattr(checkpoints, "load_tokenizer", load_then_change)
     plan.store.discard(key) if plan.store.find(key) else None
     with pytest.raises(ModelError, match="changed since"):
-        list(STAGES["spans"].make(plan, [("tiny", SETTING)]))
+        list(run_stage(plan, "spans", [("tiny", SETTING)]))
     assert plan.store.find(key) is None
 
 
