@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
-from taprobe_core.activations import gemm_rate
 from taprobe_core.activations.cost import (
     attention_bytes,
     attention_scores_flop,
@@ -176,7 +175,7 @@ class FakeDevice:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeDevice]:
     def made(*arguments: Any) -> FakeDevice:
         device = FakeDevice(*arguments)
-        monkeypatch.setattr(gemm_rate, "linear", device.linear)
+        monkeypatch.setattr("torch.nn.functional.linear", device.linear)
         return device
 
     return made
