@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import os
 import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -149,6 +152,36 @@ def _bare_calls(tree: ast.Module) -> set[str]:
 
 def _exception_names(node: ast.expr) -> set[str]:
     return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+
+
+def test_the_tree_stays_small_enough_to_be_read() -> None:
+    core = [path for path in FILES if path.is_relative_to(ROOT / "taprobe_core")]
+    assert len(core) <= 220
+    flat = [path.name for path in core if path.parent.name == "taprobe_core"]
+    assert len(flat) <= 6, flat
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    assert max(len(each.get("layers", [])) for each in contract["contracts"]) <= 18
+    named = [names(path) for path in FILES if re.search(r"\breceiver_heads\b", path.read_text())]
+    assert len(named) <= 3, named
+
+
+def imported(tree: ast.Module, modules: set[str]) -> set[str]:
+    """Modules of the project that a module imports, in functions and for type checkers too."""
+    return {
+        full if full in modules else str(node.module)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for full in (f"{node.module}.{alias.name}" for alias in node.names)
+    } & modules
+
+
+def test_no_two_modules_import_each_other(trees: dict[Path, ast.Module]) -> None:
+    by_name = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): tree
+        for path, tree in trees.items()
+    }
+    graph = {name: imported(tree, set(by_name)) - {name} for name, tree in by_name.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 IMPORT_ALL = """
