@@ -129,7 +129,7 @@ def packed_attention(
 
 
 def takes_kernel(states: torch.Tensor) -> bool:
-    """Whether `attention_kernel` takes these states."""
+    """Whether the kernel of `kernels` takes these states."""
     is_half = states.dtype in (torch.float16, torch.bfloat16)
     d_head = states.shape[-1]
     return states.is_cuda and is_half and has_triton() and d_head % 8 == 0 and d_head <= 256

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 ACCELERATOR_TOKEN_BUDGET = 8_192
 """Tokens of a pass on an accelerator. Matrix products of 14B shape gain nothing from more on an
-H200, and results come earlier from smaller passes (docs/performance.md)."""
+H200, and results come earlier from smaller passes (`python -m benchmarks.extraction --sections
+packs` measures both)."""
 
 
 @dataclass(frozen=True)

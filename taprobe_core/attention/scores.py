@@ -89,7 +89,7 @@ def vertical_scores(
       scripts multiply a row by its depth in the same way; at proximity 1 the factor is the same.
 
     The earlier system calls the step from a sum to a mean over rows depth control; the mean is part
-    of this score under every control, and `simple` has the other.
+    of this score under every control; the scores of the earlier system have the other.
 
     Args:
         average: A, [..., head, sentence, sentence], from `average_matrix`.

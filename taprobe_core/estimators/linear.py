@@ -25,7 +25,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix
 from taprobe_core.solvers.linear.logistic import solve_logistic
 from taprobe_core.solvers.linear.ridge import solve_ridge
@@ -103,8 +103,8 @@ class _LinearProbe(BaseEstimator):  # type: ignore[misc]
         return np.asarray(features @ self.coef_ + self.intercept_, dtype=np.float64)
 
 
-def _column(y: NDArray[np.float64], weight: NDArray[np.float64]) -> Columns:
-    return Columns(np.zeros(1, dtype=np.int64), y[:, None], weight[:, None])
+def _column(y: NDArray[np.float64], weight: NDArray[np.float64]) -> FitRequest:
+    return FitRequest(np.zeros(1, dtype=np.int64), y[:, None], weight[:, None])
 
 
 class RidgeProbe(RegressorMixin, _LinearProbe):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""scikit-learn's face of the batched networks, for one probe at a time.
+"""scikit-learn wrappers of the batched networks, for one probe at a time.
 
 `MLPProbeClassifier` and `MLPProbeRegressor` standardise their features, then fit one network; with
 an integer `random_state` they give what scikit-learn's `StandardScaler` and `MLPClassifier` or
@@ -21,7 +21,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from taprobe_core.estimators.linear import BinaryFace
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.networks.options import EarlyStopping, NetworkOptions
 from taprobe_core.solvers.networks.solve import NetworkSolution, fit_networks
 
@@ -77,7 +77,7 @@ class _MLPProbe(BaseEstimator):  # type: ignore[misc]
             raise ValueError("the rows to train on, those of weight above 0, have one class only")
         own = {name: getattr(self, name) for name in _OPTIONS} | {"hidden": tuple(self.hidden)}
         options = NetworkOptions(is_classifier=is_classifier, **own)
-        columns = Columns(
+        columns = FitRequest(
             fold=np.zeros(1, np.int64),
             y=y[:, None],
             weight=np.where(trained, weight, 0.0)[:, None],

@@ -35,7 +35,7 @@ from sklearn.utils.validation import (
 )
 
 from taprobe_core.estimators.linear import BinaryFace
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.pooling import Loss, Pooling, TokenProbeOptions, Training
 from taprobe_core.solvers.tokens.ragged import RaggedTokens
 from taprobe_core.solvers.tokens.solve import fit_token_probes, positive_weights, score_token_probe
@@ -160,7 +160,7 @@ class _TokenProbe(BaseEstimator):  # type: ignore[misc]
         loss: Loss,
     ) -> Self:
         train = ~held & (weight > 0)
-        columns = Columns(
+        columns = FitRequest(
             np.zeros(1, np.int64),
             y[:, None],
             np.where(train, weight, 0.0)[:, None],

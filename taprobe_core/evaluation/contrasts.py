@@ -171,7 +171,7 @@ _OF_PROBLEM = [*_SELECTIVITY_KEY, "problem_id"]
 def control_values(
     controls_by_seed: Mapping[int, pl.DataFrame], labels: pl.DataFrame
 ) -> pl.DataFrame:
-    """Measure recipes on their control tasks, as `unit_metrics.measure_units` does on their tasks.
+    """Measure recipes on their control tasks, as `units.measure_units` does on their tasks.
 
     Args:
         controls_by_seed: seed -> `tables.SCORES` of the control tasks, under the names of the
@@ -195,7 +195,7 @@ def selectivity(task: pl.DataFrame, control: pl.DataFrame, evaluation: Evaluatio
     labels whole kinds, defines no value of it: it is left out of both means and counted.
 
     Args:
-        task: units of recipes on their task (`unit_metrics.measure_units`).
+        task: units of recipes on their task (`units.measure_units`).
         control: units of the same recipes on the control task (`control_values`).
         evaluation: bootstrap settings.
 

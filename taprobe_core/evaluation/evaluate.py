@@ -68,7 +68,7 @@ class EvaluationTables:
             too, and so compares scores of different probes and problems; it is an extra, never
             ranked.
         problem_metrics: one row per recipe × protocol × split × fold × seed × problem
-            (`unit_metrics.measure_units`).
+            (`units.measure_units`).
         deltas: `tables.DELTAS`.
         contrasts: `tables.CONTRASTS`.
         nulls: `tables.NULLS`.

@@ -178,7 +178,7 @@ def run_stage(
         FailedCheckError: a blocking check of what a cell is made from failed, in this run or an
             earlier one; raised after all cells that this does not concern.
         TaprobeError: cells failed, or what they are made from had failed before; raised after all
-            others. Of the class of what they failed by, see `gate.refusal`.
+            others. Of the class of what they failed by, see `refusal`.
         ArtifactError: the store cannot be written; nothing is tried after that.
     """
     plan.stages.asked(plan.study, stage)

@@ -25,7 +25,7 @@ from taprobe_core.devices import products_in, threads_for
 from taprobe_core.errors import NonFiniteError, TaprobeError, attempted, original
 from taprobe_core.probes.design import TARGET_SETTINGS, Design, Fit
 from taprobe_core.probes.features import ProbeData
-from taprobe_core.probes.fitted import FittedProbe, Solved
+from taprobe_core.probes.fitted import FittedProbe, SolverResult
 from taprobe_core.probes.inputs import n_inputs, n_values
 from taprobe_core.probes.registry import SOLVERS
 from taprobe_core.study import Precision
@@ -121,7 +121,7 @@ def _solved(
     recipe = fits[0].recipe
     solve = SOLVERS[recipe.estimator].solve
 
-    def together() -> Solved:
+    def together() -> SolverResult:
         with (
             threads_for(n_values(recipe, design.data)),
             products_in(precision if recipe.is_stochastic else "float32", device),
@@ -173,7 +173,9 @@ def _shared(fit: Fit, data: ProbeData) -> str:
     return json.dumps([common, recipe.is_binary, rows], sort_keys=True)
 
 
-def _result(design: Design, fit: Fit, solved: Solved, index: int, keep_probes: bool) -> RecipeFit:
+def _result(
+    design: Design, fit: Fit, solved: SolverResult, index: int, keep_probes: bool
+) -> RecipeFit:
     n_folds, n_kept = len(design.folds), len(design.outer) * keep_probes
     first = index * n_folds
     scores = _scores(design, fit, solved.score[:, first : first + n_folds])

@@ -44,7 +44,7 @@ from taprobe_core.errors import (
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.features import ProbeData
 from taprobe_core.probes.inputs import Arrays, Matrix, dense_matrix, transform_inputs
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.platt import probabilities
 from taprobe_core.solvers.tokens.pooling import TokenProbeOptions
 from taprobe_core.solvers.tokens.ragged import RaggedTokens
@@ -55,7 +55,7 @@ from taprobe_core.study import ControlRecipe, ProbeRecipe
 
 
 @dataclass(frozen=True, eq=False)
-class Solved:
+class SolverResult:
     """One solve.
 
     Attributes:
@@ -90,7 +90,7 @@ class Solver:
             of one solve must have their target defined on the same rows.
     """
 
-    solve: Callable[[Design, Sequence[Fit], str, bool], Solved]
+    solve: Callable[[Design, Sequence[Fit], str, bool], SolverResult]
     score: Callable[[FittedProbe, ProbeData], NDArray[np.float32]]
     n_weights: Callable[[ProbeRecipe, int], int]
     per_model: tuple[str, ...] = ()
@@ -129,7 +129,7 @@ class FittedProbe:
         arrays: `mean` and `scale` [feature] of dense features, `idf` [term] of text; `coef`
             [feature] and `intercept` [1] of a linear probe; all these float64; `weight_<i>`
             [in, out] and `bias_<i>` [out] of a network, float32; those of a token probe as
-            `solvers.token_probes` names them. Features stand as terms, then `DENSE_BLOCKS`.
+            `solvers.tokens` names them. Features stand as terms, then `DENSE_BLOCKS`.
         terms: the terms of `idf`, alphabetical; None without text.
         training: how the fit ended.
     """
@@ -166,7 +166,7 @@ class FittedProbe:
 
 def fit_token_sets(
     design: Design, fits: Sequence[Fit], device: str, keep_weights: bool = True
-) -> Solved:
+) -> SolverResult:
     """Train the token probes of recipes that differ in target and seed alone.
 
     Binary targets weigh both classes alike while training; their scores are then calibrated on the
@@ -189,7 +189,7 @@ def fit_token_sets(
     columns, options = design.columns(fits, train), token_options(recipe)
     if options.is_binary:
         weight = columns.weight * positive_weights(columns.y, columns.fold, train)
-        columns = Columns(columns.fold, columns.y, weight, columns.seed)
+        columns = FitRequest(columns.fold, columns.y, weight, columns.seed)
     tokens = ragged_tokens(recipe, design.data)
     found = fit_token_probes(
         tokens, train, validation, columns, options, device, keep_weights=keep_weights
@@ -207,7 +207,7 @@ def fit_token_sets(
         fold = design.folds[int(columns.fold[column])]
         return FittedProbe(fit.recipe, fold, fit.seed, arrays, None, training)
 
-    return Solved(score.astype(np.float32), found.n_iter, probe)
+    return SolverResult(score.astype(np.float32), found.n_iter, probe)
 
 
 def score_tokens(probe: FittedProbe, data: ProbeData) -> NDArray[np.float32]:

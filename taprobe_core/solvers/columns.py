@@ -44,7 +44,7 @@ def class_sizes(
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
+class FitRequest:
     """Models to fit; all members share the order of the columns.
 
     Attributes:
@@ -62,10 +62,10 @@ class Columns:
     def __len__(self) -> int:
         return len(self.fold)
 
-    def take(self, chosen: NDArray[np.intp] | NDArray[np.bool_]) -> Columns:
+    def take(self, chosen: NDArray[np.intp] | NDArray[np.bool_]) -> FitRequest:
         """Return some of the columns."""
         seed = None if self.seed is None else self.seed[chosen]
-        return Columns(self.fold[chosen], self.y[:, chosen], self.weight[:, chosen], seed)
+        return FitRequest(self.fold[chosen], self.y[:, chosen], self.weight[:, chosen], seed)
 
     def check(self, train: NDArray[np.bool_]) -> None:
         """Check shapes, finite values and that no column learns from rows it must not see.

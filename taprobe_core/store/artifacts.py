@@ -54,7 +54,7 @@ from taprobe_core.store.manifest import (
     parse_manifest,
     render_manifest,
 )
-from taprobe_core.store.reader import Artifact, StoreReader, told
+from taprobe_core.store.reader import Artifact, StoreReader, reported
 
 if TYPE_CHECKING:
     from taprobe_core.store.manifest import Manifest
@@ -280,7 +280,7 @@ def prune(store: Store, keep: int = 3, *, dry_run: bool = False) -> list[Artifac
     if keep < 1:
         raise ConfigError(f"keep is {keep}", "prune", "keep at least 1 version")
     manifests = {
-        key: _manifest(store, key) for key in told(store.keys(None), "artifacts looked at")
+        key: _manifest(store, key) for key in reported(store.keys(None), "artifacts looked at")
     }
     victims = sorted(set(manifests) - _kept(store, manifests, keep))
     if dry_run:
@@ -292,7 +292,7 @@ def prune(store: Store, keep: int = 3, *, dry_run: bool = False) -> list[Artifac
         for stage in store.backend.stages()
         for partition in store.backend.partitions(stage)
     ]
-    for stage, partition in told(places, "partitions gone through"):
+    for stage, partition in reported(places, "partitions gone through"):
         found = chosen.get((stage, partition), [])
         removed += _remove(store, ArtifactKey(stage, partition, POINTER), found)
     return removed

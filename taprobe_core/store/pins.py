@@ -56,7 +56,7 @@ class Change:
 
     Attributes:
         name: inside the source.
-        old: hash as pinned, or a word of `pin_reading`.
+        old: hash as pinned, or a word of `pin_file`.
         new: hash as found, or a word.
         sizes: bytes as pinned and as found; None where not known.
     """

@@ -115,7 +115,7 @@ SECONDS_BETWEEN_LINES = 10.0
 _log = logging.getLogger(__name__)
 
 
-def told(items: Iterable[T], done: str) -> Iterator[T]:
+def reported(items: Iterable[T], done: str) -> Iterator[T]:
     """Yield the items; log their number every ten seconds, so that a small store stays quiet.
 
     Args:
@@ -354,7 +354,7 @@ def verify(store: StoreReader, stage: str | None = None) -> Iterator[Verdict]:
     Yields:
         One verdict per artifact, in the order of `Store.keys`.
     """
-    walk = told(store.keys(stage), "artifacts hashed")
+    walk = reported(store.keys(stage), "artifacts hashed")
     for (name, partition), keys in groupby(walk, key=lambda key: key[:2]):
         for key in keys:
             error = _fault(store, key)
@@ -387,7 +387,7 @@ def usage(store: StoreReader) -> pl.DataFrame:
         names), `n_files`, `size_bytes`.
     """
     counts: dict[str, list[int]] = {}
-    for key in told(store.keys(None), "artifacts counted"):
+    for key in reported(store.keys(None), "artifacts counted"):
         sizes = store.backend.sizes(key) or {}
         is_current = store.backend.pointer(key.stage, key.partition) == key.fingerprint
         row = counts.setdefault(key.stage, [0, 0, 0, 0])

@@ -19,7 +19,7 @@ from taprobe_core.sweep.boards import (
     sweep_paired_deltas,
     wanted_fits,
 )
-from taprobe_core.sweep.recipes import Configuration, SweptRecipe, Use, configuration_id
+from taprobe_core.sweep.recipes import Configuration, RecipeUse, SweptRecipe, configuration_id
 from taprobe_core.sweep.shortlist import shortlist_stage2, shortlist_stage3, sweep_choices
 from taprobe_core.sweep.space import (
     FitCount,
@@ -36,9 +36,9 @@ __all__ = [
     "CHANCE",
     "Configuration",
     "FitCount",
+    "RecipeUse",
     "SweepSpace",
     "SweptRecipe",
-    "Use",
     "configuration_id",
     "configuration_table",
     "count_fits",

@@ -338,7 +338,7 @@ def _judged(
         ).select(columns),
         residual.with_columns(
             pl.lit(CHANCE).alias("against"),
-            (pl.col("value") - pl.col("excess")).alias("other"),
+            (pl.col("value") - pl.col("value_above_chance")).alias("other"),
         ).select(columns),
     ]
     if contrasts is not None:

@@ -172,7 +172,7 @@ class SweptRecipe:
         return self.template.model_copy(update={"name": self.name})
 
 
-class Use(NamedTuple):
+class RecipeUse(NamedTuple):
     """A recipe that a configuration asks for.
 
     Attributes:

@@ -194,7 +194,7 @@ def _chosen(values: pl.DataFrame) -> dict[str, Any] | None:
 def _over_folds(values: pl.DataFrame) -> SkillMatrix:
     return skill_matrix(
         values.group_by("config_id", "problem_id", maintain_order=True).agg(
-            pl.col("excess", "room").mean()
+            pl.col("value_above_chance", "ceiling_above_chance").mean()
         )
     )
 

@@ -36,7 +36,7 @@ from taprobe_core.study.estimators import Tuning
 from taprobe_core.study.probes import ProbeRecipe
 from taprobe_core.study.sweep import OFF, AttentionVariant, Sweep
 from taprobe_core.study.targets import TARGETS, Target, target_settings
-from taprobe_core.sweep.recipes import Configuration, Role, SweptRecipe, Use
+from taprobe_core.sweep.recipes import Configuration, RecipeUse, Role, SweptRecipe
 
 
 def grid(kind: ProbeRecipe, target: Target, tuning: Tuning) -> Iterator[dict[str, Any]]:
@@ -179,7 +179,7 @@ def _listed(shortlist: pl.DataFrame, stage: str) -> list[tuple[Configuration, st
     return found
 
 
-def uses_of(space: SweepSpace, configuration: Configuration) -> tuple[Use, ...]:
+def uses_of(space: SweepSpace, configuration: Configuration) -> tuple[RecipeUse, ...]:
     """Return the recipes of a configuration, in the order of the study's.
 
     Pooled states are read in the configuration's pooling; with `tokens`, the kinds that read them
@@ -277,7 +277,7 @@ def _fits(
     kind: ProbeRecipe,
     configuration: Configuration,
     variant: AttentionVariant,
-) -> Iterator[Use]:
+) -> Iterator[RecipeUse]:
     """A kind fitted to the configuration's target, and to its residuals where the sweep says so."""
     if role == "candidate":
         kind = tuned(kind, configuration.settings)
@@ -294,7 +294,7 @@ def _fits(
     is_also = kind.name in named if named is not None else kind.name not in space.baselines
     levels = {"none": None, configuration.residualize if is_also else "none": None}
     for level in levels:
-        yield Use(
+        yield RecipeUse(
             kind.name,
             role,
             SweptRecipe(
@@ -306,7 +306,7 @@ def _fits(
         )
 
 
-def _is_residual(use: Use) -> bool:
+def _is_residual(use: RecipeUse) -> bool:
     return use.swept.template.residualize != "none"
 
 

@@ -45,7 +45,7 @@ from taprobe_core.evaluation.tripwires.rows import (
     two_sided_p,
 )
 from taprobe_core.metrics import pr_auc
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear.logistic import balanced_weights
 from taprobe_core.splits import Fold
 
@@ -213,7 +213,7 @@ class ShuffledLabels:
         )
 
 
-Fit = Callable[[NDArray[np.bool_], Columns], NDArray[np.float64]]
+Fit = Callable[[NDArray[np.bool_], FitRequest], NDArray[np.float64]]
 """train [fold, row] bool, columns -> score of every row by every column, [row, column] float64."""
 
 SCORED = 6_000
@@ -299,7 +299,7 @@ def shuffled_labels(
 
 def _values(
     score: NDArray[np.float64],
-    columns: Columns,
+    columns: FitRequest,
     defined: Sequence[tuple[int, int, NDArray[np.intp]]],
     n_null: int,
     rng: np.random.Generator,
@@ -334,11 +334,11 @@ def _columns(
     identity: NDArray[np.int64] | None,
     n_shuffles: int,
     rng: np.random.Generator,
-) -> Columns:
+) -> FitRequest:
     fold = np.repeat(np.arange(len(train)), n_shuffles)
     y = shuffle_within(problem_id, is_anchor, identity, len(fold), rng)
     seeds = rng.integers(0, 2**31, size=len(fold))
-    return Columns(fold, y, balanced_weights(y, train, fold), seeds)
+    return FitRequest(fold, y, balanced_weights(y, train, fold), seeds)
 
 
 def shuffle_within(
@@ -376,7 +376,7 @@ def shuffle_within(
     return np.ascontiguousarray(y.T)
 
 
-def _checked(score: NDArray[np.float64], columns: Columns) -> NDArray[np.float64]:
+def _checked(score: NDArray[np.float64], columns: FitRequest) -> NDArray[np.float64]:
     if score.shape != columns.y.shape:
         raise DataError(
             f"scores are {score.shape}, expected {columns.y.shape}",

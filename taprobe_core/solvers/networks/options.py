@@ -2,7 +2,7 @@
 
 What does not belong here: folds, targets and seeds, which differ by column (`columns`).
 
-What does not belong here: the shape of the columns themselves (`Columns.check`) and of the settings
+What does not belong here: the shape of the columns themselves (`FitRequest.check`) and of the settings
 (`NetworkOptions`).
 
 After every epoch a model has a score that rises as it gets better. A score that does not beat the
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taprobe_core.errors import ConfigError, DataError, NonFiniteError, NotEnoughDataError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 
 
 @dataclass(frozen=True)
@@ -82,23 +82,23 @@ class NetworkOptions:
 N_SEEDS = 2**32
 
 
-def describe(columns: Columns, column: int | np.intp) -> str:
+def describe(columns: FitRequest, column: int | np.intp) -> str:
     """Return the name of a column for an error."""
     return f"column {column} (fold {columns.fold[column]}, seed {seeds_of(columns)[column]})"
 
 
-def seeds_of(columns: Columns) -> NDArray[np.int64]:
+def seeds_of(columns: FitRequest) -> NDArray[np.int64]:
     """Return the seeds, [column] int64.
 
     Raises:
         DataError: the columns have none.
     """
     if columns.seed is None:
-        raise DataError("networks need seeds", "Columns.seed", "give every column one")
+        raise DataError("networks need seeds", "FitRequest.seed", "give every column one")
     return columns.seed
 
 
-def check_seeds(columns: Columns) -> None:
+def check_seeds(columns: FitRequest) -> None:
     """Check that the seeds are there and that scikit-learn would take them.
 
     Raises:
@@ -108,7 +108,7 @@ def check_seeds(columns: Columns) -> None:
     if ((seeds < 0) | (seeds >= N_SEEDS)).any():
         raise DataError(
             f"seeds from {seeds.min()} to {seeds.max()}",
-            "Columns.seed",
+            "FitRequest.seed",
             "give seeds in [0, 2^32)",
         )
 
@@ -143,7 +143,7 @@ def check_features(X: NDArray[np.float32], train: NDArray[np.bool_]) -> None:
         )
 
 
-def check_classes(columns: Columns) -> None:
+def check_classes(columns: FitRequest) -> None:
     """Check that targets are 0 and 1, and that every column trains on both.
 
     Raises:
@@ -168,7 +168,7 @@ def check_classes(columns: Columns) -> None:
 
 
 def watched_weight(
-    columns: Columns,
+    columns: FitRequest,
     train: NDArray[np.bool_],
     validation: NDArray[np.bool_] | None,
     weight: NDArray[np.float64] | None,
@@ -216,12 +216,12 @@ def watched_weight(
     return found
 
 
-def _first(columns: Columns, is_meant: NDArray[np.bool_] | np.bool_) -> str:
+def _first(columns: FitRequest, is_meant: NDArray[np.bool_] | np.bool_) -> str:
     return describe(columns, int(np.flatnonzero(is_meant)[0]))
 
 
 EarlyStopping = Literal["off", "rows", "problems"]
-"""What is watched: training loss; score on held-out rows; loss on the fold's validation rows."""
+"""What early stopping reads: training loss; score on held-out rows; loss on the fold's validation rows."""
 
 
 class Patience:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from taprobe_core.devices import free_bytes
 from taprobe_core.errors import DataError, NumericsError
-from taprobe_core.solvers.columns import Columns, fold_moments
+from taprobe_core.solvers.columns import FitRequest, fold_moments
 from taprobe_core.solvers.networks.batch import (
     Networks,
     Orders,
@@ -102,7 +102,7 @@ class NetworkSolution:
 def fit_networks(
     X: NDArray[np.float32],
     train: NDArray[np.bool_],
-    columns: Columns,
+    columns: FitRequest,
     options: NetworkOptions,
     validation: NDArray[np.bool_] | None = None,
     device: str | torch.device = "cpu",
@@ -182,7 +182,7 @@ class _Fit:
         X: NDArray[np.float32],
         mean: NDArray[np.float64],
         inverse_scale: NDArray[np.float64],
-        columns: Columns,
+        columns: FitRequest,
         options: NetworkOptions,
         watched: NDArray[np.float64] | None,
         device: torch.device,
@@ -286,7 +286,7 @@ class _Fit:
     def _split(
         self, chosen: NDArray[np.intp], streams: list[Stream], group: NDArray[np.int64]
     ) -> tuple[list[NDArray[np.int64]], Padded | None]:
-        """Return the rows each column trains on and those it is watched on.
+        """Return the rows each column trains on and those that its early stopping reads.
 
         Columns of one group hold out the same of their rows, drawn from the stream of the first.
         """

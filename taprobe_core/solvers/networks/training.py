@@ -78,7 +78,7 @@ class Job:
         which: [model] int64, the order that a model reads.
         training: [model, row] int64, training rows of each model, then anything.
         lengths: [model, 1] int64, number of training rows.
-        held_out: rows watched and their weight [model, row] float64 summing to 1, or None.
+        held_out: rows of the stopping score and their weight [model, row] float64 summing to 1, or None.
         is_even: all training rows weigh the same, so every epoch has one plan.
         plan: of the last epoch.
     """

@@ -247,7 +247,7 @@ def forward(
             that a model does not read is finite and means nothing.
 
     Returns:
-        Logits [sentence, m], and what `token_backward.backward` needs.
+        Logits [sentence, m], and what `backward.backward` needs.
     """
     shape, views, m, n_tokens = stack.shape, stack.views, stack.n_models, len(states)
     units = space.take("hidden_0", m * shape.width, n_tokens)

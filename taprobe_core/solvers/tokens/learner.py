@@ -32,7 +32,7 @@ from torch.optim.adamw import adamw
 
 from taprobe_core.devices import has_triton
 from taprobe_core.errors import DataError, NotEnoughDataError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.backward import backward, through_scaling
 from taprobe_core.solvers.tokens.forward import FirstLayer, FoldScaling, Stack, Workspace, forward
 from taprobe_core.solvers.tokens.pooling import Loss, TokenProbeOptions
@@ -44,7 +44,7 @@ from taprobe_core.solvers.tokens.ragged import (
     Shapes,
     TokenBatch,
     plan_batches,
-    watchers,
+    validation_groups,
 )
 from taprobe_core.solvers.tokens.replay import Recorder, Replays
 from taprobe_core.solvers.tokens.states import TokenStates
@@ -54,7 +54,7 @@ Floats = NDArray[np.float64]
 
 
 def watched_weights(
-    columns: Columns, validation: Mask, is_binary: bool, given: Floats | None
+    columns: FitRequest, validation: Mask, is_binary: bool, given: Floats | None
 ) -> Floats:
     """Return the weight of every sentence in each column's validation loss.
 
@@ -92,7 +92,7 @@ def watched_weights(
     return watched
 
 
-def _class_means(columns: Columns) -> Floats:
+def _class_means(columns: FitRequest) -> Floats:
     """Mean training weight of each sentence's class, 1 for a class without training sentences."""
     is_positive = columns.y > 0.5
     by_class = []
@@ -220,7 +220,7 @@ class Step(NamedTuple):
 
 
 class _Watch(NamedTuple):
-    """Models, [model] int64, and batches of the sentences that they are watched on."""
+    """Models, [model] int64, and batches of the sentences that they are validated on."""
 
     models: torch.Tensor
     batches: list[TokenBatch]
@@ -283,7 +283,7 @@ class Learner:
             return []
         plan = []
         watched, lengths = self.targets.watched[:, self.here], self.states.tokens.lengths
-        for models, sentences in watchers(watched, lengths, self._size):
+        for models, sentences in validation_groups(watched, lengths, self._size):
             n_units = len(models) * self.options.width
             batches = self.states.batches(sentences, n_units, self.options.window_or_none)
             plan.append(_Watch(torch.from_numpy(models).to(self.states.device), batches))
@@ -331,7 +331,7 @@ class Learner:
         self.adam.step(self.stack, self.scaling, self.first)
 
     def watched_loss(self) -> Floats:
-        """Weighted mean loss of each model over its watched sentences."""
+        """Weighted mean loss of each model over its validation sentences."""
         if self.replays is None:
             loss = self._watched_loss()
         else:

@@ -220,7 +220,7 @@ class TokenProbeOptions:
         learning_rate: of AdamW.
         weight_decay: of AdamW, decoupled.
         batch_size: sentences that a model learns from in a step, at most on average
-            (`token_reading.n_batches`).
+            (`ragged.n_batches`).
         max_epochs: most passes over the sentences.
         patience: epochs without a better validation loss after which a model stops.
 

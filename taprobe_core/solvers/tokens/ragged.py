@@ -330,8 +330,8 @@ TOKENS_OF_A_COPY = 64
 def n_batches(n_learnt: int, batch_size: int) -> int:
     """Return into how many batches a model's epoch is cut: a function of its own sentences alone.
 
-    As many as if the model were alone, rounded up to three binary digits (above 8 by at most a
-    quarter), so that folds of nearly equal size can share their batches.
+    As many as if the model were alone, rounded up to 1 to 8, 10, 12, 14, 16, 20, 24, ... so that
+    folds of similar size share their batches.
 
     Args:
         n_learnt: sentences that the model learns from.
@@ -398,7 +398,8 @@ class Readers:
     def order(self, batch: Index) -> Index:
         """Return the sentences of a batch that are read, those with the same readers together.
 
-        A step takes place even if nobody learns from it, lest it depend on who is here.
+        An empty step is kept: the optimiser's number of steps must not depend on which models share
+        the stack.
         """
         used = batch[self.is_used[batch]]
         if not len(used):
@@ -431,23 +432,25 @@ class Readers:
         ]
 
 
-class Watchers(NamedTuple):
-    """Models that are watched on the same sentences, or nearly: [model] and [sentence] int64."""
+class ValidationGroup(NamedTuple):
+    """Models that are validated on the same sentences, or nearly: [model] and [sentence] int64."""
 
     models: Index
     sentences: Index
 
 
-def watchers(watched: NDArray[np.float64], lengths: Index, values: int) -> Sequence[Watchers]:
-    """Group the sentences that models are watched on by who they are.
+def validation_groups(
+    watched: NDArray[np.float64], lengths: Index, values: int
+) -> Sequence[ValidationGroup]:
+    """Group the validation sentences of a stack by the models that they validate.
 
     Args:
-        watched: [sentence, model], above 0 where the model is watched.
+        watched: [sentence, model], above 0 where the sentence validates the model.
         lengths: [sentence] int64, tokens.
         values: first-layer weights of one model.
 
     Returns:
-        Groups that together hold every watched sentence once, each with every model it counts for.
+        Groups that together hold every validation sentence once, each with every model it counts for.
     """
     is_watched = watched > 0
     patterns, which = np.unique(is_watched, axis=0, return_inverse=True)
@@ -465,6 +468,6 @@ def watchers(watched: NDArray[np.float64], lengths: Index, values: int) -> Seque
                 continue
         merged.append((models, float(n_tokens[at]), [at]))
     return [
-        Watchers(np.flatnonzero(models), np.flatnonzero(np.isin(which.reshape(-1), members)))
+        ValidationGroup(np.flatnonzero(models), np.flatnonzero(np.isin(which.reshape(-1), members)))
         for models, _, members in merged
     ]

@@ -1,6 +1,6 @@
 """Attention, MultiMax and rolling MultiMax probes, many models sharing one pass over the tokens.
 
-Columns (folds, targets, seeds) are grouped by seed and steps of an epoch; the models of a group see
+FitRequest (folds, targets, seeds) are grouped by seed and steps of an epoch; the models of a group see
 the same sentences in the same order, so that the tokens of a batch are read once and the first
 layer of all models is one matrix product. What does not belong here: training (`token_training`),
 the network (`token_forward`) and which columns there are.
@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError, NonFiniteError
-from taprobe_core.solvers.columns import Columns, class_sizes
+from taprobe_core.solvers.columns import FitRequest, class_sizes
 from taprobe_core.solvers.tokens.forward import Stack
 from taprobe_core.solvers.tokens.learner import Targets, watched_weights
 from taprobe_core.solvers.tokens.platt import calibrate, probabilities
@@ -107,7 +107,7 @@ def fit_token_probes(
     tokens: RaggedTokens,
     train: Mask,
     validation: Mask | None,
-    columns: Columns,
+    columns: FitRequest,
     options: TokenProbeOptions,
     device: torch.device | str = "cpu",
     validation_weight: Floats | None = None,
@@ -233,7 +233,7 @@ class _Fitted(NamedTuple):
 
 def _fit_group(
     states: TokenStates,
-    columns: Columns,
+    columns: FitRequest,
     watched: Floats | None,
     options: TokenProbeOptions,
     chosen: NDArray[np.intp],
@@ -264,7 +264,7 @@ def _check(
     tokens: RaggedTokens,
     train: Mask,
     validation: Mask | None,
-    columns: Columns,
+    columns: FitRequest,
     options: TokenProbeOptions,
 ) -> None:
     columns.check(train)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from taprobe_core.devices import free_bytes, has_triton
 from taprobe_core.errors import NonFiniteError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.forward import FoldScaling, NetworkShape
 from taprobe_core.solvers.tokens.pooling import TokenProbeOptions
 from taprobe_core.solvers.tokens.ragged import (
@@ -270,14 +270,14 @@ def models_at_once(
     return need.models_within(n_bytes)
 
 
-def steps_of(columns: Columns, options: TokenProbeOptions) -> NDArray[np.int64]:
+def steps_of(columns: FitRequest, options: TokenProbeOptions) -> NDArray[np.int64]:
     """Return the batches of each column's epoch, [column] int64."""
     learnt = (columns.weight > 0).sum(axis=0).tolist()
     return np.array([n_batches(n, options.batch_size) for n in learnt], dtype=np.int64)
 
 
 def stacks(
-    columns: Columns, steps: NDArray[np.int64], at_once: int
+    columns: FitRequest, steps: NDArray[np.int64], at_once: int
 ) -> Iterator[tuple[NDArray[np.intp], int]]:
     """Yield the columns of each stack, and their seed.
 

@@ -47,7 +47,7 @@ class Trained(NamedTuple):
     Attributes:
         stack: the weights of the best epoch, or of the last without early stopping.
         n_epochs: epochs that the model took part in.
-        best_epoch: which of them, from 1, had the lowest watched loss.
+        best_epoch: which of them, from 1, had the lowest validation loss.
         best_loss: that loss; NaN without early stopping.
         is_stopped: whether patience ran out before the last epoch.
     """

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taprobe_core.errors import ConfigError, DataError, NonFiniteError, NotEnoughDataError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens import (
     learner as token_learner,
 )
@@ -186,7 +186,7 @@ def columns_of(train, y, folds, seeds, is_binary=True):
     fold, seed = np.array(folds), np.array(seeds)
     y = np.tile(y[:, None], len(fold)) if y.ndim == 1 else y
     weight = positive_weights(y, fold, train) if is_binary else train[fold].T.astype(float)
-    return Columns(fold, y, weight, seed)
+    return FitRequest(fold, y, weight, seed)
 
 
 @pytest.mark.parametrize("is_soft", [False, True])
@@ -451,13 +451,13 @@ def test_watched_sentences_are_grouped_by_the_models_that_they_count_for():
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 400, 60)
     for watched in (np.kron(np.eye(6), np.ones((10, 2))), rng.random((60, 12)) < 0.1):
-        found = token_reading.watchers(watched, lengths, 2**20)
+        found = token_reading.validation_groups(watched, lengths, 2**20)
         rows = np.concatenate([each.sentences for each in found])
         assert sorted(rows) == np.flatnonzero(watched.any(axis=1)).tolist()
         for each in found:
             rest = np.delete(watched[each.sentences], each.models, axis=1)
             assert not rest.any()
-    found = token_reading.watchers(np.kron(np.eye(6), np.ones((10, 2))), lengths, 2**20)
+    found = token_reading.validation_groups(np.kron(np.eye(6), np.ones((10, 2))), lengths, 2**20)
     assert [len(each.models) for each in found] == [2] * 6
 
 
@@ -479,7 +479,7 @@ def test_held_out_tokens_and_targets_change_nothing():
     test = ~(train[0] | validation[0])
     values = tokens.values.clone()
     values[np.repeat(test, tokens.lengths)] += 7.0
-    changed = Columns(columns.fold, np.where(test[:, None], 1 - columns.y, columns.y),
+    changed = FitRequest(columns.fold, np.where(test[:, None], 1 - columns.y, columns.y),
                       columns.weight, columns.seed)  # fmt: skip
     moved = RaggedTokens(values, tokens.offsets)
     after = fit_token_probes(moved, train, validation, changed, SMALL)
@@ -705,7 +705,7 @@ def test_settings_out_of_range_are_named_together():
 def test_arguments_that_do_not_fit_are_refused():
     tokens, train, validation, y = planted(n=12)
     columns = columns_of(train, y, [0, 1], [0, 0])
-    bad = Columns(columns.fold, columns.y * 2, columns.weight, None)
+    bad = FitRequest(columns.fold, columns.y * 2, columns.weight, None)
     with pytest.raises(DataError, match=r"no seed.*not 0 or 1"):
         fit_token_probes(tokens, train, validation, bad, SMALL)
     with pytest.raises(DataError, match="hold training sentences"):
