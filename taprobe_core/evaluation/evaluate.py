@@ -11,7 +11,7 @@ how each table is made (the modules this one calls) and choosing a layer (`selec
                                  ├─ position_metrics   position_bins
                                  ├─ calibrate          calibration, reliability_bins
                                  ├─ best_seeds         best_seeds
-                 └─ selectivity        selectivity
+                                 └─ selectivity        selectivity
 
 Invariant: each recipe is judged by its own target, which its scores carry.
 """

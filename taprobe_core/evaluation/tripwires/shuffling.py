@@ -1,15 +1,9 @@
 """Do held-out labels reach a probe? Shuffle the labels, run the whole fit, look at the score.
 
-The observed values and their null become a p, a band and words.
-
-What does not belong here: fitting and drawing (`shuffling`). Invariant: advice is given only where
-the check fails.
-
 Labels are shuffled inside each problem, training and held-out problems alike, the pipeline is
 fitted on the shuffled training labels of every fold, and the held-out problems are scored against
 their own shuffled labels. Where nothing leaks these scores know nothing of those labels, so their
-PR-AUC has an exact permutation null (`null`). What does not belong here: a defect that needs no fit
-to be seen (`duplicates`), and whether the *real* labels can be predicted, which is a finding.
+PR-AUC has an exact permutation null (`rows`), and observed values become a p, a band and words.
 
 Four choices keep the check exact and stable:
 
@@ -24,8 +18,9 @@ Four choices keep the check exact and stable:
 - A look that trips at sqrt(alpha) is taken again with fresh shuffles, and only both together fail.
   A leak trips again, an accident does not; sound pipelines pay for the second look seldom.
 
-Invariant: a sound pipeline fails with probability at most alpha, whatever its features, whatever
-the estimator.
+What does not belong here: a defect that needs no fit to be seen (`rows`), and whether the *real*
+labels can be predicted, which is a finding. Invariants: a sound pipeline fails with probability at
+most alpha, whatever its features and estimator; advice is given only where the check fails.
 """
 
 from __future__ import annotations

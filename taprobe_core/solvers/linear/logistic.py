@@ -3,7 +3,7 @@
 Each column minimises `sum_i weight_i log(1 + exp(-s_i (x_i' w + b))) + ||w||^2 / (2 C)` with x
 standardised on its fold's training rows and b free: scikit-learn's
 `Pipeline(StandardScaler(), LogisticRegression(C))` with class balance in the weights
-(`balanced_weights`). Few features go to Newton's method (`logistic_newton`), all others to
+(`balanced_weights`). Few features go to Newton's method (`logistic_phases`), all others to
 `logistic_batch`.
 
 What does not belong here: which penalties, thresholds on scores. Invariants: precision decides

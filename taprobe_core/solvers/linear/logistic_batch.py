@@ -6,7 +6,7 @@ labels, same C) form a group. A group's *reference* is the fit on all its rows u
 all rows; it costs one row of a kernel product an iteration and gives the folds their start. Where
 the reference was easy, folds use a diagonal preconditioner. Where it was hard (few large
 eigenvalues, as activations have), the Newton system at the reference is factorised once per group,
-and cut down to each fold's rows (`bordered`) gives both the start, one Newton step from the
+and cut down to each fold's rows (`kernel_systems`) gives both the start, one Newton step from the
 reference, and the preconditioner.
 
 What does not belong here: checks on the request, which columns share a batch (`logistic`).

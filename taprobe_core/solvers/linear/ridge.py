@@ -8,7 +8,7 @@ Two ways, by size. Few features: normal equations per distinct (fold, weight, al
 Many features: the dual, `(K_f + alpha / weight) beta + b = y`, `1' beta = 0`, `w = X_f' beta`, by
 conjugate gradients in float64. K_f differs from the kernel under the scaling of all rows only
 through the folds' own scales, so one factorisation of the latter, cut down to each fold's rows
-(`bordered`), is a nearly exact preconditioner for every fold, target and residual target.
+(`kernel_systems`), is a nearly exact preconditioner for every fold, target and residual target.
 
 What does not belong here: which penalties. Invariant: a column's result does not depend on which
 columns are solved beside it, up to the tolerance. Source: Saunders, Gammerman and Vovk (1998) for

@@ -1,17 +1,13 @@
 """Settings of the networks of one call, what a call must satisfy, and when a network stops.
 
-What does not belong here: folds, targets and seeds, which differ by column (`columns`).
-
-What does not belong here: the shape of the columns themselves (`FitRequest.check`) and of the settings
-(`NetworkOptions`).
-
 After every epoch a model has a score that rises as it gets better. A score that does not beat the
 best one by `tol` is a miss; a model with more than `patience` misses in a row stops. What does not
-belong here: how rows are held out (`network_draws`), how weights are kept (`network_training`).
+belong here: folds, targets and seeds, which differ by column (`columns`), how rows are held out
+(`batch`) and how weights are kept (`training`).
 
 Invariant: each model is judged by its own scores alone.
 
-Source: scikit-learn 1.9, `_update_no_improvement_count` and the scores it watches (accuracy, R^2).
+Source: scikit-learn 1.9, `_update_no_improvement_count` and the scores it reads (accuracy, R^2).
 """
 
 from __future__ import annotations
@@ -221,7 +217,7 @@ def _first(columns: FitRequest, is_meant: NDArray[np.bool_] | np.bool_) -> str:
 
 
 EarlyStopping = Literal["off", "rows", "problems"]
-"""What early stopping reads: training loss; score on held-out rows; loss on the fold's validation rows."""
+"""What early stopping reads: training loss; score on held-out rows; loss on validation rows."""
 
 
 class Patience:

@@ -1,8 +1,8 @@
 """Fit many multilayer perceptrons on one feature matrix: ReLU layers, one output each.
 
-Columns whose epochs have equally many steps are trained in batches (`network_training`) as large as
-memory or cache allows. What does not belong here: one minibatch (`network_batch`), random draws
-(`network_draws`), stopping (`network_stopping`).
+Models whose epochs have equally many steps are trained in batches (`training`) as large as memory
+or cache allows. What does not belong here: one minibatch and the random draws (`batch`), stopping
+(`options`).
 
 Invariant: given the seed, a column's result does not depend on the other columns, up to float
 rounding, and is scikit-learn's of the same seed (`StandardScaler`, then `MLPClassifier` or

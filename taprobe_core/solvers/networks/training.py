@@ -2,7 +2,7 @@
 
 All models of a batch take the same number of steps in an epoch. Each reads every training row of
 its own once an epoch, in its own order; where a last minibatch is shorter than its neighbours',
-rows of weight 0 fill it. What does not belong here: which models form a batch (`networks`).
+rows of weight 0 fill it. What does not belong here: which models form a batch (`solve`).
 
 Invariant: the device is waited for once an epoch, and once more when models have left; the next
 orders are drawn before that, while it works.
@@ -78,7 +78,8 @@ class Job:
         which: [model] int64, the order that a model reads.
         training: [model, row] int64, training rows of each model, then anything.
         lengths: [model, 1] int64, number of training rows.
-        held_out: rows of the stopping score and their weight [model, row] float64 summing to 1, or None.
+        held_out: rows of the stopping score and their weight [model, row] float64 summing to 1;
+            None: there are none.
         is_even: all training rows weigh the same, so every epoch has one plan.
         plan: of the last epoch.
     """

@@ -1,21 +1,17 @@
 """The models of a stack that still learn: steps of AdamW, and the losses that stop them.
 
-What does not belong here: training weights, which come with the columns. Invariant: weights are
-finite, at least 0, 0 outside the fold's validation sentences, and above 0 somewhere in each column.
+What does not belong here: gradients (`backward`), the network (`forward`), epochs and what is kept
+of them (`training`).
 
-What does not belong here: gradients (`token_backward`). Invariant: on CUDA the first layer, nearly
-all of a stack, is stepped and scaled in one pass over the memory; the numbers are those of PyTorch
-but for rounding.
+Invariants: a sentence that no model of the stack learns from is not read; a model that is dropped
+costs nothing more; the host waits for the device once per epoch, for the losses. Validation weights
+are finite, at least 0, 0 outside the fold's validation sentences, and above 0 somewhere in each
+column. On CUDA the first layer, nearly all of a stack, is stepped and scaled in one pass over the
+memory, with PyTorch's numbers but for rounding, and steps are recorded by the shape of their batch
+and replayed.
 
 Source:
     Loshchilov and Hutter 2019, algorithm 2; as in `torch.optim.AdamW`.
-
-What does not belong here: epochs and what is kept of them (`token_training`), the network
-(`token_forward`, `token_backward`), the optimiser (`token_optimiser`).
-
-Invariants: a sentence that no model of the stack learns from is not read; a model that is dropped
-costs nothing more; the host waits for the device once per epoch, for the losses. On CUDA steps are
-recorded by the shape of their batch and replayed.
 """
 
 from __future__ import annotations

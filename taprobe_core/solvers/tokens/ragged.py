@@ -3,24 +3,22 @@
 `RaggedTokens` keeps the states of all sentences end to end, without padding. A batch of sentences
 is described by `Slots`: tables that say which items (tokens, windows) each group (sentence, window)
 holds. Only head scores, a few numbers per token, are ever laid out by such a table; states are not.
-What does not belong here: what is done with the items of a group (`token_pooling`), and networks.
+
+Every fold leaves some sentences out, and another fold needs most of those: a batch holds what any
+model learns from. Sentences that the same models read are put next to each other, and neighbouring
+models (of one fold, or of folds that follow each other) form a part that reads a few ranges of the
+batch. What does not belong here: what is done with the items of a group (`pooling`), the products
+over the ranges (`forward`, `backward`) and training (`training`).
 
 Invariants: a sentence has at least one token; the tables are made on the host and go to the device
 in one copy per epoch; both directions are gathers, so gradients do not depend on thread order.
+Every sentence that a model learns from, or is validated on, is read for it; which others are read
+with it changes no number of it but by rounding.
 
 Source:
     None; our own layout. Measured on a CPU beside `segment_reduce`, `index_reduce` and
     `scatter_reduce` on [token, head] scores: softmax by gathered slots takes as long as by segment
     reductions, a maximum half as long, and on CUDA segment sums are not deterministic.
-
-Every fold leaves some sentences out, and another fold needs most of those: a batch holds what any
-model learns from. Sentences that the same models read are put next to each other, and neighbouring
-models (of one fold, or of folds that follow each other) form a part that reads a few ranges of the
-batch. What does not belong here: the products over the ranges (`token_forward`, `token_backward`)
-and training (`token_training`).
-
-Invariant: every sentence that a model learns from, or is watched on, is read for it; which others
-are read with it changes no number of it but by rounding.
 """
 
 from __future__ import annotations
@@ -450,7 +448,8 @@ def validation_groups(
         values: first-layer weights of one model.
 
     Returns:
-        Groups that together hold every validation sentence once, each with every model it counts for.
+        Groups that together hold every validation sentence once, each with every model that it
+        counts for.
     """
     is_watched = watched > 0
     patterns, which = np.unique(is_watched, axis=0, return_inverse=True)

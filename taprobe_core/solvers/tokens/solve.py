@@ -1,9 +1,9 @@
 """Attention, MultiMax and rolling MultiMax probes, many models sharing one pass over the tokens.
 
-FitRequest (folds, targets, seeds) are grouped by seed and steps of an epoch; the models of a group see
+Models (folds, targets, seeds) are grouped by seed and steps of an epoch; the models of a group see
 the same sentences in the same order, so that the tokens of a batch are read once and the first
-layer of all models is one matrix product. What does not belong here: training (`token_training`),
-the network (`token_forward`) and which columns there are.
+layer of all models is one matrix product. What does not belong here: training (`training`), the
+network (`forward`) and which columns there are.
 
 Invariant: a column's result is a function of its own fold, target, weights and seed, of the
 options and of the sentences; which other columns it is solved with changes it by rounding only.

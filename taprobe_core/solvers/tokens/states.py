@@ -1,16 +1,16 @@
 """Token states on the device, scaled once for all folds, and which probes train on them at once.
 
-What does not belong here: what the states are used for. Invariant: the states that a fold's models
-see are those of its own standardisation (training tokens' mean and population standard deviation, a
-constant feature keeps scale 1); the scaling that all folds share is undone exactly by the fold's
-part, and only keeps the digits of features with large means.
+Models of a stack have one seed and equally many steps an epoch, as many as the device's memory
+takes. What does not belong here: training (`training`).
+
+Invariants: the states that a fold's models see are those of its own standardisation (training
+tokens' mean and population standard deviation, a constant feature keeps scale 1); the scaling that
+all folds share is undone exactly by the fold's part, and only keeps the digits of features with
+large means. The bound on memory is an upper one, so a stack of that many models fits (the token
+states, which all stacks share, are not counted).
 
 Source:
     scikit-learn's `StandardScaler` for scale and the rule for constant features.
-
-What does not belong here: training (`token_training`). Invariants: the bound is an upper one, so a
-stack of that many models fits (the token states, which all stacks share, are not counted); models
-of a stack have one seed and equally many steps an epoch.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 All models of a stack have one seed: they start from the same weights and see the same batches, and
 a sentence that a model must not learn from has weight 0 in its loss. What does not belong here: how
-columns are grouped into stacks (`token_probes`), a step (`token_learner`), the network
-(`token_forward`).
+columns are grouped into stacks (`states`), a step (`learner`), the network (`forward`).
 
 Invariants: the order of the sentences is a function of the seed and their number alone, their cut
 into batches of that and the number that the model learns from, so that a model's result does not
