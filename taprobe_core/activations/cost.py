@@ -1,10 +1,8 @@
 """What a forward pass costs: operations and bytes by formula, exactly, written as a reader would.
 
-What does not belong here: what the quantities are of (cost, progress).
-
 In: the dimensions of a block and the lengths of texts. Out: counts, and with a measured rate the
-time to expect. What does not belong here: measuring that rate (gemm_rate), which texts there are
-(the pipeline's forecast), how far a run is (progress).
+time to expect. What does not belong here: measuring that rate (`gemm_rate`), which texts there are
+(`pipeline.forecast`), how far a run is (`schedule`).
 
 The convention counts what no implementation can leave out: two operations for each weight and
 token, and the causal half of both attention products. Biases, norms, rotary embedding, softmax and

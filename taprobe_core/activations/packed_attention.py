@@ -7,7 +7,7 @@ texts read each other without a word. What does not belong here: which texts sha
 
 The invariant: a text's result has the bits that it has alone: each text's attention is computed by
 itself (SDPA), or, on CUDA in half precision, by a kernel whose blocks each see one text
-(`attention_kernel`).
+(`kernels`).
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
 """Ridge and logistic probes as scikit-learn estimators: one model, standardised inside.
 
-With what every probe that tells two classes apart has in common.
-
-What does not belong here: fitting. Invariant: the second class is said where its log-odds are above
-0, and both probabilities add up to 1.
-
 `RidgeProbe()` is `Pipeline(StandardScaler(), Ridge())` and `LogisticProbe()` is
 `Pipeline(StandardScaler(), LogisticRegression())` at its converged optimum, each a single estimator
-that can be cloned, searched over and put into pipelines. What does not belong here: fits of many
-models, which ask the solvers directly. Invariants: the scaler ignores sample weights, as in a
-pipeline whose last step takes them; errors in what the caller passed are `ValueError`, as
-scikit-learn's contract demands, and failures of the numbers are the solvers' own.
+that can be cloned, searched over and put into pipelines. What every probe of two classes has in
+common stands here too. What does not belong here: fits of many models, which ask the solvers
+directly.
+
+Invariants: the scaler ignores sample weights, as in a pipeline whose last step takes them; the
+second class is said where its log-odds are above 0, and both probabilities add up to 1; errors in
+what the caller passed are `ValueError`, as scikit-learn's contract demands, and failures of the
+numbers are the solvers' own.
 """
 
 from __future__ import annotations

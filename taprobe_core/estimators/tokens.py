@@ -1,10 +1,5 @@
 """scikit-learn wrappers of the token probes, for one probe at a time.
 
-Their arguments become tokens, targets, weights and a hold-out first.
-
-What does not belong here: fitting (`tokens`). Invariant: arguments are refused with scikit-learn's
-own errors and words wherever it has some.
-
 `TokenProbeClassifier` and `TokenProbeRegressor` read token sets: `RaggedTokens`, a list of
 [token, d] arrays, or one [sentence, token, d] array. A [sentence, d] array is read as sentences of
 one token, so that scikit-learn's own checks can run. Many probes at once, what they compute and
@@ -13,6 +8,9 @@ where it comes from are `taprobe_core.solvers.tokens.solve`.
 Where the contract differs from scikit-learn's: two classes only, one target only; NaN and infinite
 states among ragged tokens raise the project's own error; part of the sentences is held out to stop
 early and to calibrate, so that repeating a sentence is not the same as giving it weight 2.
+
+Invariant: other arguments are refused with scikit-learn's own errors and words wherever it has
+some.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
 """Probes of many recipes and folds that read one row a sentence: linear ones and networks.
 
-What does not belong here: the solvers (`solvers.logistic`, `solvers.ridge`), rows and targets
+What does not belong here: the solvers (`solvers.linear`, `solvers.networks`), rows and targets
 (`design`).
 
-What does not belong here: the training (`solvers.networks`), rows and targets (`design`).
-
 Early stopping on rows is scikit-learn's and has its weakness: a random tenth of the training *rows*
-is held out, so sentences of one trace stand on both sides, and a binary target is watched by
+is held out, so sentences of one trace stand on both sides, and a binary target is judged by
 accuracy, which hardly moves when one sentence in ten is an anchor (a continuous one by R^2).
-`held_out: problems` watches the loss on the fold's validation problems instead.
+`held_out: problems` stops by the loss on the fold's validation problems instead.
 """
 
 from __future__ import annotations

@@ -1,19 +1,14 @@
 """The fits of one (site or model, setting) laid out: rows, folds, what each recipe is fitted to.
 
-What a fit sees has a content hash: equal hashes, equal results.
+From joined features and folds to the boolean masks and targets that solvers take, and to a content
+hash of everything that a fit reads. Settings can hold the same traces under another heading: text,
+spans and labels of the published `*_forced_answer` settings are those of the plain ones wherever
+they were compared. Their artifacts differ, what a solver sees does not. What does not belong here:
+solving (`registry`), what a target means (`targets`, `residuals`), and looking for the equal fit of
+another setting (`pipeline.fit`).
 
-From joined features and folds to the boolean masks and targets that solvers take. What does not
-belong here: solving (`linear`, `network`, `token_sets`) and what a target means (`targets`,
-`residuals`).
-
-Invariant: a target learns from the training rows of its fold alone; all recipes see equal folds.
-
-Settings can hold the same traces under another heading: text, spans and labels of the published
-`*_forced_answer` settings are those of the plain ones wherever they were compared. Their artifacts
-differ, what a solver sees does not. From rows and folds to a hash of everything that a fit reads.
-What does not belong here: looking for the twin of a fit (`pipeline.twins`).
-
-Invariant: two fits of one code version with one name have the same scores and probes.
+Invariants: a target learns from the training rows of its fold alone; all recipes see equal folds;
+two fits of one code version with one content hash have the same scores and probes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Recipes that read the same features with the same kind of estimator are one solve, whatever their
 targets, penalties, residualisations and seeds. What does not belong here: folds and targets
-(`design`), the solves (`registry`), keeping the result (`files`).
+(`design`), the solves (`registry`), keeping the result (`fitted`).
 
 Invariant: given its seed a fit depends on nothing else, also not on what is solved with it; so one
 that fails is found by solving fewer together, and costs itself.

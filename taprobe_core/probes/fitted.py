@@ -1,23 +1,18 @@
 """A fitted probe: arrays in, scores out; what a batched solve leaves; probes on disk.
 
-Probes that read token sets are fitted and scored here too.
+A solve leaves scores of every row, and each model's arrays on demand. Probes that read token sets
+are fitted and scored here; those that read one row a sentence in `dense`.
 
-A solve leaves scores of every row, and each model's arrays on demand. What does not belong here:
-which estimator is which (`registry`).
+A file of probes is JSON beside tensors. JSON: `format`, `seed`, `recipe` (with its target), `terms`
+(every term that any fold chose, once, alphabetical) and `probes`, one object per fold: `protocol`,
+`index`, `train`, `val`, `test`, `n_iter`, `is_converged`, `early_stopping`, `arrays`. A tensor's
+name is the fold and the array, `lopo_3.coef`; `lopo_3.terms` [term] int32 are that fold's terms as
+positions in `terms`.
 
-What does not belong here: how the arrays are found and how they score (`linear`, `network`,
-`token_sets`), and how they are kept (`files`). Invariant: what a probe reads of a row is a function
-of arrays, terms and the row alone.
-
-What does not belong here: the training (`solvers.token_probes`), rows and targets (`design`).
-
-JSON: `format`, `seed`, `recipe` (with its target), `terms` (every term that any fold chose, once,
-alphabetical) and `probes`, one object per fold: `protocol`, `index`, `train`, `val`, `test`,
-`n_iter`, `is_converged`, `early_stopping`, `arrays`. A tensor's name is the fold and the array,
-`lopo_3.coef`; `lopo_3.terms` [term] int32 are that fold's terms as positions in `terms`.
-
-What does not belong here: atomic publishing and hashes (`store`). Invariant: the same fit gives
-the same bytes, and loaded probes hold bit-equal arrays. No pickle.
+What does not belong here: which estimator is which (`registry`), the training (`solvers`), rows and
+targets (`design`), atomic publishing and hashes (`store`). Invariants: what a probe reads of a row
+is a function of arrays, terms and the row alone; the same fit gives the same bytes, and loaded
+probes hold bit-equal arrays. No pickle.
 """
 
 from __future__ import annotations

@@ -1,20 +1,16 @@
 """The store: the only writer of artifacts, and what deletes them.
 
-Turns a key, a config slice, provenance and a folder of fresh files into the fields of a manifest.
-When that happens belongs in `artifacts`. Invariant: what cannot be stored is refused before a stage
-runs.
-
 Turns a key and a `write(folder)` callback into an immutable, fingerprinted, hash-checked artifact.
-What an artifact means belongs to its stage, where bytes live to a `Backend`, reading to `reader`.
-Invariant: a reader sees one whole version or none, whatever kills the writer, and the bytes it gets
-have the sha256 that the manifest says.
+What an artifact means belongs to its stage, where bytes live to a `Backend`, reading and finding
+what is unsound to `reader`.
 
 A commit: reuse what exists; lock; look again; check free space; write to a temporary folder; hash;
 manifest; fsync; rename; swap the pointer; fsync. `docs/artifacts.md` gives the format byte by byte.
 
-Turns manifests into the set of versions to keep, and removes the others. What is unsound is found
-by `audit`. Invariant: nothing that a current or a recent version was made from is ever pruned, and
-no order depends on a clock.
+Invariants: what cannot be stored is refused before a stage runs. A reader sees one whole version or
+none, whatever kills the writer, and the bytes it gets have the sha256 that the manifest says.
+Nothing that a current or a recent version was made from is ever pruned, and no order depends on a
+clock.
 """
 
 from __future__ import annotations

@@ -1,14 +1,11 @@
 """The half of the store that never writes: open, verify, follow lineage, count bytes.
 
-Turns a file name into checked bytes. Finding and committing artifacts belongs in `artifacts`.
-Invariant: no file is parsed before its sha256 was compared with the manifest in this process.
+Turns a key into a checked artifact, a file name into checked bytes, and the keys of a store into
+verdicts, lineage and figures. Committing, pruning and discarding belong in `artifacts`.
 
-Turns a key into a checked artifact, and a store into its keys, verdicts, lineage and figures.
-Committing belongs in `artifacts`. Invariant: nothing here makes, moves or locks anything, so it
-also serves a store on a read-only disk.
-
-Turns the keys of a store into verdicts, trees and figures. Reading one artifact belongs in
-`reader`, deleting in `upkeep`. Invariant: nothing is written, and no hash is taken from memory.
+Invariants: nothing here makes, moves or locks anything, so it also serves a store on a read-only
+disk. No file is parsed before its sha256 was compared with the manifest in this process; a verdict
+takes no hash from memory.
 """
 
 from __future__ import annotations

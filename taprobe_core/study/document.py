@@ -1,22 +1,18 @@
 """Read the YAML text of a study into plain values that know their lines; collect its faults.
 
-`${VAR}` and `${VAR:-default}` in a location are replaced by values of environment variables.
-
-A fault knows where it stands (key and line), what was found there and what to write instead.
-Finding them belongs in `document` (the YAML), `environment` (the variables) and `wording` (the
-values).
-
-A study is often somebody else's, and its texts end in manifests and reports. Variables therefore
-stand only where a location does, and never one that by its name holds a secret.
-
-As in a shell: the default is taken when the variable is unset or empty, and may itself hold
-variables. `$${` stands for a literal `${`. A replaced value is never expanded again, so a variable
-cannot smuggle in another one.
-
 Only what a study needs is accepted: mappings with text keys, lists, text, numbers, true, false and
 null, by the rules of YAML 1.2 (so `no` is text and `1e-3` a number). Whatever YAML would let pass
-in silence is a fault here: a key given twice, NaN, infinity, tags. What the values mean belongs in
-`config`; the invariant here is that a hostile file costs no more than its own size.
+in silence is a fault here: a key given twice, NaN, infinity, tags. A fault knows where it stands
+(key and line), what was found there and what to write instead; those of the values are found in
+`wording`. What the values mean belongs in `config`.
+
+`${VAR}` and `${VAR:-default}` are replaced by values of environment variables. A study is often
+somebody else's, and its texts end in manifests and reports: variables therefore stand only where a
+location does, and never one that by its name holds a secret. As in a shell, the default is taken
+when the variable is unset or empty, and may itself hold variables; `$${` stands for a literal `${`.
+A replaced value is never expanded again, so a variable cannot smuggle in another one.
+
+Invariant: a hostile file costs no more than its own size.
 """
 
 from __future__ import annotations

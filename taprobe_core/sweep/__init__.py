@@ -1,10 +1,11 @@
 """A sweep of three stages: which configurations, what is fitted for them, and who goes on.
 
-    factors ─► space ─► uses ─► sheets        configurations ─► recipes ─► tables and status
-                 ▲        └──► counts         fits of a loop, and distinct ones
-                 │
-    shortlist ◄─ boards ◄─ values             results ─► ranking ─► the next stage's input
-                 └─► stability, deltas, choices
+    recipes    a configuration: its factors, its id; a recipe by its content
+    space      the configurations of each stage, their recipes, how many fits that makes
+    values     results ─► skill, the share of the way from chance to the best
+    boards     configurations ranked; status; differences from their baselines
+    shortlist  who goes on, and what the choice is worth on test
+    stability  how far a ranking depends on seeds, problems, settings
 
 Everything here is a pure function of a study and of tables; running it belongs in `pipeline`. There
 is no registry of what has run: status is read off what is there.

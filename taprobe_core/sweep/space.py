@@ -1,22 +1,16 @@
 """The configurations of each stage, the recipes that each asks for, and how many fits that makes.
 
-Which settings and values there are belongs in `study.estimators`. Invariant: two grid points of a
-kind are two fits.
+Stage 1 follows from the study alone, the later ones from the shortlist of the stage before. What is
+a candidate, a baseline or a companion is decided here alone. What a configuration and a recipe are
+belongs in `recipes`, who is shortlisted in `shortlist`, which settings an estimator has and their
+values in `study.estimators`.
 
-Stage 1 follows from the study alone, the later ones from the shortlist of the stage before. What a
-configuration is belongs in `factors`, what is fitted for it in `uses`, who is shortlisted in
-`shortlist`.
+Invariants: expansion is a pure function; its order is that of the study, the last factor fastest.
+Two grid points of a kind are two fits. A configuration is judged by recipes that read what it
+varies, or counts as the duplicate of one that is.
 
-Invariant: expansion is a pure function; its order is that of the study, the last factor fastest.
-
-What is a candidate, a baseline or a companion is decided here alone. What a recipe is called
-belongs in `recipes`, which configurations there are in `space`.
-
-Invariant: a configuration is judged by recipes that read what it varies, or counts as the duplicate
-of one that is.
-
-Counting what is still to be done belongs in `sheets` and the store. Source of the loop: the
-earlier script system, which fits every recipe of every configuration at every fold and seed.
+Source of the loop that fits are counted against: the earlier script system, which fits every recipe
+of every configuration at every fold and seed.
 """
 
 from __future__ import annotations

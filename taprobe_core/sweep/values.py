@@ -1,22 +1,19 @@
-"""Results of recipes to what a sweep ranks: values, and how far they are from chance.
-
-Skill of many configurations under many weightings of their problems is had as matrix products.
-
-    skill[b, c] = sum_p w[b, p] value_above_chance[c, p] / sum_p w[b, p] ceiling_above_chance[c, p]
-
-A weighting is a bootstrap draw, half of the problems, or a fold's own. What is made of the skills
-belongs in `stability` and `choices`.
-
-Invariant: a problem where a configuration is undefined enters neither of its sums; a skill without
-ceiling_above_chance is NaN and never wins.
+"""Results of recipes to what a sweep ranks: values, chance, and skill under weighted problems.
 
     skill = (mean value - mean chance) / (mean ceiling - mean chance)
 
 over the problems where the value is defined. Chance and ceiling move with the base rate and the
-metric, so skill may be compared across percentiles where the value may not. Who is ranked belongs
-in `boards`.
+metric, so skill may be compared across percentiles where the value may not. Skill of many
+configurations under many weightings of their problems (bootstrap draws, halves of the problems, a
+fold's own) is had as matrix products, with v and c the value and the ceiling above chance:
 
-Invariant: a value that is not defined is null from the first step on, and no NaN passes.
+    skill[b, i] = sum_p w[b, p] v[i, p] / sum_p w[b, p] c[i, p]
+
+Who is ranked belongs in `boards`, what is made of the skills in `stability` and `shortlist`.
+
+Invariants: a value that is not defined is null from the first step on, and no NaN passes. A problem
+where a configuration is undefined enters neither of its sums; a skill whose ceiling is not above
+chance is NaN and never wins.
 """
 
 from __future__ import annotations

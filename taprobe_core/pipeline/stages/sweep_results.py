@@ -1,7 +1,7 @@
 """Fits of a sweep to what they reach: one row per recipe, fold, seed and problem.
 
 A recipe is measured once for each site, not once for each configuration that asks for it. What
-does not belong here: the metrics (`unit_metrics`), and what follows from them (`sweep`).
+does not belong here: the metrics (`evaluation.units`), and what follows from them (`sweep`).
 """
 
 from __future__ import annotations
