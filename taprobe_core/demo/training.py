@@ -1,4 +1,4 @@
-"""The policy's traces -> a small trained reasoner in a standard `from_pretrained` folder; its gates.
+"""The policy's traces -> a small trained reasoner in a `from_pretrained` folder; its gates.
 
 A plain next-token loss on completions only. Half of the examples have their first sentences joined
 by one blank, as the prompts of rollouts join them, and in a tenth an answer is forced after some
