@@ -31,7 +31,7 @@ from taprobe_core.solvers.linear.ridge import solve_ridge
 from taprobe_core.solvers.linear.solution import LinearSolution
 
 
-class BinaryFace(ClassifierMixin):  # type: ignore[misc] # scikit-learn is untyped
+class BinaryClassifierMixin(ClassifierMixin):  # type: ignore[misc] # scikit-learn is untyped
     """Mixin of a classifier of two classes that has `_decide(X)`, the log-odds of the second.
 
     Attributes:
@@ -150,7 +150,7 @@ class RidgeProbe(RegressorMixin, _LinearProbe):  # type: ignore[misc]
         return self._decide(X)
 
 
-class LogisticProbe(BinaryFace, _LinearProbe):
+class LogisticProbe(BinaryClassifierMixin, _LinearProbe):
     """Logistic regression with two classes on standardised features, converged.
 
     Args:

@@ -32,7 +32,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from taprobe_core.estimators.linear import BinaryFace
+from taprobe_core.estimators.linear import BinaryClassifierMixin
 from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.pooling import Loss, Pooling, TokenProbeOptions, Training
 from taprobe_core.solvers.tokens.ragged import RaggedTokens
@@ -189,7 +189,7 @@ class _TokenProbe(BaseEstimator):  # type: ignore[misc]
         return np.asarray(slope * scores + offset)
 
 
-class TokenProbeClassifier(BinaryFace, _TokenProbe):
+class TokenProbeClassifier(BinaryClassifierMixin, _TokenProbe):
     """Attention, MultiMax or rolling MultiMax probe that tells two classes apart.
 
     Args:

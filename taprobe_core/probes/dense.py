@@ -152,7 +152,7 @@ def fit_mlp(
 
     Raises:
         NumericsError: a network diverged.
-        NotEnoughDataError: a fold has no problem to watch.
+        NotEnoughDataError: a fold has no validation problem.
     """
     recipe = fits[0].recipe
     X = dense_matrix(recipe, design.data)
@@ -160,8 +160,8 @@ def fit_mlp(
         raise DataError(
             "a network without dense features", f"recipe {recipe.name!r}", "add activations"
         )
-    is_watched = recipe.early_stopping and recipe.held_out == "problems"
-    train, validation = design.watched() if is_watched else (design.train, None)
+    is_validated = recipe.early_stopping and recipe.held_out == "problems"
+    train, validation = design.stopping_sides() if is_validated else (design.train, None)
     columns = design.columns(fits, train)
     stopping, in_words = _stopping(fits, columns)
     options = NetworkOptions(

@@ -132,7 +132,7 @@ class Design:
         ids = self.data.problem_id
         return np.array([np.isin(ids, getattr(fold, side)) for fold in self.folds])
 
-    def watched(self) -> tuple[Mask, Mask]:
+    def stopping_sides(self) -> tuple[Mask, Mask]:
         """Return training and validation rows of every fold for a training that stops early.
 
         A fold without validation problems, in a study with inner folds, gives up the first of its

@@ -167,7 +167,7 @@ def _shared(fit: Fit, data: ProbeData) -> str:
     common["features"] = solver.features(recipe, data)
     entry = recipe.target_entry
     rows = None
-    if solver.is_watched and entry is not None and entry.undefined_by is not None:
+    if solver.stops_on_validation and entry is not None and entry.undefined_by is not None:
         # Where the target is undefined there is no validation loss either.
         rows = [entry.name, *(getattr(recipe, name) for name in entry.undefined_by)]
     return json.dumps([common, recipe.is_binary, rows], sort_keys=True)

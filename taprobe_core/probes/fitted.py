@@ -81,8 +81,8 @@ class Solver:
             values that it reads of a row or token.
         per_model: settings in which the models of one solve may differ, beside their targets.
         features: what of the features the recipes of one solve have in common.
-        is_watched: whether training always stops by the fold's validation rows, so that the models
-            of one solve must have their target defined on the same rows.
+        stops_on_validation: whether training always stops by the fold's validation rows, so that
+            the models of one solve must have their target defined on the same rows.
     """
 
     solve: Callable[[Design, Sequence[Fit], str, bool], SolverResult]
@@ -90,7 +90,7 @@ class Solver:
     n_weights: Callable[[ProbeRecipe, int], int]
     per_model: tuple[str, ...] = ()
     features: Callable[[ProbeRecipe, ProbeData], tuple[str, ...]] = own_features
-    is_watched: bool = False
+    stops_on_validation: bool = False
 
 
 def scores_of(decision: NDArray[np.float64], recipe: ProbeRecipe) -> NDArray[np.float32]:
@@ -178,7 +178,7 @@ def fit_token_sets(
         NonFiniteError: a probe diverged.
     """
     recipe = fits[0].recipe
-    train, validation = design.watched()
+    train, validation = design.stopping_sides()
     # An undefined target has no loss; `fit` groups fits by what leaves it undefined.
     validation &= design.target(recipe).weight > 0
     columns, options = design.columns(fits, train), token_options(recipe)
@@ -251,7 +251,7 @@ def _n_weights(recipe: ProbeRecipe, d_model: int) -> int:
     return width * (d_model + (depth - 1) * width)
 
 
-TOKEN_SETS = Solver(fit_token_sets, score_tokens, _n_weights, is_watched=True)
+TOKEN_SETS = Solver(fit_token_sets, score_tokens, _n_weights, stops_on_validation=True)
 """Probes that read each token of a sentence and pool what they read."""
 
 

@@ -173,7 +173,7 @@ def _too_few(n_rows: int, where: str, reason: str) -> NotEnoughDataError:
     return NotEnoughDataError(
         f"{n_rows} training rows cannot be split to stop early: {reason}",
         where,
-        'give more rows, or watch other problems (early_stopping "problems")',
+        'give more rows, or stop by other problems (early_stopping "problems")',
     )
 
 

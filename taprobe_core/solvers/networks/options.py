@@ -35,7 +35,7 @@ class NetworkOptions:
         alpha: L2 penalty; a minibatch adds `alpha / 2 * sum of squared weights / its weight sum`.
         learning_rate: of Adam.
         batch_size: rows of a minibatch; all training rows where there are fewer.
-        early_stopping: `off` watches the training loss and keeps the last epoch. `rows` holds out
+        early_stopping: `off` reads the training loss and keeps the last epoch. `rows` holds out
             rows, by class for a classifier, and keeps the epoch of the best accuracy or R^2 on
             them. `problems` keeps the epoch of the lowest loss on the fold's validation rows.
         validation_fraction: share of the training rows that `rows` holds out.
@@ -163,7 +163,7 @@ def check_classes(columns: FitRequest) -> None:
         )
 
 
-def watched_weight(
+def stopping_weights(
     columns: FitRequest,
     train: NDArray[np.bool_],
     validation: NDArray[np.bool_] | None,
@@ -189,18 +189,18 @@ def watched_weight(
     is_shared = (validation & train).any(axis=1)
     if is_shared.any():
         raise DataError(
-            "rows that are trained on and watched",
+            "rows that are trained on and validated on",
             f"fold {int(np.flatnonzero(is_shared)[0])}",
-            "watch rows of problems that the fold does not train on",
+            "validate on rows of problems that the fold does not train on",
         )
-    is_watched = validation[columns.fold].T
-    if weight is not None and weight.shape != is_watched.shape:
+    is_validated = validation[columns.fold].T
+    if weight is not None and weight.shape != is_validated.shape:
         raise DataError(
-            f"validation weights are {weight.shape}, expected {is_watched.shape}",
+            f"validation weights are {weight.shape}, expected {is_validated.shape}",
             "fit_networks, validation_weight",
             "give one row per sentence and one column per model",
         )
-    found = np.where(is_watched, 1.0 if weight is None else weight, 0.0)
+    found = np.where(is_validated, 1.0 if weight is None else weight, 0.0)
     is_bad = ~(np.isfinite(found) & (found >= 0)).all(axis=0)
     is_bad |= ~(found > 0).any(axis=0)
     if is_bad.any():

@@ -38,7 +38,7 @@ from taprobe_core.solvers.networks.options import (
     check_seeds,
     describe,
     seeds_of,
-    watched_weight,
+    stopping_weights,
 )
 from taprobe_core.solvers.networks.training import Job, Padded, outputs, pad, train_job
 
@@ -146,11 +146,11 @@ def fit_networks(
     check_seeds(columns)
     if options.is_classifier:
         check_classes(columns)
-    watched = None
+    stopping_weight = None
     if options.early_stopping == "problems":
-        watched = watched_weight(columns, train, validation, validation_weight)
+        stopping_weight = stopping_weights(columns, train, validation, validation_weight)
     mean, scale = fold_moments(X, train)
-    fit = _Fit(X, mean, 1 / scale, columns, options, watched, torch.device(device))
+    fit = _Fit(X, mean, 1 / scale, columns, options, stopping_weight, torch.device(device))
     m, layers = len(columns), list(pairwise(fit.sizes)) if keep_weights else []
     solution = NetworkSolution(
         weights=[np.empty((m, *shape), np.float32) for shape in layers],
@@ -184,10 +184,10 @@ class _Fit:
         inverse_scale: NDArray[np.float64],
         columns: FitRequest,
         options: NetworkOptions,
-        watched: NDArray[np.float64] | None,
+        stopping_weight: NDArray[np.float64] | None,
         device: torch.device,
     ) -> None:
-        self.columns, self.options, self.watched = columns, options, watched
+        self.columns, self.options, self.stopping_weight = columns, options, stopping_weight
         self.device = device
         self.X, self.mean = self._send(X), self._send(mean)
         self.inverse_scale = self._send(inverse_scale)
@@ -295,8 +295,8 @@ class _Fit:
         training = [np.flatnonzero(each) for each in weight.T]
         if options.early_stopping == "off":
             return training, None
-        if self.watched is not None:
-            weight = self.watched[:, chosen]
+        if self.stopping_weight is not None:
+            weight = self.stopping_weight[:, chosen]
             held = [np.flatnonzero(each) for each in weight.T]
         else:
             splits = {

@@ -438,12 +438,12 @@ class ValidationGroup(NamedTuple):
 
 
 def validation_groups(
-    watched: NDArray[np.float64], lengths: Index, values: int
+    stopping_weight: NDArray[np.float64], lengths: Index, values: int
 ) -> Sequence[ValidationGroup]:
     """Group the validation sentences of a stack by the models that they validate.
 
     Args:
-        watched: [sentence, model], above 0 where the sentence validates the model.
+        stopping_weight: [sentence, model], above 0 where the sentence validates the model.
         lengths: [sentence] int64, tokens.
         values: first-layer weights of one model.
 
@@ -451,8 +451,8 @@ def validation_groups(
         Groups that together hold every validation sentence once, each with every model that it
         counts for.
     """
-    is_watched = watched > 0
-    patterns, which = np.unique(is_watched, axis=0, return_inverse=True)
+    is_validated = stopping_weight > 0
+    patterns, which = np.unique(is_validated, axis=0, return_inverse=True)
     n_tokens = np.bincount(which.reshape(-1), lengths, len(patterns))
     merged: list[tuple[Mask, float, list[int]]] = []
     for at, models in enumerate(patterns):

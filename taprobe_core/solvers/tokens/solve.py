@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from taprobe_core.errors import DataError, NonFiniteError
 from taprobe_core.solvers.columns import FitRequest, class_sizes
 from taprobe_core.solvers.tokens.forward import Stack
-from taprobe_core.solvers.tokens.learner import Targets, watched_weights
+from taprobe_core.solvers.tokens.learner import Targets, stopping_weights
 from taprobe_core.solvers.tokens.platt import calibrate, probabilities
 from taprobe_core.solvers.tokens.pooling import TokenProbeOptions
 from taprobe_core.solvers.tokens.ragged import RaggedTokens
@@ -146,9 +146,11 @@ def fit_token_probes(
     """
     _check(tokens, train, validation, columns, options)
     states = token_states(tokens, train, torch.device(device))
-    watched = None
+    stopping_weight = None
     if validation is not None:
-        watched = watched_weights(columns, validation, options.is_binary, validation_weight)
+        stopping_weight = stopping_weights(
+            columns, validation, options.is_binary, validation_weight
+        )
     n, m = columns.y.shape
     shape = network_shape(tokens.n_features, options)
     sizes = shape.parameters() if keep_weights else {}
@@ -159,7 +161,7 @@ def fit_token_probes(
     at_once = models_at_once(states, shape, options, int(steps.min()), max_bytes)
     with recording(states.device) as recorder:
         for chosen, seed in stacks(columns, steps, at_once):
-            found = _fit_group(states, columns, watched, options, chosen, seed, recorder)
+            found = _fit_group(states, columns, stopping_weight, options, chosen, seed, recorder)
             for name, kept in arrays.items():
                 kept[chosen] = found.trained.stack.views[name].cpu().numpy()
             n_iter[chosen] = found.trained.n_epochs
@@ -234,7 +236,7 @@ class _Fitted(NamedTuple):
 def _fit_group(
     states: TokenStates,
     columns: FitRequest,
-    watched: Floats | None,
+    stopping_weight: Floats | None,
     options: TokenProbeOptions,
     chosen: NDArray[np.intp],
     seed: int,
@@ -244,12 +246,12 @@ def _fit_group(
     targets = Targets(
         columns.y[:, chosen],
         columns.weight[:, chosen],
-        None if watched is None else watched[:, chosen],
+        None if stopping_weight is None else stopping_weight[:, chosen],
     )
     trained = train_stack(states, scaling, targets, options, seed, recorder)
     decision = score_stack(trained.stack, scaling, states, options).cpu().numpy()
     is_bad = ~np.isfinite(decision).all(axis=0)
-    if watched is not None:
+    if stopping_weight is not None:
         is_bad |= ~np.isfinite(trained.best_loss)
     if is_bad.any():
         raise NonFiniteError(

@@ -87,7 +87,7 @@ def train_stack(
     orders = (
         np.array_split(rng.permutation(len(targets.y)), n_steps) for _ in range(options.max_epochs)
     )
-    best_loss = np.full(m, np.nan if targets.watched is None else np.inf)
+    best_loss = np.full(m, np.nan if targets.stopping_weight is None else np.inf)
     best_epoch, n_epochs = np.zeros((2, m), dtype=np.int64)
     is_stopped = np.zeros(m, dtype=bool)
     order = next(orders)
@@ -99,9 +99,9 @@ def train_stack(
             order = next(orders)
             steps = learner.prepare(order)
         n_epochs[~is_stopped] = epoch
-        if targets.watched is None:
+        if targets.stopping_weight is None:
             continue
-        here, loss = learner.here, learner.watched_loss()
+        here, loss = learner.here, learner.validation_loss()
         is_better = (loss < best_loss[here]) & ~is_stopped[here]
         best_loss[here[is_better]] = loss[is_better]
         best_epoch[here[is_better]] = epoch
@@ -111,7 +111,7 @@ def train_stack(
             break
         if learner.drop(is_stopped[here]):
             steps = learner.prepare(order)
-    if targets.watched is None:
+    if targets.stopping_weight is None:
         best, best_epoch = learner.stack, n_epochs.copy()
     return Trained(best, n_epochs, best_epoch, best_loss, is_stopped)
 

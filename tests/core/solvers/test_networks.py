@@ -414,7 +414,7 @@ def test_what_cannot_be_fitted_is_refused():
     fails(NotEnoughDataError, "cannot be split", columns=few, options=values)
     watching = NetworkOptions(hidden=(4,), early_stopping="problems")
     fails(DataError, "needs validation rows", options=watching)
-    fails(DataError, "trained on and watched", options=watching, validation=data.train)
+    fails(DataError, "trained on and validated on", options=watching, validation=data.train)
     fails(
         DataError,
         "8 columns have no validation row",
