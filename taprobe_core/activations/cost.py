@@ -72,8 +72,8 @@ def _three_digits(value: float) -> str:
 
 EFFICIENCY: Mapping[str, float] = MappingProxyType({"cpu": 0.80, "cuda": 0.85, "mps": 0.80})
 """Share of the rate of its matrix products that an extraction reaches, by kind of device, for
-forecasts: cpu by docs/performance.md; cuda is what is aimed at; mps is taken to be like cpu. Of
-blocks of some hundred values and more; a stand-in of 64 spends its time elsewhere."""
+forecasts, as `python -m benchmarks.extraction` measures it; mps is taken to be like cpu. Of blocks
+of some hundred values and more; a stand-in of 64 spends its time elsewhere."""
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 

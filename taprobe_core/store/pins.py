@@ -104,10 +104,10 @@ def find_changes(
                 )
                 for name in sorted({*before} ^ {*names})
             ]
-    told = tuple(f"{change.name}/" for change in changes)
+    reported = tuple(f"{change.name}/" for change in changes)
     for name, each in found.items():
         sha256, size = old.file(name)
-        if sha256 not in (None, each.sha256) and not f"{name}/".startswith(told):
+        if sha256 not in (None, each.sha256) and not f"{name}/".startswith(reported):
             changes.append(Change(name, sha256, each.sha256, (size, each.size_bytes)))
     return changes
 

@@ -246,13 +246,13 @@ class Document:
         values: mappings, lists and scalars; None where a fault stands.
         lines: line of each value, counted from 1, by its path.
         faults: duplicate keys, NaN, unset variables and the like.
-        told: paths that these faults speak of, where a further fault would say nothing new.
+        reported_paths: that these faults speak of, where a further fault would say nothing new.
     """
 
     values: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
-    told: set[KeyPath] = field(default_factory=set)
+    reported_paths: set[KeyPath] = field(default_factory=set)
 
     def line(self, path: KeyPath) -> int | None:
         """Line of a value, or of the nearest part around it that stands in the file."""
@@ -358,7 +358,7 @@ class _Builder:
 
     def report_unset(self) -> None:
         for name, paths in self.unset.items():
-            self.document.told.update(paths)
+            self.document.reported_paths.update(paths)
             others = ", ".join(key_name(path) for path in paths[1:])
             what = f"environment variable {name} is not set" + (
                 f" (also {others})" if others else ""
@@ -366,7 +366,7 @@ class _Builder:
             self._fault(paths[0], what, f"export {name}=..., or write ${{{name}:-default}}")
 
     def _fault(self, path: KeyPath, what: str, fix: str) -> None:
-        self.document.told.add(path)
+        self.document.reported_paths.add(path)
         self.document.faults.append(Fault(path, self.document.line(path), what, fix))
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:

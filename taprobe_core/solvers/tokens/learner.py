@@ -228,7 +228,8 @@ class _ValidationBatches(NamedTuple):
 class Learner:
     """The models that still learn, and the state of their optimiser.
 
-    Where steps are recorded a few that have stopped are among them, lest all be recorded anew.
+    Where steps are recorded a few that have stopped stay among them, so that not all steps need
+    to be recorded anew.
 
     Attributes:
         here: [model] int64, which of the targets' models these are.
