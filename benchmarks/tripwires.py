@@ -38,7 +38,7 @@ from taprobe_core.evaluation.tripwires import (
 from taprobe_core.evaluation.tripwires.rows import permuted_pr_auc, two_sided_p
 from taprobe_core.evaluation.tripwires.shuffling import shuffle_within
 from taprobe_core.metrics import pr_auc
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.networks.solve import NetworkOptions, fit_networks
 from taprobe_core.splits import Fold
 
@@ -95,7 +95,7 @@ HOLDOUT = Fold("holdout", 0, tuple(range(14)), (14, 15, 16), (17, 18, 19))
 def ridge(X: NDArray[np.float32]) -> Fit:
     """Return a linear probe in a few lines, for pipelines that choose features column by column."""
 
-    def fit(train: NDArray[np.bool_], columns: Columns) -> FLOATS:
+    def fit(train: NDArray[np.bool_], columns: FitRequest) -> FLOATS:
         score = np.empty(columns.y.shape)
         for fold, rows in enumerate(train):
             mine = columns.fold == fold
@@ -111,7 +111,7 @@ def ridge(X: NDArray[np.float32]) -> Fit:
 def column_by_column(features: Callable[[FLOATS], NDArray[np.float32]]) -> Fit:
     """Return a pipeline whose features depend on the labels of all rows: it leaks."""
 
-    def fit(train: NDArray[np.bool_], columns: Columns) -> FLOATS:
+    def fit(train: NDArray[np.bool_], columns: FitRequest) -> FLOATS:
         score = np.empty(columns.y.shape)
         for column in range(len(columns)):
             one = columns.take(np.array([column]))
@@ -145,7 +145,7 @@ def split_rows(study: Study, share: float, seed: int) -> Fit:
     tested = np.stack([np.isin(study.problem_id, fold.test) for fold in study.folds])
     leaked = tested & (rng.random(tested.shape) < share)
 
-    def fit(train: NDArray[np.bool_], columns: Columns) -> FLOATS:
+    def fit(train: NDArray[np.bool_], columns: FitRequest) -> FLOATS:
         weight = columns.weight.copy()
         # Balanced over what is trained on now.
         sees = (train | leaked)[columns.fold].T
@@ -309,7 +309,7 @@ def shared_shuffles(n: int) -> None:
         fold = np.repeat(np.arange(N_PROBLEMS), 4)
         train = np.stack([np.isin(study.problem_id, each.train) for each in study.folds])
         weight = train[fold].T.astype(np.float64)
-        score = ridge(study.X[:, :12])(train, Columns(fold, y, weight))
+        score = ridge(study.X[:, :12])(train, FitRequest(fold, y, weight))
         values = np.zeros(2_000)
         for column, tested in enumerate(fold):
             rows = study.problem_id == tested
@@ -334,7 +334,7 @@ def stopped_early(study: Study, seeds: Iterator[int]) -> int:
         features: NDArray[np.float32], labels: NDArray[np.bool_], drawn: NDArray[np.int64]
     ) -> FLOATS:
         shape = (len(features), len(drawn))
-        columns = Columns(
+        columns = FitRequest(
             np.zeros(len(drawn), dtype=np.int64),
             np.broadcast_to(labels[:, None], shape).astype(np.float64),
             np.ones(shape),

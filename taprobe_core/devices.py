@@ -1,13 +1,12 @@
 """What a device has and allows: kernels of our own, memory, threads, precision of products.
 
-What does not belong here: what runs on it.
-
 Small products take longer to share out than to compute, and on a machine whose other cores are
 busy, threads that wait for each other thousands of times a second make a fit of seconds one of
 minutes. So a small solve has one thread and as many run at once as there are cores; a large one has
 them all.
 
-What does not belong here: which solves may be rounded (`fit`).
+What does not belong here: what runs on a device, and which solves may be rounded
+(`pipeline.fit`).
 """
 
 from __future__ import annotations

@@ -1,19 +1,16 @@
 """Judge rankings of sentences: labels and scores in, numbers out; one ranking, or many at once.
 
-The definition of each metric is over one ranking; the batched ones are tested against it.
+Each metric is defined over one ranking. The batched functions take a matrix with one row per unit
+(a recipe, fold and seed judged on one problem) and one column per sentence, so that a sweep costs
+array operations per problem and not Python per unit: scores are sorted once, and every metric reads
+the same order.
 
 Metrics are computed inside a problem, because the problem is the unit of inference; pooling over
 problems is an extra. A metric that has no value (one class, a constant column, fewer than two
-rows) is NaN, never 0 or 1, so that it can be counted. What does not belong here: intervals, tests
-and comparisons between recipes (`evaluation`), and the same for thousands of rankings at once
-(`batched_metrics`), for which these functions are the reference.
+rows) is NaN, never 0 or 1, so that it can be counted. What does not belong here: which units there
+are, intervals, tests and comparisons between recipes (`evaluation`).
 
-A matrix has one row per unit (a recipe, fold and seed judged on one problem) and one column per
-sentence, so a sweep costs array operations per problem, not Python per unit: scores are sorted
-once, and every metric reads the same order. What does not belong here: which units there are
-(`score_blocks`), and the definitions, which stand in `metrics`.
-
-Invariant: each value equals the scalar function of `metrics` on that row, NaN included.
+Invariant: each batched value equals the function of one ranking on that row, NaN included.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ Folds are made of the problems of the whole study, then cut to those that a mode
 `inner_folds` a fold trains on everything that is not tested, and `inner_folds` divides that again,
 for choices.
 
-What does not belong here: which rows a problem has (`features`) and what is fitted (`probes`).
+What does not belong here: which rows a problem has (`probes.features`) and what is fitted
+(`probes.fit`).
 Invariant: the sides of a fold are disjoint; an inner fold never holds a tested problem.
 """
 

@@ -27,7 +27,7 @@ from benchmarks.probes.features import make_probe_data
 from taprobe_core.metrics import pr_auc
 from taprobe_core.probes.dense import tolerance_of
 from taprobe_core.probes.features import fold_words, text_pipeline
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix, TextBlock
 from taprobe_core.solvers.linear.logistic import balanced_weights, solve_logistic
 
@@ -131,7 +131,7 @@ def run_ours(
     matrix = FoldMatrix(masks, widest, text, visible=visible)
     fold = np.arange(len(masks), dtype=np.int64)
     labels = np.repeat(y[:, None], len(masks), axis=1)
-    columns = Columns(fold, labels, balanced_weights(labels, masks, fold))
+    columns = FitRequest(fold, labels, balanced_weights(labels, masks, fold))
     decision = solve_logistic(
         matrix, columns, np.ones(len(masks)), tol=tolerance_of(matrix)
     ).decision

@@ -29,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks.probes.features import Kind, SyntheticProbeData, make_probe_data
 from taprobe_core.probes.dense import tolerance_of
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix
 from taprobe_core.solvers.linear.logistic import balanced_weights, solve_logistic
 from taprobe_core.solvers.linear.ridge import solve_ridge
@@ -94,7 +94,7 @@ def logistic(case: Case, n_targets: int, peer_folds: NDArray[np.intp]) -> None:
     fold = np.repeat(np.arange(case.n_folds), n_targets)
     labels = np.stack([case.data.anchors(each) for each in chosen], axis=1)
     y = np.ascontiguousarray(labels[:, np.tile(np.arange(n_targets), case.n_folds)])
-    columns = Columns(fold, y, balanced_weights(y, case.train, fold))
+    columns = FitRequest(fold, y, balanced_weights(y, case.train, fold))
 
     def ours() -> Any:
         matrix = FoldMatrix(case.train, case.data.features)
@@ -143,14 +143,14 @@ def ridge(case: Case, peer_folds: NDArray[np.intp]) -> None:
     n_folds = case.n_folds
     rng = np.random.default_rng(1)
 
-    def columns(n_targets: int) -> Columns:
+    def columns(n_targets: int) -> FitRequest:
         fold = np.repeat(np.arange(n_folds), n_targets)
         noise = rng.standard_normal((case.train.shape[1], len(fold)))
         noise[:, ::n_targets] = 0
         y = case.data.importance[:, None] + noise
-        return Columns(fold, y, case.train[fold].T.astype(np.float64))
+        return FitRequest(fold, y, case.train[fold].T.astype(np.float64))
 
-    def ours(asked: Columns) -> Any:
+    def ours(asked: FitRequest) -> Any:
         matrix = FoldMatrix(case.train, case.data.features)
         return solve_ridge(matrix, asked, np.ones(len(asked)))
 

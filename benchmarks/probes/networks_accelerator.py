@@ -21,16 +21,16 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from benchmarks.probes.features import make_probe_data
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.networks.solve import NetworkOptions, fit_networks
 
 
 def make_columns(
     y: NDArray[np.float64], train: NDArray[np.bool_], fold: Sequence[int], seed: Sequence[int]
-) -> Columns:
+) -> FitRequest:
     """Return columns of one target, of weight 1 on their training rows."""
     folds = np.asarray(fold, np.int64)
-    return Columns(
+    return FitRequest(
         folds,
         np.repeat(y[:, None], len(folds), axis=1),
         train[folds].T.astype(np.float64),
@@ -48,7 +48,7 @@ def accelerator(device: torch.device, n_epochs: int, n_seeds: int) -> None:
     rows = torch.from_numpy(StandardScaler().fit_transform(X[kept])).to(device)
     target = torch.from_numpy(y[kept].astype(np.float32)).to(device)
 
-    def ours(columns: Columns) -> float:
+    def ours(columns: FitRequest) -> float:
         """Seconds of an epoch, from two runs: what is done once falls out of the difference."""
         seconds = []
         for n in (1, 2, 2 + n_epochs):  # the first is to warm up

@@ -23,7 +23,7 @@ from benchmarks.probes.features import SyntheticProbeData, make_probe_data
 from benchmarks.probes.networks_accelerator import make_columns
 from benchmarks.probes.tokens import DEMO, Data, make
 from taprobe_core.devices import products_in
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.networks.solve import NetworkOptions, fit_networks
 from taprobe_core.solvers.tokens.pooling import POOLINGS, TokenProbeOptions
 from taprobe_core.solvers.tokens.solve import fit_token_probes, positive_weights
@@ -69,7 +69,7 @@ def token_probe(data: Data, pooling: str, device: str) -> Fit:
         fold = np.zeros(len(seeds), np.int64)
         y = np.tile(data.y[:, None], len(seeds))
         weight = positive_weights(y, fold, data.train)
-        columns = Columns(fold, y, weight, np.array(seeds))
+        columns = FitRequest(fold, y, weight, np.array(seeds))
         found = fit_token_probes(data.tokens, data.train, data.validation, columns, options, device)
         values = [average_precision_score(data.y[test], each[test]) for each in found.decision.T]
         return Reached(np.array(values), found.n_iter.astype(float))

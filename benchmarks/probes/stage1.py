@@ -14,7 +14,7 @@ three tenths of the variance are signal: published labels are that reliable (.16
 All 16 pairs of setting and layer cost the same but for chance (equal rows, widths and recipes), so
 the whole is 16 times the slice; baselines without activations are counted at every layer, though
 the store keeps one. Where the forced-answer settings repeat the plain ones, as they do wherever
-they were compared, their fits are taken over (`pipeline.twins`) and the whole is 8 times the slice.
+they were compared, their fits are taken over (`pipeline.fit`) and the whole is 8 times the slice.
 Seconds are wall seconds, the device synchronised.
 
 `--seconds` bounds what a kind may take: its seeds run in blocks, of which the first always runs and

@@ -23,7 +23,7 @@ from sklearn.metrics import average_precision_score
 
 from benchmarks.probes.token_peer import PaddedSet, train_epoch, watched_loss
 from benchmarks.probes.tokens import Data, Peer, Size, make
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.pooling import POOLINGS, TokenProbeOptions
 from taprobe_core.solvers.tokens.solve import fit_token_probes, positive_weights
 
@@ -48,7 +48,7 @@ def ours(data: Data, options: TokenProbeOptions, n_seeds: int) -> tuple[Floats, 
     """Return PR-AUC and epochs of seeds 0, 1, ..., [seed] each."""
     fold = np.zeros(n_seeds, dtype=np.int64)
     y = np.tile(data.y[:, None], n_seeds)
-    columns = Columns(fold, y, positive_weights(y, fold, data.train), np.arange(n_seeds))
+    columns = FitRequest(fold, y, positive_weights(y, fold, data.train), np.arange(n_seeds))
     found = fit_token_probes(data.tokens, data.train, data.validation, columns, options)
     test = ~(data.train | data.validation)[0]
     measured = [average_precision_score(data.y[test], each) for each in found.decision[test].T]

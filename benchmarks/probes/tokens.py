@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.probes.token_peer import PaddedProbe, PaddedSet, scores, train_epoch
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.forward import draw
 from taprobe_core.solvers.tokens.pooling import POOLINGS, TokenProbeOptions
 from taprobe_core.solvers.tokens.ragged import RaggedTokens, n_batches
@@ -65,12 +65,12 @@ class Data:
     train: NDArray[np.bool_]
     validation: NDArray[np.bool_]
 
-    def columns(self, n_folds: int, n_seeds: int) -> Columns:
+    def columns(self, n_folds: int, n_seeds: int) -> FitRequest:
         """One model per fold and seed."""
         fold = np.tile(np.arange(n_folds), n_seeds)
         y = np.tile(self.y[:, None], len(fold))
         seed = np.repeat(np.arange(n_seeds), n_folds)
-        return Columns(fold, y, positive_weights(y, fold, self.train), seed)
+        return FitRequest(fold, y, positive_weights(y, fold, self.train), seed)
 
 
 def make(size: Size, n_folds: int, protocol: str = "rotating") -> Data:
@@ -224,7 +224,7 @@ def compare(
 def fit(
     tokens: RaggedTokens,
     data: Data,
-    columns: Columns,
+    columns: FitRequest,
     options: TokenProbeOptions,
     n_epochs: int | None = None,
 ) -> TokenSolution:

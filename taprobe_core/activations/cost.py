@@ -1,10 +1,8 @@
 """What a forward pass costs: operations and bytes by formula, exactly, written as a reader would.
 
-What does not belong here: what the quantities are of (cost, progress).
-
 In: the dimensions of a block and the lengths of texts. Out: counts, and with a measured rate the
-time to expect. What does not belong here: measuring that rate (gemm_rate), which texts there are
-(the pipeline's forecast), how far a run is (progress).
+time to expect. What does not belong here: measuring that rate (`gemm_rate`), which texts there are
+(`pipeline.forecast`), how far a run is (`schedule`).
 
 The convention counts what no implementation can leave out: two operations for each weight and
 token, and the causal half of both attention products. Biases, norms, rotary embedding, softmax and
@@ -74,8 +72,8 @@ def _three_digits(value: float) -> str:
 
 EFFICIENCY: Mapping[str, float] = MappingProxyType({"cpu": 0.80, "cuda": 0.85, "mps": 0.80})
 """Share of the rate of its matrix products that an extraction reaches, by kind of device, for
-forecasts: cpu by docs/performance.md; cuda is what is aimed at; mps is taken to be like cpu. Of
-blocks of some hundred values and more; a stand-in of 64 spends its time elsewhere."""
+forecasts, as `python -m benchmarks.extraction` measures it; mps is taken to be like cpu. Of blocks
+of some hundred values and more; a stand-in of 64 spends its time elsewhere."""
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 

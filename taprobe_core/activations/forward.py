@@ -3,8 +3,7 @@
 Three ways lead through the blocks: `fused`, spelled out by this library; `packed`, the library's
 own blocks with this library's attention; `library`, all as the library runs it, one text a pass.
 The first two are for models whose attention is understood. What does not belong here: which texts
-make a pack (packing, extract), which way is trusted (trial) and what is kept of the states
-(pooling).
+make a pack (`packing`), which way is trusted (`trial`) and what is kept of the states (`pooling`).
 
 The invariant: by the last way, and on a CPU by every way, a hidden state is bit-equal to
 `output_hidden_states` of the text alone; no hook outlives a call; blocks after the deepest

@@ -1,23 +1,18 @@
 """A pack through Llama-like blocks by few steps, each without needless passes over memory.
 
-On a CPU the steps are those of the library, in its order, in memory that a pass keeps.
-
-A block of the library makes a dozen new tensors of all tokens, and each time the kernel hands their
-memory out page by page, zeroed: a tenth of a pass of a small model. Here a pass has one buffer for
-each purpose, and works in place where that is possible. What does not belong here: the order of the
-steps (fused), attention (packed_attention).
-
-The invariant: every value is rounded where the library rounds it, so the bits are the library's;
-each text's matrix products are its own, since a BLAS library may give a row other bits among more
-rows.
-
 The blocks are those of transformers; only the order of operations is spelled out here, and each
-step is what is best for the device: on CUDA in half precision one kernel, with the residual sums
-within the matrix products; on a CPU the library's operations in place. What does not belong here:
-the steps themselves (kernels, host_steps), any other architecture or device (forward).
+step is what is best for the device. On CUDA in half precision it is one kernel, with the residual
+sums within the matrix products. On a CPU it is the library's operations, in memory that a pass
+keeps: a block of the library makes a dozen new tensors of all tokens, and each time the operating
+system hands their memory out page by page, zeroed, a tenth of a pass of a small model.
 
-The invariant: differences from the library's own blocks are rounding alone on CUDA, and none on a
-CPU; `extract` compares the two on a text before it relies on this.
+What does not belong here: the kernels (`kernels`), attention (`packed_attention`), any other
+architecture or device (`forward`).
+
+The invariant: differences from the library's own blocks are rounding alone on CUDA and none on a
+CPU, where every value is rounded where the library rounds it and each text's matrix products are
+its own, since a BLAS library may give a row other bits among more rows; `trial` compares the two
+before a job relies on this.
 """
 
 from __future__ import annotations

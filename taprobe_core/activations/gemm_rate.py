@@ -1,10 +1,8 @@
-"""How fast a device multiplies the matrices of a transformer block: the yardstick of every pass.
+"""The dimensions of a transformer block, and how fast a device multiplies its matrices.
 
 In: a configuration. Out: widths and heads, from which every count of operations and bytes follows.
-What does not belong here: the counts (cost).
-
-In: a device, a number type, the dimensions of a block. Out: FLOP/s over products of those
-dimensions with random values. What does not belong here: how much there is to multiply (cost).
+In: a device, a number type and those dimensions. Out: FLOP/s over products with random values, the
+yardstick of every pass. What does not belong here: how much there is to multiply (`cost`).
 """
 
 from __future__ import annotations

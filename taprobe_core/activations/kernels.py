@@ -1,20 +1,18 @@
 """The steps of a pass as one Triton kernel each, CUDA only: memory-bound ones, and attention.
 
-Attention is causal inside each text of a pack, in half precision.
+Written out as tensor operations each memory-bound step reads and writes its states several times
+over, and a pass spends as long on them as on a fifth of its matrix products. Arithmetic is float32
+inside a kernel and rounded once, at the end.
 
-Written out as tensor operations each of these reads and writes its states several times over, and a
-pass spends as long on them as on a fifth of its matrix products. Arithmetic is float32 inside a
-kernel and rounded once, at the end. What does not belong here: the order of the steps (fused).
+Attention is causal inside each text of a pack, in half precision. Blocks of queries are given out
+by hand, the ones with most keys first, each with the ends of its text: so no key of another text is
+ever loaded, and short texts fill the gaps that long ones leave; docs/performance.md has its time
+beside PyTorch's varlen kernel.
 
-The invariant: no result depends on what else is in the pack; a NaN comes out as NaN.
-
-Blocks of queries are given out by hand, the ones with most keys first, each with the ends of its
-text: so no key of another text is ever loaded, and short texts fill the gaps that long ones leave.
-On an H100 it takes 0.54 to 0.60 of the time of PyTorch's varlen kernel (docs/performance.md). What
-does not belong here: which attention a model calls (packed_attention).
-
-The invariant: a query's result depends on its own text alone, in an order that only its place in
-the text decides; the scores never exist as a matrix.
+What does not belong here: the order of the steps (`fused`), which attention a model calls
+(`packed_attention`). The invariant: no result depends on what else is in the pack; a query's result
+is summed in an order that only its place in the text decides, and scores never exist as a matrix; a
+NaN comes out as NaN.
 
 Source: Dao (2023), FlashAttention-2, algorithm 1, forward only.
 """

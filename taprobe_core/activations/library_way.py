@@ -2,7 +2,7 @@
 
 In: any decoder-only model of transformers, whatever its attention is, with hooks on its blocks.
 Out: each block's output, and where asked for the attention weights that its eager attention makes.
-What does not belong here: packs, and attention that this library computes (packed_attention).
+What does not belong here: packs, and attention that this library computes (`packed_attention`).
 
 The invariant: a text's result depends on its own tokens alone, whatever ran before; no hook and no
 setting outlives a call; blocks after the deepest requested one do not run.

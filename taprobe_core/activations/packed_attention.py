@@ -7,7 +7,7 @@ texts read each other without a word. What does not belong here: which texts sha
 
 The invariant: a text's result has the bits that it has alone: each text's attention is computed by
 itself (SDPA), or, on CUDA in half precision, by a kernel whose blocks each see one text
-(`attention_kernel`).
+(`kernels`).
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def packed_attention(
 
 
 def takes_kernel(states: torch.Tensor) -> bool:
-    """Whether `attention_kernel` takes these states."""
+    """Whether the kernel of `kernels` takes these states."""
     is_half = states.dtype in (torch.float16, torch.bfloat16)
     d_head = states.shape[-1]
     return states.is_cuda and is_half and has_triton() and d_head % 8 == 0 and d_head <= 256

@@ -1,7 +1,7 @@
 """Texts side by side in one forward pass: which stand together, and where each one lies.
 
 In: token counts. Out: packs of at most a token budget, and the layout that attention and pooling
-read. What does not belong here: running a pack (forward, fused).
+read. What does not belong here: running a pack (`forward`, `fused`).
 
 The invariant: every text is in exactly one pack, whole; a text longer than the budget stands alone.
 """

@@ -1,15 +1,12 @@
 """A model ready for packs: queue one, and get each text's shards when it is done.
 
-On CUDA each copy goes into pinned memory, on a stream of its own that waits for the result; on
-other devices a copy is immediate. What does not belong here: what is copied.
+In: texts of one pack. Out: shards on the CPU, checked and in the number type they are kept in. On
+CUDA each result is copied into pinned memory, on a stream of its own that waits for it; on other
+devices a copy is immediate. What does not belong here: which texts make a pack, in what order, and
+what to do when memory is short (`extraction`, `schedule`).
 
-The invariant: after `wait` every tensor handed out is whole; the source lives until then.
-
-In: texts of one pack. Out: shards on the CPU, checked and in the number type they are kept in. What
-does not belong here: which texts make a pack, in what order, and what to do when memory is short
-(extract).
-
-The invariant: what leaves is finite; a value that float16 cannot hold stays float32.
+The invariant: after a wait every tensor handed out is whole, and its source lives until then; what
+leaves is finite; a value that float16 cannot hold stays float32.
 """
 
 from __future__ import annotations

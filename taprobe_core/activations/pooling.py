@@ -1,15 +1,13 @@
 """Token states to what is kept of each sentence, the number type it is kept in, and its faults.
 
 Poolings: mean; last token; maximum over tokens; boundary, the state of the token before the
-sentence; tokens, every token of every sentence. What does not belong here: where the states come
-from (forward, fused). Spans may overlap, may leave gaps, and may stand in any order.
+sentence; tokens, every token of every sentence. Spans may overlap, may leave gaps, and may stand in
+any order. The same rules find the faults of stored shards, one line each. What does not belong
+here: where the states come from (`forward`, `fused`), and reading shards from the store.
 
 The invariant: a pooled row depends on its own tokens alone, so a bad token cannot spoil another
 sentence, nor another text of the pack; sums are float32 whatever the model computes in, in an order
 that only the sentence's length decides; a kept value is finite.
-
-In: the shards of one site and setting, by problem. Out: one line per fault. What does not belong
-here: reading them from the store, and refusing to write them (pooling does).
 """
 
 from __future__ import annotations

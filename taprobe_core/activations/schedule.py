@@ -1,13 +1,10 @@
-"""Packs over devices: one after the other in step, or ahead of whoever takes the results.
-
-How far an extraction is gets told on the way.
-
-A snapshot, made from counts and a clock reading; it reads no clock and prints nothing. Tokens are
-the measure of what is left, since texts differ in length tenfold.
+"""Packs over devices, one after the other in step or ahead of whoever takes the results; progress.
 
 On a CPU a pass begins when its results are asked for. On CUDA a thread per model queues packs, so
-that no device waits for the host, for another device, or for results to be taken. What does not
-belong here: which texts make a pack, and what a pack does.
+that no device waits for the host, for another device, or for results to be taken. How far an
+extraction is gets said by snapshots made from counts and a clock reading; tokens are the measure of
+what is left, since texts differ in length tenfold. What does not belong here: which texts make a
+pack, what a pack does, and printing.
 
 The invariant: short memory makes packs smaller and is logged; a text that the model fails on costs
 itself, and the others of its pack run without it; whatever ends the iteration ends the threads.

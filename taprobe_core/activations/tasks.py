@@ -1,8 +1,7 @@
 """What is to be run, one task per text; what is kept of it; what it leaves behind at one layer.
 
-What does not belong here: running (extract). A task without layers is not run.
-
-Plain values on the CPU; how they are written to files is said here too, where they are kept is not.
+Plain values on the CPU. How shards are written to files is said here, where those are kept is not.
+What does not belong here: running (`extraction`). A task without layers is not run.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
 
 ACCELERATOR_TOKEN_BUDGET = 8_192
 """Tokens of a pass on an accelerator. Matrix products of 14B shape gain nothing from more on an
-H200, and results come earlier from smaller passes (docs/performance.md)."""
+H200, and results come earlier from smaller passes (`python -m benchmarks.extraction --sections
+packs` measures both)."""
 
 
 @dataclass(frozen=True)

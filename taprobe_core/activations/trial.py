@@ -4,7 +4,7 @@ Synthetic texts run through the first blocks, as many as hold every kind of bloc
 eager attention, each text alone, and by the ways that `ways_of` names, alone and in a pack. The
 texts reach past every window, chunk and original rotary length that the configuration names and the
 job's texts reach. The fastest way that agrees is taken. What does not belong here: what is known of
-a model without running it (understood), and the ways themselves (forward).
+a model without running it (`understood`), and the ways themselves (`forward`).
 
 The invariant: no way is taken that differed from the library's own; the library's own way with its
 eager attention needs no proof, and is the last.

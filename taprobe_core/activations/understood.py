@@ -3,7 +3,7 @@
 In: a loaded model and its configuration. Out: None where every token attends by plain causal
 softmax to the tokens of its own text and nothing else passes between tokens, else the reason; and
 the window beyond which even that no longer holds. What does not belong here: running either way
-(forward, library_way), and the trial that compares them (trial).
+(`forward`, `library_way`), and the trial that compares them (`trial`).
 
 The invariant: an allow-list. What is not known by name here, in the classes of the loaded model, in
 its configuration or in the kind of its rotary factors, is not understood.

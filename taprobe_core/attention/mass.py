@@ -1,30 +1,21 @@
 """Queries and keys of one text to attention mass between sentences, without a matrix of tokens.
 
-Spans become tiles first. Mass is also had from softmax weights that a model has already made.
-
-What does not belong here: attention. A tile's bounds are plain integers, so that a loop over tiles
-never asks the device for a number; its membership matrix lies on the device before the loop starts.
-
-The invariant: whatever the tiles, each token of each span is a member once in exactly one of the
-tiles that divide the text. Spans may leave gaps, may overlap, and may stand in any order.
-
 The softmax weight of query token q on key token k is exp(scale * q.k - lse[q]), with lse the log of
 the row's sum. So a block of weights needs nothing but its own scores and lse, and is summed over
 sentences as soon as it is made: first over the queries of each sentence, which leaves a few rows,
 then over the keys. Work follows the causal triangle; memory does not grow with its area.
 
+Spans become tiles first, whose bounds are plain integers, so that a loop over tiles never asks the
+device for a number. For models whose own way of attending is not known here, the weights that their
+eager attention hands out, [head, query token, key token], are summed instead.
+
 What does not belong here: running the model, choosing layers, and scores made from the mass.
-The invariant: the mass is that of exact causal softmax attention, whatever the blocks; scores,
-weights and sums are float32 for any input type.
+Invariants: the mass is that of exact causal softmax attention, whatever the blocks; scores, weights
+and sums are float32 for any input type. Each token of each span is a member once in exactly one
+tile; spans may leave gaps, may overlap, and may stand in any order.
 
 Source: Thought Anchors (arXiv:2506.19143) averages the attention between two sentences; the mass
 is that average times both lengths, from which all published scores follow.
-
-For models whose own way of attending is not known here: their eager attention hands out its
-weights, [head, query token, key token], and those are summed. What does not belong here: plain
-causal attention, which needs no matrix of tokens (mass).
-
-The invariant: sums are float32 for any input type.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How much attention a run measures: nothing, the last tokens of each text, or every sentence pair.
+"""How much attention a run measures: none, the last tokens of each text, or all sentence pairs.
 
-What does not belong here: the layers (the study's choice) and the measuring (mass).
+What does not belong here: the layers (the study's choice) and the measuring (`mass`).
 """
 
 from __future__ import annotations

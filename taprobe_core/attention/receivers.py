@@ -1,13 +1,12 @@
 """Kurtosis of heads over problems to receiver heads, and what besides meaning explains them.
 
-Figures to stand beside every vertical score, per head. What does not belong here: correcting a
-score for them. The invariant: a share or a slope that cannot be known is NaN, never 0.
-
 A receiver head sends the attention of many later sentences to few earlier ones: its vertical
-scores have heavy tails. What does not belong here: the scores and kurtosis of one text (scores).
+scores have heavy tails. Beside every head's score stand figures of what else could explain it
+(length, position). What does not belong here: the scores and kurtosis of one text (`scores`), and
+correcting a score for what explains it.
 
-The invariant: heads are chosen on training problems alone; nothing about another problem can change
-which heads are chosen or in which order.
+Invariants: heads are chosen on training problems alone; nothing about another problem can change
+which heads are chosen or in which order. A share or a slope that cannot be known is NaN, never 0.
 
 Source: Thought Anchors (arXiv:2506.19143): kurtosis averaged over traces, layer 0 left out, top 20.
 """

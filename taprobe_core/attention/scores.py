@@ -1,21 +1,17 @@
 """Mass between sentences to vertical scores: how much later sentences look back at each one.
 
-The scores of the earlier system stand beside them.
-
 The published measure averages over tokens on both sides, leaves out pairs that stand close
-together, and averages each column. What does not belong here: which heads count (receivers), the
-scores of the earlier system (simple) and what else explains a score (confounds).
+together, and averages each column. The simple scores of an earlier system are kept for comparison:
+they count the mass on a whole key sentence, so they grow with its length, and averaging heads hides
+the few that single out sentences.
 
-The invariant: a value that the definition leaves open is NaN, never 0. Row = sentence of the
-queries, column = sentence of the keys; leading dimensions (layer, head) pass through.
+What does not belong here: which heads count, and what else explains a score (`receivers`).
+
+Invariants: row = sentence of the queries, column = sentence of the keys; leading dimensions (layer,
+head) pass through. A value that the definition leaves open is NaN, never 0; in the simple scores
+alone a sentence that no eligible query stands after scores 0, as in the earlier system.
 
 Source: Thought Anchors (arXiv:2506.19143), receiver heads, and the authors' code.
-
-They count the mass on a whole key sentence, so they grow with its length, and averaging heads hides
-the few that single out sentences; kept for comparison with the published measure (scores).
-
-The invariant: a sentence that no eligible query stands after scores 0, as in the earlier system,
-not NaN.
 """
 
 from __future__ import annotations
@@ -89,7 +85,7 @@ def vertical_scores(
       scripts multiply a row by its depth in the same way; at proximity 1 the factor is the same.
 
     The earlier system calls the step from a sum to a mean over rows depth control; the mean is part
-    of this score under every control, and `simple` has the other.
+    of this score under every control; the scores of the earlier system have the other.
 
     Args:
         average: A, [..., head, sentence, sentence], from `average_matrix`.

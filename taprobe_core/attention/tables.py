@@ -1,15 +1,13 @@
 """Stored attention mass to tables: scores of sentences, figures of heads, receiver heads by fold.
 
-Also the attention variants of a sweep, scored from mass that is stored.
-
-Every variant is a simple score (`attention.simple`) of the stored shards: no pass is run for one.
-What does not belong here: which variants there are (`study.sweep`).
-
 In: the mass of each problem at one layer; later the tables of every layer. Out: tables under the
-contracts of `tables.attention`. What does not belong here: the definitions (attention), and where
-shards and tables are kept (pipeline).
+contracts of `tables.attention`. The attention variants of a sweep are simple scores (`scores`) of
+the same stored mass: no pass is run for one.
 
-The invariant: everything follows from the mass; a fold's heads are chosen on its training problems
+What does not belong here: the definitions (`scores`, `receivers`), which variants there are
+(`study.sweep`), and where shards and tables are kept (`pipeline`).
+
+Invariant: everything follows from the mass; a fold's heads are chosen on its training problems
 alone; a value that a definition leaves open is null.
 """
 

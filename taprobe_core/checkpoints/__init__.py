@@ -1,8 +1,8 @@
 """Checkpoints: from what a study names to a model in memory, safely and offline where possible.
 
-    origin ─► folder ─► resolve ─► loading ─► unread   where ─► inspected ─► files ─► module
+    origin ─► folder ─► resolve ─► loading      where ─► inspected ─► files ─► module
       │                    └─ stand_in
-      └─► tokenizer_files ─► tokenizer ─► tokenizer_match
+      └─► tokenizer_files ─► tokenizer
 
 torch and transformers are imported by the functions that need them: naming a checkpoint, for a
 fingerprint or a check of a study, must not cost seconds.

@@ -1,19 +1,17 @@
 """Look at a checkpoint folder before anything in it is loaded, and refuse what must not be.
 
-Its small files are read here too, and what a configuration may say is known.
-
-Nothing but a regular file is opened: a pipe or a device would keep the reader waiting for ever. A
-size is looked at before the content is, so that no file costs more memory than its kind may.
-
-A configuration is another's file. The library that reads it divides by its numbers, makes lists of
-their length and looks its dtype up as an attribute, so each is looked at here first and refused by
-name. Whether weights fit the configuration belongs in `loading`.
-
 Refused: weights that are pickles, configurations that name code or an impossible model, files that
 lead out of the folder or are no files, Git LFS pointers and error pages in place of weights, sets
-that are incomplete or hold a tensor twice. Nothing of the folder is run
-to find out. What the model is belongs in `loading`; the invariant here is that a folder which
-passes holds one JSON configuration and whole safetensors files, inside itself or its hub cache.
+that are incomplete or hold a tensor twice. Nothing of the folder is run to find out.
+
+Nothing but a regular file is opened: a pipe or a device would keep the reader waiting for ever. A
+size is looked at before the content is, so that no file costs more memory than its kind may. A
+configuration is another's file: the library that reads it divides by its numbers, makes lists of
+their length and looks its dtype up as an attribute, so each is looked at here first and refused by
+name. Whether weights fit the configuration, and what the model is, belongs in `loading`.
+
+Invariant: a folder which passes holds one JSON configuration and whole safetensors files, inside
+itself or its hub cache.
 """
 
 from __future__ import annotations

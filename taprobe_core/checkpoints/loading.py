@@ -1,17 +1,16 @@
 """Load the base transformer of an inspected checkpoint onto one device, or onto all of a host.
 
-Weights that the loaded model has no place for are named, and those that may be left out are known.
+No language-model head, no gradients, no code of the checkpoint's author, no network. Several GPUs
+hold a copy each; a model larger than one of them is spread over all.
 
 A base transformer has no head, and a decoder read from a checkpoint of several parts has no eyes:
 what does not take part in its states may stay in the file. Everything else that is left out would
-have changed the states, so the model is another one than the file's. Transformers' own lists of
-names to be silent about are of the first kind: each architecture names heads, buffers and layers
-for predicting further tokens there.
+have changed the states, so the model is another one than the file's, and is refused by the names of
+those weights. Transformers' own lists of names to be silent about are of the first kind: each
+architecture names heads, buffers and layers for predicting further tokens there.
 
-No language-model head, no gradients, no code of the checkpoint's author, no network. Several GPUs
-hold a copy each; a model larger than one of them is spread over all. Invariant: a loaded model has
-every weight from its files, none is left at a random start, and no weight of its files is left out
-that belongs to the decoder.
+Invariant: a loaded model has every weight from its files, none is left at a random start, and no
+weight of its files is left out that belongs to the decoder.
 """
 
 from __future__ import annotations

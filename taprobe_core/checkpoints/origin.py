@@ -1,14 +1,12 @@
 """Where a checkpoint or a tokenizer comes from: a local folder, or a hub repository at a commit.
 
-Also what of its files is pinned: where they come from, and what they were made with.
-
 The hub client's own cache and variables hold (`HF_HOME`, `HF_ENDPOINT`, `HF_HUB_OFFLINE`), what is
-cached needs no network, and only files that a model without code needs are fetched. Whether the
-files may be loaded belongs in `folder`. Invariant: whatever the client raises leaves here as one of
-our errors.
+cached needs no network, and only files that a model without code needs are fetched. An origin, or a
+stand-in's specification, is also the source whose files `store.pins` compares with their first use;
+which of them decide the model is said by those who read them (`resolve`, `tokenizer`).
 
-From an origin, or a stand-in's specification, to the source that `store.pins` compares. Which files
-of it decide the model is said by those who read them (`resolve`, `tokenizer`).
+Whether the files may be loaded belongs in `folder`. Invariant: whatever the client raises leaves
+here as one of our errors.
 """
 
 from __future__ import annotations

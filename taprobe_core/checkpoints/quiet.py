@@ -1,6 +1,6 @@
 """Keep transformers from writing to the terminal while it loads; put what it raises in one line.
 
-A lack of memory is told from every other failure.
+A lack of memory is told apart from every other failure.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """From a study's model to a folder that may be loaded, and to the identity of its weights.
 
-How long a text the model takes is told by its configuration before any weight is loaded.
-
 A pretrained checkpoint is a local folder or a hub snapshot; a stand-in is built once. The identity
-says which weights, not where they are: a moved folder keeps it, a changed byte does not. Loading
-belongs in `loading`.
+says which weights, not where they are: a moved folder keeps it, a changed byte does not. How long a
+text the model takes is read off its configuration, before any weight is loaded. Loading belongs in
+`loading`.
 """
 
 from __future__ import annotations

@@ -1,18 +1,17 @@
 """The files of a model's tokenizer: its vocabulary, its BOS token, whether it fits the checkpoint.
 
-All is told from the files, without a text.
+JSON alone: no tokenizer is built, no library asked and no text read. A model either begins its
+texts with one BOS token or, as the Qwen family does, with none; its files say which.
 
 A normaliser that replaces a letter by a megabyte, or doubles it thirty times over, takes all of a
 machine's memory in one call that nothing can stop. Its growth is bounded by its own rules, so it is
-known before a text is read.
+known before a text is read. Ids are only numbers, so a tokenizer of another model with few enough
+of them would be read without a complaint; so its ids are compared with the rows of the embedding,
+with the ids that the configuration names and with the vocabulary that lies beside the weights. What
+these leave open cannot be told.
 
-JSON alone: no tokenizer is built and no library asked. A model either begins its texts with one BOS
-token or, as the Qwen family does, with none; its files say which. Invariant: a text gets a BOS
-token only if a file names it, and none only if a file that could name one is there and does not.
-
-Ids are only numbers, so a tokenizer of another model with few enough of them would be read without
-a complaint. Compared are: its ids with the rows of the embedding, the ids that the configuration
-names, and the vocabulary that lies beside the weights. What these leave open cannot be told.
+Invariant: a text gets a BOS token only if a file names it, and none only if a file that could name
+one is there and does not.
 """
 
 from __future__ import annotations

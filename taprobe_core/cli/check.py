@@ -1,10 +1,8 @@
 """`taprobe check`: what a study costs, what it leaves out, what checks and verdicts say.
 
-In: rows of `pipeline.skips`. Out: lines to print, escaped.
-
-In: the rows of a forecast. Out: things to print. What does not belong here: any computation beyond
-adding up rows, and the commands (app). A table fits into 80 columns; what is left out of it is in
-the JSON.
+In: rows of a forecast, of `pipeline.skips`, of verdicts. Out: things to print, escaped. A table
+fits into 80 columns; what is left out of it is in the JSON. What does not belong here: any
+computation beyond adding up rows, and the commands (`app`).
 """
 
 from __future__ import annotations

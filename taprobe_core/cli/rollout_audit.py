@@ -37,7 +37,7 @@ def audit_rollouts_(
     as_json: JsonOption = False,
 ) -> None:
     """Read all rollouts of a study; name failed, empty and missing ones, and labels that differ."""
-    from taprobe_core.labels.audit import NOTED, audit_rollouts
+    from taprobe_core.labels.audit import INFORMATIONAL, audit_rollouts
     from taprobe_core.labels.measures import trigram_masked_dissimilar
     from taprobe_core.pipeline import open_plan
 
@@ -58,7 +58,7 @@ def audit_rollouts_(
         out.print_json(json.dumps(parts))
     else:
         _print(audit)
-    if not set(audit.findings["kind"]) <= NOTED:
+    if not set(audit.findings["kind"]) <= INFORMATIONAL:
         raise typer.Exit(EXIT_UNSOUND)
 
 

@@ -4,7 +4,7 @@ At or below `negative` a sentence is accepted as no anchor, at or above `positiv
 (this wins where both hold), in between it is deferred. The search counts every pair of candidate
 thresholds at once and takes the best feasible pair.
 
-What does not belong here: folds, pooling and relabel lists (`deferral`).
+What does not belong here: folds, pooling and relabel lists (`plans`).
 
 Invariant: accepted + deferred = all sentences, for every pair. All scores and thresholds are
 float32, so that a threshold read back from disk decides as it did when it was tuned.

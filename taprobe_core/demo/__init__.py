@@ -1,27 +1,20 @@
 """The embedded demo world: problems, reasoners with known effects, rollouts, a truth.
 
-    task       a task number -> a problem
+    task       a task number -> a problem; what a reasoner gives for it
     rules      what may be said next, and how likely
     wording    how it is said
-    policy     the teacher: drawn from, replayed, solved exactly
-    truth      true importances; which problems to take
-    trace      what a reasoner gives
-    labelling  published measures and truth of what it gave
+    policy     the teacher: drawn from, replayed, solved exactly; reads texts back
+    truth      true importances; which problems to take; published measures
 
     tokenizer  byte-level BPE trained on the policy's traces
-    training   the policy's traces -> weights
-    gates      has it learned what it was taught?
-    network    weights -> logits, in double precision
-    sampling   logits -> texts, the same on every device
-    reading    texts -> traces and continuations
-    resampling base traces, and rests of their prefixes
+    training   the policy's traces -> weights; has it learned what it was taught?
+    sampling   weights -> texts, the same on every device
     build      all of this, from one seed
     bundle     what a build leaves behind, and what comes with the library
     audit      a bundle -> is it what its build made?
 
-    writer     files in the dataset's own layout
+    writer     files in the dataset's own layout; a copy with every kind of damage
     world      the bundled world, and the policy's at any size
-    dirty      a copy with every kind of damage that real data has
 
 Extracting activations does not belong here, nor does publishing a folder, which is the store's.
 Invariant: a world depends on its arguments alone.

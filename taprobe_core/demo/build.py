@@ -1,6 +1,6 @@
 """Train the demo's reasoners and sample everything from them: one folder, from one seed.
 
-    tokenizer, training, gates            per reasoner, the tokenizer shared
+    tokenizer, training with its gates    per reasoner, the tokenizer shared
     base traces, rollouts, forced answers 20 problems, right and wrong, 100 rests a sentence
     truth                                 2,000 rests a sentence, some traces
     manifest                              recipe, figures, hashes (`audit`)

@@ -1,16 +1,16 @@
-"""The demo's reasoner on one problem: drawn from, replayed and solved exactly.
-
-Also what is read back: the text that a trained reasoner wrote -> a trace, or a continuation.
+"""The demo's reasoner on one problem: drawn from, replayed and solved exactly; texts read back.
 
 `Policy.branches` lists every next sentence with its probability and the state after it. Drawing,
 resampling at any sentence and the chance of a right answer all come from this one list, so what a
-sentence is worth is known and not estimated. What does not belong here: what may be said (`rules`)
-and how (`wording`), files (`writer`). Invariant: resampling from a replayed prefix has exactly the
-distribution of whole traces that begin with this prefix.
+sentence is worth is known and not estimated.
 
-A reasoner may write anything. A rest that breaks off has no answer, like a rollout of the dataset
-that ran out of tokens; a base trace is taken only if the policy could have said it, because only
-then is the truth about it known. What does not belong here: producing text (`sampling`).
+A trained reasoner may write anything. A rest that breaks off has no answer, like a rollout of the
+dataset that ran out of tokens; a base trace is taken only if the policy could have said it, because
+only then is the truth about it known.
+
+What does not belong here: what may be said (`rules`) and how (`wording`), files (`writer`), and
+producing text with a model (`sampling`). Invariant: resampling from a replayed prefix has exactly
+the distribution of whole traces that begin with this prefix.
 """
 
 from __future__ import annotations

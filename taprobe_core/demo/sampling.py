@@ -1,27 +1,24 @@
 """A trained reasoner -> texts, the same on every device: its network, base traces, their rests.
 
+A draw is the first token whose cumulative probability exceeds a uniform number. The numbers come
+from a named stream, not from a device, and the network is computed in double precision: two devices
+then disagree about a cumulative probability by about 1e-13, and so about a token once in 1e13 draws
+or so. In single precision it would be once in some million, and one token changes all that follow.
+
 The library computes normalisation and rotary angles in single precision whatever it is given, and
 keeps a copy of a prompt for each text that follows it. Here everything is float64, and texts share
 the keys and values of the prompt they have in common: on two cores that is the difference between
-three hours and half an hour for the demo's rollouts. What does not belong here: choosing a token
-(`sampling`), and reading activations, for which the library's forward pass is the reference.
-
-Sources: RMSNorm (Zhang and Sennrich 2019), rotary embedding (Su et al. 2021), SwiGLU (Shazeer
-2020), grouped-query attention (Ainslie et al. 2023).
-
-A draw is the first token whose cumulative probability exceeds a uniform number. The numbers come
-from a named stream, not from a device, and the network is computed in double precision
-(`network`): two devices then disagree about a cumulative probability by about 1e-13, and so about
-a token once in 1e13 draws or so. In single precision it would be once in some million, and one
-token changes all that follow.
-
-Invariant: a text depends on weights, prompt, temperature and stream alone, not on what is sampled
-beside it.
+three hours and half an hour for the demo's rollouts.
 
 Each draw has a stream of its own, named by seed, reasoner, setting, problem, sentence and purpose,
 so that any of them can be made again alone. What does not belong here: which to make (`build`), and
-how a text is sampled (`sampling`). Invariant: a text depends on weights, seed and place alone; more
-texts begin with the same ones.
+reading activations, for which the library's forward pass is the reference.
+
+Invariant: a text depends on weights, prompt, temperature and stream alone, not on what is sampled
+beside it; more texts begin with the same ones.
+
+Sources: RMSNorm (Zhang and Sennrich 2019), rotary embedding (Su et al. 2021), SwiGLU (Shazeer
+2020), grouped-query attention (Ainslie et al. 2023).
 """
 
 from __future__ import annotations

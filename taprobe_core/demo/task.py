@@ -1,17 +1,16 @@
 """A task number -> an arithmetic problem whose reading order matters; what a reasoner gives for it.
 
-Traces, continuations of their prefixes, and the settings that they are sorted into.
-
     x = a + b * c,   y = x - d,   z = y + e * f
 
 Products before sums is right; strictly left to right is wrong, but coherent. The verb of the
 statement carries no arithmetic and shifts the policy's odds for the right plan, so the same
-operands can be easy or hard. How a problem is solved belongs in `policy`. Invariant: an id alone
-names a problem, in every setting, model and version.
+operands can be easy or hard. What is given for a problem are traces and continuations of their
+prefixes, sorted into settings. How a problem is solved belongs in `policy`; who reasons, and files,
+elsewhere.
 
-Who reasons, the stochastic policy or a trained model, belongs elsewhere; so do files. Invariant: a
-text is its sentences with their separators, so that joining them by one blank is another view of
-the same sentences.
+Invariants: an id alone names a problem, in every setting, model and version. A text is its
+sentences with their separators, so that joining them by one blank is another view of the same
+sentences.
 """
 
 from __future__ import annotations

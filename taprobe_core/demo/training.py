@@ -1,14 +1,10 @@
-"""The policy's traces -> a small trained reasoner in a standard `from_pretrained` folder.
-
-The gates compare its texts with the policy's: has it learned what it was taught?
-
-Three gates: the format is valid, the plan is chosen as often as the policy chooses it, sums and
-products come out right as often as the policy's. What does not belong here: sampling, training.
+"""The policy's traces -> a small trained reasoner in a `from_pretrained` folder; its gates.
 
 A plain next-token loss on completions only. Half of the examples have their first sentences joined
 by one blank, as the prompts of rollouts join them, and in a tenth an answer is forced after some
-sentence, so that nothing that is sampled later is foreign to the model. What does not belong here:
-sampling from the model, and judging it (`gates`).
+sentence, so that nothing that is sampled later is foreign to the model. Three gates compare its
+texts with the policy's: the format is valid, the plan is chosen as often as the policy chooses it,
+sums and products come out right as often as the policy's. What does not belong here: sampling.
 
 Invariant: on one machine and library version, the weights depend on the arguments alone; another
 device rounds otherwise, so what is shipped are the weights, not a promise to reach them again.

@@ -1,12 +1,11 @@
-"""The policy -> true importances and a choice of problems: what more rollouts would converge to.
+"""The policy -> true importances and a choice of problems; the published measures beside them.
 
-Beside them the dataset's measures of what a reasoner gave.
+What more rollouts would converge to: only the demo knows its truth, and a label or a probe can be
+measured against it. The measures of what a reasoner gave come from `labels.measures`, the same code
+that reads published rollouts; the truth comes from the policy.
 
-Only the demo knows its truth; a label or a probe can be measured against it. Invariant: truths are
-exact up to float rounding; only `simulated_importance` draws.
-
-The measures come from `importance`, the same code that reads published rollouts; the truth comes
-from the policy. Invariant: measures depend on rollouts alone, the truth on sentences alone.
+Invariants: truths are exact up to float rounding; only `simulated_importance` draws. Measures
+depend on rollouts alone, the truth on sentences alone.
 """
 
 from __future__ import annotations

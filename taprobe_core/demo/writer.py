@@ -5,19 +5,19 @@
         chunk_<i>/solutions.json
     <model>/<sampling>/<setting>_forced_answer/problem_<id>/chunk_<i>/solutions.json
 
-The same loader reads these files and the published ones. Labels are computed by `importance` from
-the rollouts written beside them, so they can be recomputed from the files to the last bit. One key
-is the demo's own: `true_importance`, which published labels cannot have. One is left out:
+The same loader reads these files and the published ones. Labels are computed by `labels.measures`
+from the rollouts written beside them, so they can be recomputed from the files to the last bit. One
+key is the demo's own: `true_importance`, which published labels cannot have. One is left out:
 `full_cot` of rollouts, which is prompt + prefix_without_chunk + rollout and would double the size.
 
-What does not belong here: who reasons, and publishing the folder atomically, which the caller does.
-Invariant: a problem's files depend on its own entry alone.
+In the damaged copy each damage is one file or one run of folders of one problem, and all of them
+are listed in `damage.json`, so that whatever reads rollouts can be held to finding these and
+nothing else. Where rollouts are damaged, the labels are computed again from what is left, as a
+generator would have done: a label that differs from its rollouts is a damage of its own.
 
-Each damage is one file or one run of folders of one problem, and all of them are listed in
-`damage.json`, so that whatever reads rollouts can be held to finding these and nothing else. Where
-rollouts are damaged, the labels are computed again from what is left, as a generator would have
-done: a label that differs from its rollouts is a damage of its own. Finding damage belongs in
-`rollout_audit`. Invariant: the clean folder is only read; equal arguments give equal bytes.
+What does not belong here: who reasons, finding damage (`labels.audit`), and publishing the folder
+atomically, which the caller does. Invariants: a problem's files depend on its own entry alone; the
+clean folder is only read; equal arguments give equal bytes.
 """
 
 from __future__ import annotations

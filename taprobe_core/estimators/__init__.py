@@ -1,10 +1,8 @@
-"""scikit-learn faces of the batched solvers, for fitting one model at a time.
+"""scikit-learn wrappers of the batched solvers, for fitting one model at a time.
 
-binary        what probes of two classes have in common
-linear        ridge and logistic probes
-network       multilayer perceptrons
-tokens        attention, MultiMax and rolling MultiMax probes
-token_inputs  token sets as scikit-learn takes them
+linear   ridge and logistic probes; what probes of two classes have in common
+network  multilayer perceptrons
+tokens   attention, MultiMax and rolling MultiMax probes
 """
 
 from taprobe_core.estimators.linear import LogisticProbe, RidgeProbe

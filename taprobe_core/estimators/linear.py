@@ -1,16 +1,15 @@
 """Ridge and logistic probes as scikit-learn estimators: one model, standardised inside.
 
-With what every probe that tells two classes apart has in common.
-
-What does not belong here: fitting. Invariant: the second class is said where its log-odds are above
-0, and both probabilities add up to 1.
-
 `RidgeProbe()` is `Pipeline(StandardScaler(), Ridge())` and `LogisticProbe()` is
 `Pipeline(StandardScaler(), LogisticRegression())` at its converged optimum, each a single estimator
-that can be cloned, searched over and put into pipelines. What does not belong here: fits of many
-models, which ask the solvers directly. Invariants: the scaler ignores sample weights, as in a
-pipeline whose last step takes them; errors in what the caller passed are `ValueError`, as
-scikit-learn's contract demands, and failures of the numbers are the solvers' own.
+that can be cloned, searched over and put into pipelines. What every probe of two classes has in
+common stands here too. What does not belong here: fits of many models, which ask the solvers
+directly.
+
+Invariants: the scaler ignores sample weights, as in a pipeline whose last step takes them; the
+second class is said where its log-odds are above 0, and both probabilities add up to 1; errors in
+what the caller passed are `ValueError`, as scikit-learn's contract demands, and failures of the
+numbers are the solvers' own.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix
 from taprobe_core.solvers.linear.logistic import solve_logistic
 from taprobe_core.solvers.linear.ridge import solve_ridge
 from taprobe_core.solvers.linear.solution import LinearSolution
 
 
-class BinaryFace(ClassifierMixin):  # type: ignore[misc] # scikit-learn is untyped
+class BinaryClassifierMixin(ClassifierMixin):  # type: ignore[misc] # scikit-learn is untyped
     """Mixin of a classifier of two classes that has `_decide(X)`, the log-odds of the second.
 
     Attributes:
@@ -103,8 +102,8 @@ class _LinearProbe(BaseEstimator):  # type: ignore[misc]
         return np.asarray(features @ self.coef_ + self.intercept_, dtype=np.float64)
 
 
-def _column(y: NDArray[np.float64], weight: NDArray[np.float64]) -> Columns:
-    return Columns(np.zeros(1, dtype=np.int64), y[:, None], weight[:, None])
+def _column(y: NDArray[np.float64], weight: NDArray[np.float64]) -> FitRequest:
+    return FitRequest(np.zeros(1, dtype=np.int64), y[:, None], weight[:, None])
 
 
 class RidgeProbe(RegressorMixin, _LinearProbe):  # type: ignore[misc]
@@ -151,7 +150,7 @@ class RidgeProbe(RegressorMixin, _LinearProbe):  # type: ignore[misc]
         return self._decide(X)
 
 
-class LogisticProbe(BinaryFace, _LinearProbe):
+class LogisticProbe(BinaryClassifierMixin, _LinearProbe):
     """Logistic regression with two classes on standardised features, converged.
 
     Args:

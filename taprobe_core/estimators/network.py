@@ -1,4 +1,4 @@
-"""scikit-learn's face of the batched networks, for one probe at a time.
+"""scikit-learn wrappers of the batched networks, for one probe at a time.
 
 `MLPProbeClassifier` and `MLPProbeRegressor` standardise their features, then fit one network; with
 an integer `random_state` they give what scikit-learn's `StandardScaler` and `MLPClassifier` or
@@ -20,8 +20,8 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from taprobe_core.estimators.linear import BinaryFace
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.estimators.linear import BinaryClassifierMixin
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.networks.options import EarlyStopping, NetworkOptions
 from taprobe_core.solvers.networks.solve import NetworkSolution, fit_networks
 
@@ -71,13 +71,13 @@ class _MLPProbe(BaseEstimator):  # type: ignore[misc]
         is_classifier: bool,
     ) -> Self:
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        watched = np.zeros(len(X), bool) if validation is None else np.asarray(validation, bool)
-        trained = ~watched & (weight > 0)
+        validated = np.zeros(len(X), bool) if validation is None else np.asarray(validation, bool)
+        trained = ~validated & (weight > 0)
         if is_classifier and len(np.unique(y[trained])) < 2:
             raise ValueError("the rows to train on, those of weight above 0, have one class only")
         own = {name: getattr(self, name) for name in _OPTIONS} | {"hidden": tuple(self.hidden)}
         options = NetworkOptions(is_classifier=is_classifier, **own)
-        columns = Columns(
+        columns = FitRequest(
             fold=np.zeros(1, np.int64),
             y=y[:, None],
             weight=np.where(trained, weight, 0.0)[:, None],
@@ -88,7 +88,7 @@ class _MLPProbe(BaseEstimator):  # type: ignore[misc]
             trained[None],
             columns,
             options,
-            None if validation is None else watched[None],
+            None if validation is None else validated[None],
             self.device,
             validation_weight=weight[:, None],
         )
@@ -104,7 +104,7 @@ class _MLPProbe(BaseEstimator):  # type: ignore[misc]
         return self._solution.decide(rows)[:, 0]
 
 
-class MLPProbeClassifier(BinaryFace, _MLPProbe):
+class MLPProbeClassifier(BinaryClassifierMixin, _MLPProbe):
     """Standardisation, then a ReLU network that tells two classes apart.
 
     Args:
@@ -143,7 +143,7 @@ class MLPProbeClassifier(BinaryFace, _MLPProbe):
             X: [row, feature].
             y: [row], two classes.
             sample_weight: [row], at least 0; default 1.
-            validation: [row] bool, rows to watch and not to train on, for `problems`.
+            validation: [row] bool, rows to validate on and not to train on, for `problems`.
 
         Raises:
             ValueError: input that scikit-learn would refuse, or other than two classes.
@@ -158,7 +158,7 @@ class MLPProbeRegressor(RegressorMixin, _MLPProbe):  # type: ignore[misc]
     """Standardisation, then a ReLU network for a continuous target.
 
     Arguments and attributes are those of `MLPProbeClassifier`, without `classes_`. It stops early
-    by the same rule, watching R^2 in place of accuracy.
+    by the same rule, reading R^2 in place of accuracy.
     """
 
     def fit(
@@ -174,7 +174,7 @@ class MLPProbeRegressor(RegressorMixin, _MLPProbe):  # type: ignore[misc]
             X: [row, feature].
             y: [row], the target.
             sample_weight: [row], at least 0; default 1.
-            validation: [row] bool, rows to watch and not to train on, for `problems`.
+            validation: [row] bool, rows to validate on and not to train on, for `problems`.
 
         Raises:
             ValueError: input that scikit-learn would refuse.

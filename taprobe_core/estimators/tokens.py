@@ -1,10 +1,5 @@
 """scikit-learn wrappers of the token probes, for one probe at a time.
 
-Their arguments become tokens, targets, weights and a hold-out first.
-
-What does not belong here: fitting (`tokens`). Invariant: arguments are refused with scikit-learn's
-own errors and words wherever it has some.
-
 `TokenProbeClassifier` and `TokenProbeRegressor` read token sets: `RaggedTokens`, a list of
 [token, d] arrays, or one [sentence, token, d] array. A [sentence, d] array is read as sentences of
 one token, so that scikit-learn's own checks can run. Many probes at once, what they compute and
@@ -13,6 +8,9 @@ where it comes from are `taprobe_core.solvers.tokens.solve`.
 Where the contract differs from scikit-learn's: two classes only, one target only; NaN and infinite
 states among ragged tokens raise the project's own error; part of the sentences is held out to stop
 early and to calibrate, so that repeating a sentence is not the same as giving it weight 2.
+
+Invariant: other arguments are refused with scikit-learn's own errors and words wherever it has
+some.
 """
 
 from __future__ import annotations
@@ -34,8 +32,8 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from taprobe_core.estimators.linear import BinaryFace
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.estimators.linear import BinaryClassifierMixin
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.pooling import Loss, Pooling, TokenProbeOptions, Training
 from taprobe_core.solvers.tokens.ragged import RaggedTokens
 from taprobe_core.solvers.tokens.solve import fit_token_probes, positive_weights, score_token_probe
@@ -160,7 +158,7 @@ class _TokenProbe(BaseEstimator):  # type: ignore[misc]
         loss: Loss,
     ) -> Self:
         train = ~held & (weight > 0)
-        columns = Columns(
+        columns = FitRequest(
             np.zeros(1, np.int64),
             y[:, None],
             np.where(train, weight, 0.0)[:, None],
@@ -191,7 +189,7 @@ class _TokenProbe(BaseEstimator):  # type: ignore[misc]
         return np.asarray(slope * scores + offset)
 
 
-class TokenProbeClassifier(BinaryFace, _TokenProbe):
+class TokenProbeClassifier(BinaryClassifierMixin, _TokenProbe):
     """Attention, MultiMax or rolling MultiMax probe that tells two classes apart.
 
     Args:

@@ -2,7 +2,7 @@
 
 A unit is a recipe, protocol, split, fold and seed on one problem. All units of a problem that are
 judged on the same sentences form a block, so that metrics and nulls are array operations. What
-does not belong here: the metrics (`batched_metrics`), and what follows from them.
+does not belong here: the metrics (`metrics`), and what follows from them.
 
 Invariant: a recipe is measured on every sentence of a problem whose target is defined, or not at
 all; columns stand in sentence order.

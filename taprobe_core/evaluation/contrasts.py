@@ -1,4 +1,4 @@
-"""Recipes and baselines judged by one target, problem by problem; recipes beside their control.
+"""Recipes beside baselines judged by one target, problem by problem; recipes beside their control.
 
 One rule: both are judged by the *recipe's* target, with its primary metric, on the sentences where
 that target is defined. Where the two predict the same, this is the baseline's own value; a baseline
@@ -6,14 +6,11 @@ of another percentile, of raw instead of residual importance, or of another unsi
 what it says about the recipe's. A signed and an unsigned target have no order in common, so
 neither is judged by the other: such a pair has no value, and a note says so.
 
-What does not belong here: the statistics of the differences (`comparison`). Invariant: a pair of
-values is of the same problem, fold, seeds and sentences.
+Selectivity is the metric on the task less the metric on a control task (`probes.control_task`),
+which a probe of the same capacity can learn by memorising alone.
 
-Selectivity is the metric on the task less the metric on a control task (`control_task`), which a
-probe of the same capacity can learn by memorising alone. What does not
-belong here: labels of a control, and fitting.
-
-Invariant: task and control are compared on the same problems, by the same metric.
+What does not belong here: the statistics of the differences (`intervals`), and labels of a control.
+Invariant: a pair of values is of the same problem, fold, seeds and sentences, and the same metric.
 
 Source: Hewitt and Liang (2019), Designing and interpreting probes with control tasks.
 """
@@ -171,7 +168,7 @@ _OF_PROBLEM = [*_SELECTIVITY_KEY, "problem_id"]
 def control_values(
     controls_by_seed: Mapping[int, pl.DataFrame], labels: pl.DataFrame
 ) -> pl.DataFrame:
-    """Measure recipes on their control tasks, as `unit_metrics.measure_units` does on their tasks.
+    """Measure recipes on their control tasks, as `units.measure_units` does on their tasks.
 
     Args:
         controls_by_seed: seed -> `tables.SCORES` of the control tasks, under the names of the
@@ -195,7 +192,7 @@ def selectivity(task: pl.DataFrame, control: pl.DataFrame, evaluation: Evaluatio
     labels whole kinds, defines no value of it: it is left out of both means and counted.
 
     Args:
-        task: units of recipes on their task (`unit_metrics.measure_units`).
+        task: units of recipes on their task (`units.measure_units`).
         control: units of the same recipes on the control task (`control_values`).
         evaluation: bootstrap settings.
 

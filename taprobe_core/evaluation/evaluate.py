@@ -11,7 +11,7 @@ how each table is made (the modules this one calls) and choosing a layer (`selec
                                  ├─ position_metrics   position_bins
                                  ├─ calibrate          calibration, reliability_bins
                                  ├─ best_seeds         best_seeds
-                 └─ selectivity        selectivity
+                                 └─ selectivity        selectivity
 
 Invariant: each recipe is judged by its own target, which its scores carry.
 """
@@ -68,7 +68,7 @@ class EvaluationTables:
             too, and so compares scores of different probes and problems; it is an extra, never
             ranked.
         problem_metrics: one row per recipe × protocol × split × fold × seed × problem
-            (`unit_metrics.measure_units`).
+            (`units.measure_units`).
         deltas: `tables.DELTAS`.
         contrasts: `tables.CONTRASTS`.
         nulls: `tables.NULLS`.

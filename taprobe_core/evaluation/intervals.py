@@ -1,18 +1,14 @@
-"""Paired differences over problems to intervals and tests, and many tests accounted for.
-
-Holm for the few contrasts that were planned, max-T for the best of many configurations on the same
-problems, Benjamini-Hochberg for exploring. What does not belong here: the tests themselves
-(`comparison`, `nulls`).
-
-Invariant: NaN stays NaN and does not count as a test; an adjusted p is never below the raw one.
+"""Paired differences over problems to intervals and tests, and corrections for many tests.
 
 The problem is the unit of inference: sentences of one trace share rollouts and are not independent,
-so the inputs are one difference per problem, seeds already averaged. What does not belong here:
-metrics, which two recipes to compare (`contrasts`, `selection`), and corrections for many
-comparisons (`multiplicity`).
+so the inputs are one difference per problem, seeds already averaged. Corrections are Holm's for the
+few contrasts that were planned, max-T for the best of many configurations on the same problems, and
+Benjamini-Hochberg's for exploring. What does not belong here: metrics, and which two recipes to
+compare (`contrasts`, `selection`).
 
-Invariant: no interval without enough problems to resample, and none without width; a note then
-says why there is none.
+Invariants: no interval without enough problems to resample, and none without width; a note then
+says why there is none. NaN stays NaN and does not count as a test; an adjusted p is never below the
+raw one.
 
 Source: bootstrap, Efron and Tibshirani (1993), sections 13.3 (percentile) and 14.3 (BCa);
 sign-flip test, Fisher (1935), exact over all sign patterns up to 30 problems; Wilcoxon (1945).

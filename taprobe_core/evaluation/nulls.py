@@ -9,8 +9,8 @@ Two nulls, drawn inside each problem:
 
 The statistic is what a recipe is ranked by: the mean over problems of its primary metric, seeds
 averaged inside each. Draw b uses the same shift and permutation for every recipe, seed, layer and
-protocol of one model and setting, so that `multiplicity.max_t` can take the best of all, draw by
-draw. What does not belong here: corrections.
+protocol of one model and setting, so that `intervals.max_t` can take the best of all, draw by draw.
+What does not belong here: corrections for many tests (`intervals`).
 
 Invariant: a metric is defined in every draw or in none, as both nulls keep scores and label values.
 A shift has only as many outcomes as the problem has sentences; all of them are computed once.

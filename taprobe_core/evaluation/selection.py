@@ -3,7 +3,7 @@
 The best of many layers on test is an optimistic number: the more are tried, the higher it stands
 by chance. Here validation chooses, fold by fold, and only the choice is measured on test, by its
 own target, beside baselines judged by the same target (`contrasts`). What does not belong here: the
-full ranking (`leaderboard`).
+full ranking (`report.leaderboard`).
 
 Invariant: no test value influences a choice. Under lopo the validation problems of one fold are
 test problems of another; a choice uses scores of its own fold only.

@@ -1,16 +1,13 @@
 """Metrics of problems to one row per recipe: means, spread over seeds, chance, chosen seeds.
 
 Seeds are averaged inside a problem (and, on validation, the folds that share it), problems after
-that, so every problem weighs the same. What does not belong here: measuring a problem (`metrics`)
-and comparing recipes (`comparison`).
+that, so every problem weighs the same. The seeds of a network differ, and the best of several on
+test is an optimistic number: each fold's validation problems choose, and only the chosen seeds are
+read on that fold's test problems. What does not belong here: measuring a problem (`units`),
+comparing recipes (`contrasts`) and choosing layers and recipes (`selection`).
 
-Invariant: an undefined value is null, left out of its mean, and counted.
-
-A network's seeds differ, and the best of several on test is an optimistic number. Here each fold's
-validation problems choose, and only the chosen seeds are read on that fold's test problems. What
-does not belong here: choosing layers and recipes (`selection`).
-
-Invariant: no test value influences a choice; ties go to the lower seed, undefined values last.
+Invariants: an undefined value is null, left out of its mean, and counted. No test value influences
+a choice of seeds; ties go to the lower seed, undefined values last.
 """
 
 from __future__ import annotations

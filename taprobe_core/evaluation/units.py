@@ -1,15 +1,13 @@
-"""Blocks of scores to one row of metrics per unit; ranking within each fifth of the trace.
+"""Blocks of scores to metrics: one row per unit, and one per unit and fifth of the trace.
 
 Each recipe is judged by its own target; beside that by the study's labels, so that recipes of
-different targets can be compared on one; and by the true importance where it is known. What does
-not belong here: means over seeds and problems (`aggregation`).
+different targets can be compared on one; and by the true importance where it is known. Importance
+falls along a trace, so a recipe can rank a whole trace by knowing where it is; within a fifth that
+helps little. What does not belong here: means over seeds and problems (`summary`), and nulls that
+keep position (`nulls`).
 
-Invariant: a metric that has no value, or no meaning for the recipe's target, is null.
-
-Importance falls along a trace, so a recipe can rank a whole trace by knowing where it is. Within a
-fifth that helps little. What does not belong here: nulls that keep position (`nulls`).
-
-Invariant: a fifth without sentences, or with one class, has no value and is counted, not averaged.
+Invariants: a metric that has no value, or no meaning for the recipe's target, is null; a fifth
+without sentences, or with one class, has no value and is counted, not averaged.
 """
 
 from __future__ import annotations

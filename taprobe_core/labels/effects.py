@@ -7,8 +7,8 @@ effects come from a mixture of normals around zero whose weights are found by ma
 
 s_0 = 0 being no effect at all. The posterior of one effect then says how likely it is to be large,
 or of the sign seen. What an effect is (importance, a change) and which rows are measured belongs
-in `targets`. Invariant: every standard error is positive and finite; an unmeasured effect is not
-a row here.
+in `probes.targets`. Invariant: every standard error is positive and finite; an unmeasured effect is
+not a row here.
 
 The prior is one for all rows it is fitted to, so one row's posterior depends on the others, through
 at most as many numbers as there are scales.

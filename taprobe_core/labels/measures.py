@@ -1,18 +1,16 @@
 """Resampled rollouts of one trace -> the published importance measures of its sentences.
 
-The published labels compare sentence embeddings; this is the comparison without a model that the
-demo's labels use. Invariant: symmetric, deterministic, in [0, 1].
-
 For sentence i a bank holds the rollouts that were resampled with sentence i removed: n_i answered,
 k_i of them correct, and inside the dissimilar part (the first resampled sentence differs from the
 removed one) nd_i and kd_i. The measures and their signs are those of the Thought Anchors dataset
 (Bogdan et al. 2025, "Thought Anchors: Which LLM Reasoning Steps Matter?"): a positive resampling
 importance means that keeping the sentence helps, a positive counterfactual importance means that
-replacing it helps.
+replacing it helps. The published labels tell similar sentences by their embeddings; the similarity
+here needs no model, and the demo's labels use it.
 
 What does not belong here: where rollouts come from, files, and targets made from the measures
-(`labels`). Invariant: pure and deterministic; the same rollouts give the same floats, whatever
-their source and the interpreter's hash seed.
+(`probes.targets`). Invariants: pure and deterministic; the same rollouts give the same floats,
+whatever their source and the interpreter's hash seed. Similarity is symmetric and in [0, 1].
 """
 
 from __future__ import annotations

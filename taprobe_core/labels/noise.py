@@ -5,8 +5,8 @@ is a whole number over the same number of answered rollouts, so that number can 
 with it all counts. From the counts follow binomial standard errors; that the binomial model holds
 was checked on chunk 0, whose prefix is empty in both settings: a free replicate.
 
-What a measure means as a target belongs in `labels`. Invariant: NaN where a count or an error
-cannot be known, never a guess.
+What a measure means as a label belongs in `make`. Invariant: NaN where a count or an error cannot
+be known, never a guess.
 
 Source: the estimators of Thought Anchors (arXiv:2506.19143); the reconstruction is our own.
 """

@@ -1,7 +1,7 @@
 """What failed, kept: one small file per failed cell, beside the artifacts.
 
 A record stands at `<data>/failures/<stage>/<cell>/<fingerprint>.json` until its cell is made. What
-a failed cell stops belongs in `gate`, going on with the others in `run`.
+a failed cell stops, and going on with the others, belongs in `run`.
 
 Invariant: a record counts only while the store lacks the very artifact that failed, so that other
 inputs, another study or a version that mends the fault leave nothing to be cleared away. A cell

@@ -33,7 +33,7 @@ from taprobe_core.store import Artifact, ArtifactKey, write_table
 from taprobe_core.study import ProbeRecipe
 
 
-class Wanted(NamedTuple):
+class WantedFit(NamedTuple):
     """A fit that somebody asks for.
 
     Attributes:
@@ -70,12 +70,12 @@ class Fits(NamedTuple):
         }
 
 
-def fit_key(plan: Plan, site: Site, setting: str, fit: Wanted) -> ArtifactKey:
+def fit_key(plan: Plan, site: Site, setting: str, fit: WantedFit) -> ArtifactKey:
     """Key of a wanted fit at one site and setting."""
     return plan.fit(site, setting, fit.recipe, fit.seed, fit.view)
 
 
-def ensure_fits(plan: Plan, site: Site, setting: str, wanted: Sequence[Wanted]) -> Fits:
+def ensure_fits(plan: Plan, site: Site, setting: str, wanted: Sequence[WantedFit]) -> Fits:
     """Fit what the store lacks of one (site, setting), each distinct fit once.
 
     Unlike other artifacts, fits are computed before the lock of their partition is taken, so two
@@ -94,14 +94,14 @@ def ensure_fits(plan: Plan, site: Site, setting: str, wanted: Sequence[Wanted]) 
 
 
 def _fit(
-    plan: Plan, site: Site, setting: str, lacking: Mapping[ArtifactKey, Wanted]
+    plan: Plan, site: Site, setting: str, lacking: Mapping[ArtifactKey, WantedFit]
 ) -> dict[ArtifactKey, TaprobeError]:
     """Commit fits of one (site, setting); return the errors of those that fail."""
-    bench = _Bench(plan, site, setting, tuple(lacking.values()))
-    data = attempted(lambda: bench.data, f"data of {site}, {setting}")
+    job = _FitJob(plan, site, setting, tuple(lacking.values()))
+    data = attempted(lambda: job.data, f"data of {site}, {setting}")
     failed: dict[ArtifactKey, TaprobeError] = {}
     if isinstance(data, TaprobeError):
-        by_reads: dict[object, dict[ArtifactKey, Wanted]] = defaultdict(dict)
+        by_reads: dict[object, dict[ArtifactKey, WantedFit]] = defaultdict(dict)
         for key, fit in lacking.items():
             looks = "vertical_attention" in fit.recipe.features
             by_reads[frozenset(fit.recipe.poolings_read), looks][key] = fit
@@ -115,18 +115,18 @@ def _fit(
     for key, each in lacking.items():
         by_view[each.view][Fit(each.recipe, each.seed)] = key
     for view, fits in by_view.items():
-        failed |= {fits[fit]: error for fit, error in bench.make(view, fits).items()}
+        failed |= {fits[fit]: error for fit, error in job.make(view, fits).items()}
     return failed
 
 
 @dataclass(frozen=True)
-class _Bench:
+class _FitJob:
     """What one (site, setting) needs to fit what it lacks."""
 
     plan: Plan
     site: Site
     setting: str
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[WantedFit, ...]
 
     @cached_property
     def device(self) -> str:
@@ -224,7 +224,7 @@ def _find_equal(
 ) -> Artifact | None:
     """Return a stored fit of another setting of the study that saw the same; None without one.
 
-    What a fit saw stands in its manifest (`probes.content`).
+    What a fit saw stands in its manifest (`probes.design`).
 
     Args:
         plan: the plan.

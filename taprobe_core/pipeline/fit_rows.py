@@ -1,6 +1,6 @@
 """Which rows a fit sees and how its attention is scored, where a sweep varies them.
 
-What does not belong here: the scores of an attention variant (`attention_tables.variants`).
+What does not belong here: the scores of an attention variant (`attention.tables`).
 """
 
 from __future__ import annotations

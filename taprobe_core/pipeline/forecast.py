@@ -1,16 +1,11 @@
 """What a study is and will cost before anything runs: cells, passes, bytes and seconds.
 
-No weights are fetched or loaded; to tell what is present, a hub revision is resolved and a
-tokenizer fetched. What it costs belongs in `forecast`.
-
-In: the study's device and the shapes of its models. Out: FLOP/s, measured with random values; no
-weights are loaded. What does not belong here: what there is to multiply (forecast).
-
 Counts come from the store where a stage has run, else from stated assumptions; operations from the
 dimensions in the checkpoint's configuration, else from the width of the model alone; every row says
-which. No weights are fetched or loaded here. To tell what is present already, a hub revision is
-resolved, a tokenizer and a `config.json` are fetched; without a network the assumptions stand in.
+which. The device's rate is measured with random values of the models' shapes.
 
+Invariant: no weights are fetched or loaded here. To tell what is present already, a hub revision is
+resolved, a tokenizer and a `config.json` are fetched; without a network the assumptions stand in.
 The whole study is forecast, whether or not part of it is there already.
 """
 

@@ -1,9 +1,8 @@
 """Run any stage over any of its cells, but for those that failed checks or failed cells stop.
 
-The verdicts are in `verdicts`, the failures in `failures`; running what is not stopped is in `run`.
-Invariant: a cell is stopped by what the store holds now, in whichever run and process that was
-found: by a check until the input is another one or the study waives the check of that cell by name,
-by a failed cell until that is made.
+What checks found stands in `verdicts`, what failed in `failures`. Invariant: a cell is stopped by
+what the store holds now, in whichever run and process that was found: by a check until the input is
+another one or the study waives the check of that cell by name, by a failed cell until that is made.
 """
 
 from __future__ import annotations
@@ -178,7 +177,7 @@ def run_stage(
         FailedCheckError: a blocking check of what a cell is made from failed, in this run or an
             earlier one; raised after all cells that this does not concern.
         TaprobeError: cells failed, or what they are made from had failed before; raised after all
-            others. Of the class of what they failed by, see `gate.refusal`.
+            others. Of the class of what they failed by, see `refusal`.
         ArtifactError: the store cannot be written; nothing is tried after that.
     """
     plan.stages.asked(plan.study, stage)

@@ -1,8 +1,8 @@
 """What a stage is: everything that is known of one asset, and the page that all stages stand on.
 
 A stage says what its artifacts are keyed by and made of, how they are made, checked and shown. The
-stages themselves stand in `stages`, one file each; plan, runs, gate, report and Dagster's
-definitions read them here, and none of them lists stages by name.
+stages themselves stand in `stages`, one file each; plan, runs, report and Dagster's definitions
+read them here, and none of them lists stages by name.
 
     grid ◄─ stage ◄─ plan ◄─ commit ◄─ stages/* ◄─ cells, data_folder
 """

@@ -3,7 +3,7 @@
 A verdict stands in a store of its own, `<data>/checks/<stage>/<cell>/<check>/<fingerprint>`, under
 a hash of the check's version, what of the study it depends on, and the content of every artifact
 that it read. So equal inputs are looked at once, and an input that was mended, in whatever way, is
-looked at again. What a failed check stops belongs in `gate`.
+looked at again. What a failed check stops belongs in `run`.
 
 Invariant: a verdict is of the bytes that the store holds now. What cannot be read is a fault, and
 is not kept: the next look may find it mended.

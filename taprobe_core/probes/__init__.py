@@ -1,18 +1,14 @@
 """Fit probes on folds, keep them as arrays, and score with them.
 
-inputs      what a recipe reads, and the feature matrix from stored arrays
-design      rows, folds and targets that recipes share
-solved      what an estimator has to offer, and what a solve leaves
-linear      logistic regression and ridge of many recipes in one solve
-network     multilayer perceptrons of many recipes and seeds in one solve
-token_sets  attention, MultiMax and rolling MultiMax probes in one solve
-registry    name of an estimator to how it is fitted and scored
-fitted      a fitted probe: arrays and what they were fitted on
-fit         recipes to solves to scores
-files       probes on disk
-content     a name for what a fit sees
-precision   products on CUDA
-threads     how many threads a solve gets
+features      labels, spans, activations, attention ─► the rows that probes read; terms of texts
+inputs        what a recipe reads of them: the feature matrix, also of a stored probe
+targets       labels ─► what a recipe is fitted to and judged by; residuals: less a baseline
+control_task  labels that no text can explain
+design        rows, folds and targets that recipes share; the content hash of a fit
+registry      name of an estimator ─► how it is fitted and scored
+dense         linear probes and multilayer perceptrons of many recipes in one solve
+fitted        a fitted probe: arrays, scores, files; probes that read token sets
+fit           recipes ─► solves ─► scores
 """
 
 from taprobe_core.probes.design import Contents, Design, Fit

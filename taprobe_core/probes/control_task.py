@@ -2,7 +2,7 @@
 
 Each kind of sentence (tag, fifth of the trace, third of the lengths) is an anchor or not by a
 hash. A probe learns that by memorising kinds, and has nothing else to learn from. What does not
-belong here: fitting (`probes`), and what a control says about a probe (`selectivity`).
+belong here: fitting (`fit`), and what a control says about a probe (`evaluation.contrasts`).
 
 Invariant: control labels follow from the kinds and the seed alone.
 

@@ -1,14 +1,12 @@
 """Probes of many recipes and folds that read one row a sentence: linear ones and networks.
 
-What does not belong here: the solvers (`solvers.logistic`, `solvers.ridge`), rows and targets
+What does not belong here: the solvers (`solvers.linear`, `solvers.networks`), rows and targets
 (`design`).
 
-What does not belong here: the training (`solvers.networks`), rows and targets (`design`).
-
 Early stopping on rows is scikit-learn's and has its weakness: a random tenth of the training *rows*
-is held out, so sentences of one trace stand on both sides, and a binary target is watched by
+is held out, so sentences of one trace stand on both sides, and a binary target is judged by
 accuracy, which hardly moves when one sentence in ten is an anchor (a continuous one by R^2).
-`held_out: problems` watches the loss on the fold's validation problems instead.
+`held_out: problems` stops by the loss on the fold's validation problems instead.
 """
 
 from __future__ import annotations
@@ -23,9 +21,9 @@ from numpy.typing import NDArray
 from taprobe_core.errors import DataError
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.features import FoldWords, ProbeData
-from taprobe_core.probes.fitted import FittedProbe, Solved, Solver, Training, scores_of
+from taprobe_core.probes.fitted import FittedProbe, Solver, SolverResult, Training, scores_of
 from taprobe_core.probes.inputs import Arrays, dense_matrix, joint_blocks, joint_features
-from taprobe_core.solvers.columns import Columns, class_sizes
+from taprobe_core.solvers.columns import FitRequest, class_sizes
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix
 from taprobe_core.solvers.linear.logistic import balanced_weights, solve_logistic
 from taprobe_core.solvers.linear.ridge import solve_ridge
@@ -47,7 +45,7 @@ WIDE = 1024
 
 def fit_linear(
     design: Design, fits: Sequence[Fit], device: str, keep_weights: bool = True
-) -> Solved:
+) -> SolverResult:
     """Solve linear recipes: logistic regression for classes, ridge for the rest.
 
     Recipes may differ in dense features (`inputs.joint_features`): then the matrix holds those of
@@ -75,7 +73,7 @@ def fit_linear(
         # Both classes count alike, as scikit-learn's `class_weight="balanced"`.
         weight = weight * balanced_weights(columns.y, design.train, columns.fold)
     fold = columns.fold + n_folds * np.repeat(blocks.of_recipe, n_folds)
-    columns = Columns(fold, columns.y, weight)
+    columns = FitRequest(fold, columns.y, weight)
     if recipe.is_binary:
         found = solve_logistic(matrix, columns, penalty, tol=tolerance_of(matrix))
     else:
@@ -90,7 +88,7 @@ def fit_linear(
             fit.recipe, design.folds[own % n_folds], fit.seed, arrays, terms, training
         )
 
-    return Solved(scores_of(found.decision, recipe), found.n_iter, probe)
+    return SolverResult(scores_of(found.decision, recipe), found.n_iter, probe)
 
 
 def score_linear(probe: FittedProbe, data: ProbeData) -> NDArray[np.float32]:
@@ -141,7 +139,9 @@ MIN_ROWS = 11
 """Fewer rows hold out a single one, which has neither both classes nor an R^2."""
 
 
-def fit_mlp(design: Design, fits: Sequence[Fit], device: str, keep_weights: bool = True) -> Solved:
+def fit_mlp(
+    design: Design, fits: Sequence[Fit], device: str, keep_weights: bool = True
+) -> SolverResult:
     """Train the networks of recipes that differ in target and seed alone.
 
     Args:
@@ -152,7 +152,7 @@ def fit_mlp(design: Design, fits: Sequence[Fit], device: str, keep_weights: bool
 
     Raises:
         NumericsError: a network diverged.
-        NotEnoughDataError: a fold has no problem to watch.
+        NotEnoughDataError: a fold has no validation problem.
     """
     recipe = fits[0].recipe
     X = dense_matrix(recipe, design.data)
@@ -160,8 +160,8 @@ def fit_mlp(design: Design, fits: Sequence[Fit], device: str, keep_weights: bool
         raise DataError(
             "a network without dense features", f"recipe {recipe.name!r}", "add activations"
         )
-    is_watched = recipe.early_stopping and recipe.held_out == "problems"
-    train, validation = design.watched() if is_watched else (design.train, None)
+    is_validated = recipe.early_stopping and recipe.held_out == "problems"
+    train, validation = design.stopping_sides() if is_validated else (design.train, None)
     columns = design.columns(fits, train)
     stopping, in_words = _stopping(fits, columns)
     options = NetworkOptions(
@@ -178,7 +178,7 @@ def fit_mlp(design: Design, fits: Sequence[Fit], device: str, keep_weights: bool
         arrays = _network_arrays(found, column, fold)
         return FittedProbe(fit.recipe, design.folds[fold], fit.seed, arrays, None, training)
 
-    return Solved(scores_of(found.decision, recipe), found.n_iter, probe)
+    return SolverResult(scores_of(found.decision, recipe), found.n_iter, probe)
 
 
 def score_mlp(probe: FittedProbe, data: ProbeData) -> NDArray[np.float32]:
@@ -202,7 +202,7 @@ def _network_arrays(found: NetworkSolution, column: int, fold: int) -> Arrays:
     return arrays
 
 
-def _stopping(fits: Sequence[Fit], columns: Columns) -> tuple[EarlyStopping, str]:
+def _stopping(fits: Sequence[Fit], columns: FitRequest) -> tuple[EarlyStopping, str]:
     """Decide how the networks stop, alike for all folds and for every kind of target."""
     recipe = fits[0].recipe
     if not recipe.early_stopping:

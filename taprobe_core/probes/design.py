@@ -1,19 +1,14 @@
 """The fits of one (site or model, setting) laid out: rows, folds, what each recipe is fitted to.
 
-What a fit sees has a content hash: equal hashes, equal results.
+From joined features and folds to the boolean masks and targets that solvers take, and to a content
+hash of everything that a fit reads. Settings can hold the same traces under another heading: text,
+spans and labels of the published `*_forced_answer` settings are those of the plain ones wherever
+they were compared. Their artifacts differ, what a solver sees does not. What does not belong here:
+solving (`registry`), what a target means (`targets`, `residuals`), and looking for the equal fit of
+another setting (`pipeline.fit`).
 
-From joined features and folds to the boolean masks and targets that solvers take. What does not
-belong here: solving (`linear`, `network`, `token_sets`) and what a target means (`targets`,
-`residuals`).
-
-Invariant: a target learns from the training rows of its fold alone; all recipes see equal folds.
-
-Settings can hold the same traces under another heading: text, spans and labels of the published
-`*_forced_answer` settings are those of the plain ones wherever they were compared. Their artifacts
-differ, what a solver sees does not. From rows and folds to a hash of everything that a fit reads.
-What does not belong here: looking for the twin of a fit (`pipeline.twins`).
-
-Invariant: two fits of one code version with one name have the same scores and probes.
+Invariants: a target learns from the training rows of its fold alone; all recipes see equal folds;
+two fits of one code version with one content hash have the same scores and probes.
 """
 
 from __future__ import annotations
@@ -36,7 +31,7 @@ from taprobe_core.probes.features import FoldWords, ProbeData, fold_words
 from taprobe_core.probes.inputs import DENSE_BLOCKS, dense_matrix
 from taprobe_core.probes.residuals import BASELINE_FEATURES, baseline_predictions, residual_targets
 from taprobe_core.probes.targets import MEASURED, TargetValues, target_values
-from taprobe_core.solvers.columns import Columns, class_sizes
+from taprobe_core.solvers.columns import FitRequest, class_sizes
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix, TextBlock
 from taprobe_core.splits import Fold, check_no_leakage, inner_folds
 from taprobe_core.store.fingerprint import canonical_json
@@ -75,7 +70,7 @@ class FoldTarget(NamedTuple):
     weight: Floats
 
 
-class Places(NamedTuple):
+class ScoredRows(NamedTuple):
     """Where scores are read off: every validation and test row of every fold, fold by fold.
 
     Attributes:
@@ -137,8 +132,8 @@ class Design:
         ids = self.data.problem_id
         return np.array([np.isin(ids, getattr(fold, side)) for fold in self.folds])
 
-    def watched(self) -> tuple[Mask, Mask]:
-        """Return training and validation rows of every fold for a training that is watched.
+    def stopping_sides(self) -> tuple[Mask, Mask]:
+        """Return training and validation rows of every fold for a training that stops early.
 
         A fold without validation problems, in a study with inner folds, gives up the first of its
         inner groups for it.
@@ -205,7 +200,7 @@ class Design:
         return self._predicted[key]
 
     @cached_property
-    def places(self) -> Places:
+    def places(self) -> ScoredRows:
         """Where the scores of a fit are read off."""
         parts = [
             (number, fold, split, self.data.rows(problem_ids))
@@ -223,7 +218,7 @@ class Design:
             pl.Series("fold", indices, pl.Int32),
             pl.Series("split", splits, pl.Enum(SPLITS)),
         )
-        return Places(row, number, frame)
+        return ScoredRows(row, number, frame)
 
     @cached_property
     def words(self) -> FoldWords:
@@ -258,12 +253,12 @@ class Design:
         train = np.tile(self.train, (len(visible), 1))
         return FoldMatrix(train, dense, text, visible=seen, device=device)
 
-    def columns(self, fits: Sequence[Fit], train: Mask | None = None) -> Columns:
+    def columns(self, fits: Sequence[Fit], train: Mask | None = None) -> FitRequest:
         """Return one column per fit and fold, folds running fastest.
 
         Args:
             fits: what to fit.
-            train: [fold, row], the training rows; those of the folds unless a part is watched.
+            train: [fold, row], the training rows; None: those of the folds.
 
         Raises:
             NotEnoughDataError: the training rows of a binary target hold one class.
@@ -280,7 +275,7 @@ class Design:
             if fit.recipe.is_binary:
                 self._check_classes(fit.recipe, y[:, mine], weight[:, mine])
         seed = np.repeat([fit.seed for fit in fits], n_folds).astype(np.int64)
-        return Columns(np.tile(np.arange(n_folds), len(fits)), y, weight, seed)
+        return FitRequest(np.tile(np.arange(n_folds), len(fits)), y, weight, seed)
 
     def _check_classes(self, recipe: ProbeRecipe, y: Floats, weight: Floats) -> None:
         for fold, n_others, n_anchors in zip(self.folds, *class_sizes(y, weight > 0), strict=True):

@@ -1,18 +1,8 @@
 """Join labels, spans, sentences, activations and attention into the rows that probes read.
 
-Sentences are turned into weighted counts of their terms (words and word pairs).
-
-scikit-learn's vectorizer, with one step of ours between counting and weighting: its `max_features`
-breaks ties with an unstable sort, whose order differs between instruction sets; `FrequentTerms`
-gives ties to the alphabetically earlier term. What does not belong here: joining with other
-features (`solvers.fold_matrix`). Invariant: the terms chosen depend on the texts alone, those of a
-fold on its training texts alone.
-
 One row per labelled sentence, sorted by (problem_id, sentence_idx). A problem without any span was
 left out upstream: it is dropped here and reported, so that folds are made from `problems` and one
-unreadable problem does not cost the others. Anything else that is missing is an error. What does
-not belong here: what is fitted (`targets`); scaling and vocabularies, which are learned inside a
-fold (`probes`).
+unreadable problem does not cost the others. Anything else that is missing is an error.
 
 Blocks of features, float32:
 
@@ -28,6 +18,14 @@ Blocks of features, float32:
 and what follows from it, and attention, which later sentences pay. They make a baseline stronger
 than a reader of the running trace could be: good for asking whether activations say more, not
 usable while a trace is being written.
+
+Texts become weighted counts of words and word pairs by scikit-learn's vectorizer, with one step of
+ours in between: its `max_features` breaks ties with an unstable sort, whose order differs between
+instruction sets; `FrequentTerms` gives ties to the alphabetically earlier term. Invariant: the
+terms chosen depend on the texts alone, those of a fold on its training texts alone.
+
+What does not belong here: what is fitted (`targets`), and scaling, which is learned inside a fold
+(`solvers`).
 """
 
 from __future__ import annotations

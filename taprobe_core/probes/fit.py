@@ -2,7 +2,7 @@
 
 Recipes that read the same features with the same kind of estimator are one solve, whatever their
 targets, penalties, residualisations and seeds. What does not belong here: folds and targets
-(`design`), the solves (`registry`), keeping the result (`files`).
+(`design`), the solves (`registry`), keeping the result (`fitted`).
 
 Invariant: given its seed a fit depends on nothing else, also not on what is solved with it; so one
 that fails is found by solving fewer together, and costs itself.
@@ -25,7 +25,7 @@ from taprobe_core.devices import products_in, threads_for
 from taprobe_core.errors import NonFiniteError, TaprobeError, attempted, original
 from taprobe_core.probes.design import TARGET_SETTINGS, Design, Fit
 from taprobe_core.probes.features import ProbeData
-from taprobe_core.probes.fitted import FittedProbe, Solved
+from taprobe_core.probes.fitted import FittedProbe, SolverResult
 from taprobe_core.probes.inputs import n_inputs, n_values
 from taprobe_core.probes.registry import SOLVERS
 from taprobe_core.study import Precision
@@ -121,7 +121,7 @@ def _solved(
     recipe = fits[0].recipe
     solve = SOLVERS[recipe.estimator].solve
 
-    def together() -> Solved:
+    def together() -> SolverResult:
         with (
             threads_for(n_values(recipe, design.data)),
             products_in(precision if recipe.is_stochastic else "float32", device),
@@ -167,13 +167,15 @@ def _shared(fit: Fit, data: ProbeData) -> str:
     common["features"] = solver.features(recipe, data)
     entry = recipe.target_entry
     rows = None
-    if solver.is_watched and entry is not None and entry.undefined_by is not None:
+    if solver.stops_on_validation and entry is not None and entry.undefined_by is not None:
         # Where the target is undefined there is no validation loss either.
         rows = [entry.name, *(getattr(recipe, name) for name in entry.undefined_by)]
     return json.dumps([common, recipe.is_binary, rows], sort_keys=True)
 
 
-def _result(design: Design, fit: Fit, solved: Solved, index: int, keep_probes: bool) -> RecipeFit:
+def _result(
+    design: Design, fit: Fit, solved: SolverResult, index: int, keep_probes: bool
+) -> RecipeFit:
     n_folds, n_kept = len(design.folds), len(design.outer) * keep_probes
     first = index * n_folds
     scores = _scores(design, fit, solved.score[:, first : first + n_folds])

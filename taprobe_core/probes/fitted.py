@@ -1,23 +1,18 @@
 """A fitted probe: arrays in, scores out; what a batched solve leaves; probes on disk.
 
-Probes that read token sets are fitted and scored here too.
+A solve leaves scores of every row, and each model's arrays on demand. Probes that read token sets
+are fitted and scored here; those that read one row a sentence in `dense`.
 
-A solve leaves scores of every row, and each model's arrays on demand. What does not belong here:
-which estimator is which (`registry`).
+A file of probes is JSON beside tensors. JSON: `format`, `seed`, `recipe` (with its target), `terms`
+(every term that any fold chose, once, alphabetical) and `probes`, one object per fold: `protocol`,
+`index`, `train`, `val`, `test`, `n_iter`, `is_converged`, `early_stopping`, `arrays`. A tensor's
+name is the fold and the array, `lopo_3.coef`; `lopo_3.terms` [term] int32 are that fold's terms as
+positions in `terms`.
 
-What does not belong here: how the arrays are found and how they score (`linear`, `network`,
-`token_sets`), and how they are kept (`files`). Invariant: what a probe reads of a row is a function
-of arrays, terms and the row alone.
-
-What does not belong here: the training (`solvers.token_probes`), rows and targets (`design`).
-
-JSON: `format`, `seed`, `recipe` (with its target), `terms` (every term that any fold chose, once,
-alphabetical) and `probes`, one object per fold: `protocol`, `index`, `train`, `val`, `test`,
-`n_iter`, `is_converged`, `early_stopping`, `arrays`. A tensor's name is the fold and the array,
-`lopo_3.coef`; `lopo_3.terms` [term] int32 are that fold's terms as positions in `terms`.
-
-What does not belong here: atomic publishing and hashes (`store`). Invariant: the same fit gives
-the same bytes, and loaded probes hold bit-equal arrays. No pickle.
+What does not belong here: which estimator is which (`registry`), the training (`solvers`), rows and
+targets (`design`), atomic publishing and hashes (`store`). Invariants: what a probe reads of a row
+is a function of arrays, terms and the row alone; the same fit gives the same bytes, and loaded
+probes hold bit-equal arrays. No pickle.
 """
 
 from __future__ import annotations
@@ -44,7 +39,7 @@ from taprobe_core.errors import (
 from taprobe_core.probes.design import Design, Fit
 from taprobe_core.probes.features import ProbeData
 from taprobe_core.probes.inputs import Arrays, Matrix, dense_matrix, transform_inputs
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.platt import probabilities
 from taprobe_core.solvers.tokens.pooling import TokenProbeOptions
 from taprobe_core.solvers.tokens.ragged import RaggedTokens
@@ -55,7 +50,7 @@ from taprobe_core.study import ControlRecipe, ProbeRecipe
 
 
 @dataclass(frozen=True, eq=False)
-class Solved:
+class SolverResult:
     """One solve.
 
     Attributes:
@@ -86,16 +81,16 @@ class Solver:
             values that it reads of a row or token.
         per_model: settings in which the models of one solve may differ, beside their targets.
         features: what of the features the recipes of one solve have in common.
-        is_watched: whether training always stops by the fold's validation rows, so that the models
-            of one solve must have their target defined on the same rows.
+        stops_on_validation: whether training always stops by the fold's validation rows, so that
+            the models of one solve must have their target defined on the same rows.
     """
 
-    solve: Callable[[Design, Sequence[Fit], str, bool], Solved]
+    solve: Callable[[Design, Sequence[Fit], str, bool], SolverResult]
     score: Callable[[FittedProbe, ProbeData], NDArray[np.float32]]
     n_weights: Callable[[ProbeRecipe, int], int]
     per_model: tuple[str, ...] = ()
     features: Callable[[ProbeRecipe, ProbeData], tuple[str, ...]] = own_features
-    is_watched: bool = False
+    stops_on_validation: bool = False
 
 
 def scores_of(decision: NDArray[np.float64], recipe: ProbeRecipe) -> NDArray[np.float32]:
@@ -129,7 +124,7 @@ class FittedProbe:
         arrays: `mean` and `scale` [feature] of dense features, `idf` [term] of text; `coef`
             [feature] and `intercept` [1] of a linear probe; all these float64; `weight_<i>`
             [in, out] and `bias_<i>` [out] of a network, float32; those of a token probe as
-            `solvers.token_probes` names them. Features stand as terms, then `DENSE_BLOCKS`.
+            `solvers.tokens` names them. Features stand as terms, then `DENSE_BLOCKS`.
         terms: the terms of `idf`, alphabetical; None without text.
         training: how the fit ended.
     """
@@ -166,7 +161,7 @@ class FittedProbe:
 
 def fit_token_sets(
     design: Design, fits: Sequence[Fit], device: str, keep_weights: bool = True
-) -> Solved:
+) -> SolverResult:
     """Train the token probes of recipes that differ in target and seed alone.
 
     Binary targets weigh both classes alike while training; their scores are then calibrated on the
@@ -183,13 +178,13 @@ def fit_token_sets(
         NonFiniteError: a probe diverged.
     """
     recipe = fits[0].recipe
-    train, validation = design.watched()
+    train, validation = design.stopping_sides()
     # An undefined target has no loss; `fit` groups fits by what leaves it undefined.
     validation &= design.target(recipe).weight > 0
     columns, options = design.columns(fits, train), token_options(recipe)
     if options.is_binary:
         weight = columns.weight * positive_weights(columns.y, columns.fold, train)
-        columns = Columns(columns.fold, columns.y, weight, columns.seed)
+        columns = FitRequest(columns.fold, columns.y, weight, columns.seed)
     tokens = ragged_tokens(recipe, design.data)
     found = fit_token_probes(
         tokens, train, validation, columns, options, device, keep_weights=keep_weights
@@ -207,7 +202,7 @@ def fit_token_sets(
         fold = design.folds[int(columns.fold[column])]
         return FittedProbe(fit.recipe, fold, fit.seed, arrays, None, training)
 
-    return Solved(score.astype(np.float32), found.n_iter, probe)
+    return SolverResult(score.astype(np.float32), found.n_iter, probe)
 
 
 def score_tokens(probe: FittedProbe, data: ProbeData) -> NDArray[np.float32]:
@@ -256,7 +251,7 @@ def _n_weights(recipe: ProbeRecipe, d_model: int) -> int:
     return width * (d_model + (depth - 1) * width)
 
 
-TOKEN_SETS = Solver(fit_token_sets, score_tokens, _n_weights, is_watched=True)
+TOKEN_SETS = Solver(fit_token_sets, score_tokens, _n_weights, stops_on_validation=True)
 """Probes that read each token of a sentence and pool what they read."""
 
 

@@ -1,8 +1,8 @@
 """What a recipe reads: its dense blocks side by side, its texts, its token sets.
 
 From joined features to the matrices that solvers take, and from stored arrays back to the feature
-matrix that a stored probe scores. What does not belong here: learning (`linear`, `network`,
-`token_sets`). Invariant: a row's features depend on that row and the arrays alone.
+matrix that a stored probe scores. What does not belong here: learning (`dense`, `fitted`).
+Invariant: a row's features depend on that row and the arrays alone.
 """
 
 from __future__ import annotations

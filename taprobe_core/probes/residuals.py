@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from taprobe_core.labels.make import anchors_by_problem
 from taprobe_core.probes.targets import TargetValues
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear.ridge import solve_ridge
 from taprobe_core.study.config import Labels
 from taprobe_core.study.probes import Feature, ProbeRecipe, Residualize
@@ -72,7 +72,7 @@ def baseline_predictions(
         DataError: a fold has no training row on which the target is defined.
     """
     n_folds = len(train)
-    columns = Columns(
+    columns = FitRequest(
         fold=np.arange(n_folds, dtype=np.int64),
         y=np.repeat(target.value[:, None], n_folds, axis=1),
         weight=(train * target.weight).T,

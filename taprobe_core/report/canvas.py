@@ -1,24 +1,16 @@
-"""An empty figure in the project's style, and its PNG; text of unknown origin made safe to read.
-
-Matrices become small figures: heads over layers, sentences over sentences.
-
-Controls, bidirectional overrides and other format characters act on a display: they reorder or hide
-what stands beside them. What does not belong here: escaping markup, which the template does.
-
-Invariant: what comes back holds no character of the categories Cc (newline and tab apart) and Cs,
-and no directional override.
+"""Small figures in the project's style: empty axes, their PNG, heat maps; text made safe to read.
 
 Drawn with matplotlib's object interface on the Agg canvas: no pyplot, no global state, so figures
-can be drawn from several threads and never open a window. What does not belong here: what is drawn
-(`plots`).
+can be drawn from several threads and never open a window. Heat maps show matrices: heads over
+layers, sentences over sentences. Controls, bidirectional overrides and other format characters act
+on a display, where they reorder or hide what stands beside them; `visible` shows them instead.
 
-Invariant: equal figures give equal bytes, under `MAX_BYTES`. Colours are Okabe and Ito's (2008),
-told apart by colour-blind readers.
+What does not belong here: computing what is drawn, the other figures (`plots`), and escaping
+markup, which the template does.
 
-What does not belong here: computing what is drawn, and the style (`canvas`); the other figures are
-in `plots`, which hands these on.
-
-Invariant: equal input gives equal bytes, under `MAX_BYTES`; a value that is not defined is blank.
+Invariants: equal figures give equal bytes, under `MAX_BYTES`; a value that is not defined is blank.
+What `visible` returns holds no character of the categories Cc (newline and tab apart) and Cs, and
+no directional override. Colours are Okabe and Ito's (2008), told apart by colour-blind readers.
 """
 
 from __future__ import annotations

@@ -1,19 +1,15 @@
 """Comparisons to sentences, in plain words, and what to know before believing a value.
 
-One row per recipe at the layer that validation prefers: the band that relabelling leaves, the
-metric by fifth of the trace, the calibration, what seeds add, and how far it stands above a control
-task. What does not belong here: computing any of it (`nulls`, `position_bins`, `calibration`,
-`best_seeds`, `selectivity`), and ranking (`leaderboard`).
-
-Invariant: no test value influences which layer is shown.
-
 One finding per setting and model, from the choice that validation made over all activation probes
-and layers (`selection.ANY_ACTIVATION_PROBE`), under the protocol with most test problems. What does
-not belong here: computing intervals, and laying sentences out.
+and layers (`selection.ANY_ACTIVATION_PROBE`), under the protocol with most test problems. Beside it
+one row of diagnostics per recipe at the layer that validation prefers: the band that relabelling
+leaves, the metric by fifth of the trace, the calibration, what seeds add, and how far it stands
+above a control task. What does not belong here: computing any of it (`evaluation`), ranking
+(`leaderboard`), and laying sentences out (`page`).
 
-Invariant: "beats" is said only where the whole 95 % interval lies above zero and the sign-flip
-test, corrected for every comparison that was planned with it, is at 0.05 or below; nothing is
-concluded where there is no interval.
+Invariants: no test value influences which layer is shown. "Beats" is said only where the whole 95 %
+interval lies above zero and the sign-flip test, corrected for every comparison that was planned
+with it, is at 0.05 or below; nothing is concluded where there is no interval.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A study's tables to one self-contained HTML page: its template, and how it writes values.
-
-What the page says belongs in `report`. Invariant: no value can become markup. Every string is
-escaped, and characters that would reorder or hide text are shown as symbols (`visible_text`).
+"""A study's tables to one self-contained HTML page: what it shows, and how it writes values.
 
 The page holds its style and figures, loads nothing, runs nothing, and says so to the browser in a
-content security policy. What does not belong here: reading the store, computing results, the words
-of the headline (`findings`), and how a value is written (`report_page`).
+content security policy. What does not belong here: reading the store, computing results, and the
+words of the headline (`findings`).
+
+Invariant: no value can become markup. Every string is escaped, and characters that would reorder or
+hide text are shown as symbols (`canvas.visible`).
 """
 
 from __future__ import annotations

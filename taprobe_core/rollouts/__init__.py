@@ -1,8 +1,8 @@
 """Rollouts: from a source of dataset files to checked tables.
 
-`sources` and `hub` find files, `contents` hashes them, `strict_json` and `parse` read one problem,
-`read` makes the tables of one model and setting. What the published measures mean as labels belongs
-in `labels`.
+`sources` finds files, in a folder or on a hub; `fields` and `parse` read one problem, `solutions`
+its resampled rollouts; `read` makes the tables of one model and setting and hashes what they were
+made from. What the published measures mean as labels belongs in `labels`.
 """
 
 from taprobe_core.rollouts.parse import ProblemRecord, parse_problem

@@ -1,12 +1,9 @@
 """From the bytes of one dataset file to typed fields: every fault is noted, none stops the reading.
 
-Strict JSON first: a value, or one error that names the cause.
-
 JSON as Python reads it is lax: it takes NaN and infinity, and of two equal keys silently the last.
 Neither may reach the tables unnoticed, and neither is worth a file where nobody reads the value: so
 an `Unusable` stands in its place, which no reader of a field takes for a value. What is not JSON at
-all (a web page, a Git LFS pointer, a cut download) is refused. Which fields a file must have
-belongs in `parse`.
+all (a web page, a Git LFS pointer, a cut download) is refused by one error that names the cause.
 
 A null counts as absent. A value of the wrong type or out of range is a fault: it is neither
 repaired nor dropped. Only what rounding did to a number is undone: one that is beyond its range by

@@ -1,18 +1,16 @@
 """From the three JSON files of one problem to rows that keep the tables' contracts.
 
-Where the reasoning stands in a trace is found by its sentences, not by the first tag.
-
-Tags are also said: a prompt explains them before it opens the reasoning, a template leaves the
-opening one to the model or to nobody, a reasoner quotes one. The sentences are known, though, and
-differ from the reasoning in whitespace only, so of all places where it may begin and end, it is the
-one that they fill.
-
 Lenient in what may be absent: a nickname, tags, a summary, forced measures, any measure at all
 (null). Strict in what is read: a value of the wrong type or out of range is a fault, never repaired
 and never dropped; all faults of a file come in one error, each with its JSON path, what was found
 and what is wanted. What no stage reads is worth no problem: where it is not usable it is null in
-the table, and a note says so. Keys that are not of the layout are not looked at. Whether the
-sentences tile the text belongs in `spans`.
+the table, and a note says so. Keys that are not of the layout are not looked at.
+
+Where the reasoning stands in a trace is found by its sentences, not by the first tag. Tags are also
+said: a prompt explains them before it opens the reasoning, a template leaves the opening one to the
+model or to nobody, a reasoner quotes one. The sentences are known, though, and differ from the
+reasoning in whitespace only, so of all places where it may begin and end, it is the one that they
+fill. Whether they tile the text exactly belongs in `spans`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
-"""From a source to the tables of one model and setting: choose problems, read, check.
-
-Which bytes these are is said by the files that are read, and one hash of them.
-
-Nothing is parsed here (`read`), and what the files are compared with is the caller's to say.
+"""From a source to the tables of one model and setting: choose problems, read, check, hash.
 
 A problem that cannot be read is left out with its reason, or fails the whole, as the study says. A
 source that cannot be reached always fails: it says nothing about a problem. Rows are ordered by
-problem and sentence, whatever order the files came in.
+problem and sentence, whatever order the files came in. The files that decide the tables are named,
+and one hash of them, without parsing any; what that is compared with is the caller's to say.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The rows of a `chunk_<i>/solutions.json` -> rollouts.
 
-Reading the file belongs to the caller; what the rollouts mean belongs in `measures`. Invariant:
-a row is either kept, counted as an error or ungraded row, or named in the error.
+Reading the file belongs to the caller; what the rollouts mean belongs in `labels.measures`.
+Invariant: a row is either kept, counted as an error or ungraded row, or named in the error.
 """
 
 from __future__ import annotations

@@ -1,20 +1,17 @@
 """Where dataset files are found: one interface over a hub repository and a local folder.
 
-A hub repository is read at one commit, one needed file at a time.
-
 Both have the dataset's own layout, `<rollouts_dir>/<sampling>/<setting>/problem_<id>/<file>`, and
 the embedded demo world is a local folder of it. A source lists problems and hands out paths; it
-never looks into a file. The hub's reader is `hub`; reading files belongs in `parse`.
+never looks into a file, which belongs in `parse`.
 
-Invariant: no path made from the study leaves the source's root.
+A hub repository is read at one commit, one needed file at a time: it holds some 90 GB, so nothing
+is fetched as a whole. Files land in the hub client's own cache (`HF_HOME`), the endpoint is its own
+(`HF_ENDPOINT`), and `HF_HUB_OFFLINE` is obeyed. Offline, the listing is what the cache holds, which
+may be less than the repository.
 
-The repository holds some 90 GB, so nothing is fetched as a whole. Files land in the hub client's
-own cache (`HF_HOME`), the endpoint is its own (`HF_ENDPOINT`), and `HF_HUB_OFFLINE` is obeyed.
-Offline, the listing is what the cache holds, which may be less than the repository.
-
-Invariant: whatever the client raises leaves here as one of our errors, and only a certain "there is
-no such file" is a plain DataError; every doubt is a SourceUnavailableError, so that a lost
-connection can never pass for a bad problem.
+Invariants: no path made from the study leaves the source's root. Whatever the client raises leaves
+here as one of our errors, and only a certain "there is no such file" is a plain DataError; every
+doubt is a SourceUnavailableError, so that a lost connection can never pass for a bad problem.
 """
 
 from __future__ import annotations

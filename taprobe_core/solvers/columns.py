@@ -1,18 +1,13 @@
-"""What a batched solver is asked for: many models over the same rows, one column each.
+"""What a batched solver is asked for: many models over the same rows; the scaling of each fold.
 
-With the mean and scale of every feature over the training rows of every fold.
+One model is one column: a fold, a target and, for a stochastic fit, a seed. The columns of a
+`FitRequest` share a feature matrix and are solved together. The mean and scale of every feature are
+those of scikit-learn's `StandardScaler` on the training rows of each fold (population standard
+deviation; a constant feature has scale 1), for all folds from two matrix products. What does not
+belong here: applying them, penalties and network settings, which are each solver's own arguments.
 
-A column is one model: a fold, a target and, for a stochastic fit, a seed. Columns that share a
-feature matrix are solved together. What does not belong here: penalties and network settings,
-which are each solver's own arguments.
-
-Invariant: a row outside the training side of a column's fold has weight 0 in that column.
-
-The statistics are those of scikit-learn's `StandardScaler` (population standard deviation; a
-feature constant over the training rows has scale 1) for all folds from two matrix products. What
-does not belong here: applying them.
-
-Invariant: float64, on the device of the rows; a variance that the products cannot give to nine
+Invariants: a row outside the training side of a column's fold has weight 0 in that column.
+Statistics are float64, on the device of the rows; a variance that the products cannot give to nine
 digits, because the feature hardly varies around a mean far from the mean of all rows, is computed
 again in two passes.
 """
@@ -44,7 +39,7 @@ def class_sizes(
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
+class FitRequest:
     """Models to fit; all members share the order of the columns.
 
     Attributes:
@@ -62,10 +57,10 @@ class Columns:
     def __len__(self) -> int:
         return len(self.fold)
 
-    def take(self, chosen: NDArray[np.intp] | NDArray[np.bool_]) -> Columns:
+    def take(self, chosen: NDArray[np.intp] | NDArray[np.bool_]) -> FitRequest:
         """Return some of the columns."""
         seed = None if self.seed is None else self.seed[chosen]
-        return Columns(self.fold[chosen], self.y[:, chosen], self.weight[:, chosen], seed)
+        return FitRequest(self.fold[chosen], self.y[:, chosen], self.weight[:, chosen], seed)
 
     def check(self, train: NDArray[np.bool_]) -> None:
         """Check shapes, finite values and that no column learns from rows it must not see.

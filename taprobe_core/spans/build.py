@@ -1,15 +1,12 @@
-"""Problems and sentences to the two tables that the model is run on.
-
-From these tables alone it is proved that texts, spans and sentences belong together.
+"""Problems and sentences to the two tables that the model is run on, and the proof that they hold.
 
 Every problem goes one way: choose the text view, walk the sentences, tokenize once, place the
-ranges, cut after the last span. What does not belong here: how each step works (walk, tokens).
+ranges, cut after the last span. From texts, spans and sentences alone `cover_faults` then proves
+that they belong together, one line per fault; it does not use the walk, so a defect in that is
+seen. What does not belong here: how each step works (`tokens`).
 
 The invariant: a problem is in `texts` and `spans` with all its sentences, or in `skipped` with its
 reason, never in both and never in neither.
-
-In: the three tables. Out: one line per fault, none when all is well; an asset check shows them.
-What does not belong here: making the tables. The walk is not used, so a defect in it is seen.
 """
 
 from __future__ import annotations

@@ -1,22 +1,17 @@
 """Text to token ids with exactly one BOS, or none; sentences to character and token ranges.
 
-Characters come first, by one walk over the text that is blind to whitespace.
+Characters come first, by one walk over the text that is blind to whitespace. The dataset's
+sentences were cut from the text, stripped, and merged with single spaces, so they differ from it in
+whitespace only. One in twelve occurs more than once, which makes any search for a sentence a guess;
+a walk never guesses. Then the whole text is tokenized once, so that a token at a sentence's border
+is the one the model would see.
 
-The dataset's sentences were cut from the text, stripped, and merged with single spaces, so they
-differ from it in whitespace only. One in twelve occurs more than once, which makes any search for a
-sentence a guess; a walk never guesses. What does not belong here: tokens.
-
-The invariant: the ranges are in order, disjoint, tight (both ends are not whitespace), and only
-whitespace lies outside them.
-
-The whole text is tokenized once, so that a token at a sentence's border is the one the model would
-see. What does not belong here: where sentences lie (the walk).
-
-The invariant: token 0 is BOS and no other token is, where the tokenizer has a BOS token, and where
-it has none the tokens are those of the text; a sentence's range holds every token that holds
-one of its characters. Offsets of byte-level tokenizers may include a leading space, repeat (one
-character in several tokens), or leave characters out (a normaliser composed them); all three keep
-the invariant.
+The invariant of characters: the ranges are in order, disjoint, tight (both ends are not
+whitespace), and only whitespace lies outside them. Of tokens: token 0 is BOS and no other token is,
+where the tokenizer has a BOS token, and where it has none the tokens are those of the text; a
+sentence's range holds every token that holds one of its characters. Offsets of byte-level
+tokenizers may include a leading space, repeat (one character in several tokens), or leave
+characters out (a normaliser composed them); all three keep the invariant.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
 """Immutable, fingerprinted, hash-checked artifacts: the only way that results reach the disk.
 
-fingerprint   ArtifactKey, and the hash of everything that decides an artifact
-manifest      what an artifact holds and was made from; strict, self-checking
-files         Parquet, safetensors, JSON
-integrity     sha256 of files, once per process
-artifacts     Store and Artifact: find, open, commit, adopt
-batch         many commits of one file each, step by step together
-committer     commits as they come, in step or ahead by child processes (workers, worker)
-audit         verify, lineage, usage, prune, discard
-pins          what goes in: hashed at first use, compared afterwards
-backend       what a store needs from the place that keeps it
-local         that place as folders; disk and lock are its tools
+fingerprint     ArtifactKey, and the hash of everything that decides an artifact
+manifest        what an artifact holds and was made from; strict, self-checking
+files           Parquet, safetensors, JSON
+integrity       sha256 of files, once per process
+reader          find, open, verify, lineage, usage
+artifacts       Store: commit, adopt, prune, discard
+batch, workers  many commits of one file each, in step or ahead by child processes (worker)
+pins, pin_file  what goes in: hashed at first use, compared afterwards
+backend         what a store needs from the place that keeps it
+local, disk     that place as folders; what survives a crash, full disks, locks
 """
 
 from taprobe_core.store.artifacts import Store

@@ -1,20 +1,16 @@
 """The store: the only writer of artifacts, and what deletes them.
 
-Turns a key, a config slice, provenance and a folder of fresh files into the fields of a manifest.
-When that happens belongs in `artifacts`. Invariant: what cannot be stored is refused before a stage
-runs.
-
 Turns a key and a `write(folder)` callback into an immutable, fingerprinted, hash-checked artifact.
-What an artifact means belongs to its stage, where bytes live to a `Backend`, reading to `reader`.
-Invariant: a reader sees one whole version or none, whatever kills the writer, and the bytes it gets
-have the sha256 that the manifest says.
+What an artifact means belongs to its stage, where bytes live to a `Backend`, reading and finding
+what is unsound to `reader`.
 
 A commit: reuse what exists; lock; look again; check free space; write to a temporary folder; hash;
 manifest; fsync; rename; swap the pointer; fsync. `docs/artifacts.md` gives the format byte by byte.
 
-Turns manifests into the set of versions to keep, and removes the others. What is unsound is found
-by `audit`. Invariant: nothing that a current or a recent version was made from is ever pruned, and
-no order depends on a clock.
+Invariants: what cannot be stored is refused before a stage runs. A reader sees one whole version or
+none, whatever kills the writer, and the bytes it gets have the sha256 that the manifest says.
+Nothing that a current or a recent version was made from is ever pruned, and no order depends on a
+clock.
 """
 
 from __future__ import annotations
@@ -54,7 +50,7 @@ from taprobe_core.store.manifest import (
     parse_manifest,
     render_manifest,
 )
-from taprobe_core.store.reader import Artifact, StoreReader, told
+from taprobe_core.store.reader import Artifact, StoreReader, reported
 
 if TYPE_CHECKING:
     from taprobe_core.store.manifest import Manifest
@@ -280,7 +276,7 @@ def prune(store: Store, keep: int = 3, *, dry_run: bool = False) -> list[Artifac
     if keep < 1:
         raise ConfigError(f"keep is {keep}", "prune", "keep at least 1 version")
     manifests = {
-        key: _manifest(store, key) for key in told(store.keys(None), "artifacts looked at")
+        key: _manifest(store, key) for key in reported(store.keys(None), "artifacts looked at")
     }
     victims = sorted(set(manifests) - _kept(store, manifests, keep))
     if dry_run:
@@ -292,7 +288,7 @@ def prune(store: Store, keep: int = 3, *, dry_run: bool = False) -> list[Artifac
         for stage in store.backend.stages()
         for partition in store.backend.partitions(stage)
     ]
-    for stage, partition in told(places, "partitions gone through"):
+    for stage, partition in reported(places, "partitions gone through"):
         found = chosen.get((stage, partition), [])
         removed += _remove(store, ArtifactKey(stage, partition, POINTER), found)
     return removed

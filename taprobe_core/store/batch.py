@@ -4,17 +4,15 @@ Turns whole files into artifacts as `Store.commit` does, each locked, flushed an
 but every step is taken for all of them before the next one, so that the disk writes them side by
 side and one journal entry of its file system serves them all. What is not plain goes to
 `Store.commit` afterwards: a version that exists, a lock that somebody holds, a partition named
-twice, a store that is no local folder. What does not belong here: where the files come from
-(committer).
+twice, a store that is no local folder.
 
-The invariant: no version gets its name before its bytes, its manifest, its folder and the entry of
-its partition are on the disk; a fault of one commit is no other's.
+In step, what came together is committed by the call. Ahead, child processes do it (`workers`),
+because commits by the hundred a second would keep this process from feeding an accelerator. What
+does not belong here: what the files are and where they come from.
 
-In step, what came together is committed by the call (`batch`). Ahead, child processes do it
-(`workers`), because commits by the hundred a second would keep this process from
-feeding an accelerator. What does not belong here: what the files are.
-
-The invariant: an error of a commit is raised by a later `put`, or by `flush`; in step, by this one.
+Invariants: no version gets its name before its bytes, its manifest, its folder and the entry of its
+partition are on the disk; a fault of one commit is no other's. An error of a commit is raised by a
+later `put`, or by `flush`; in step, by this one.
 """
 
 from __future__ import annotations

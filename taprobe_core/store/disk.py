@@ -1,14 +1,12 @@
 """What survives a crash, what a full disk says, and one writer per partition.
 
-The lock is the kernel's: it is released when its owner dies.
+Turns folders into durable folders, operating system errors into errors a user can act on, and a
+folder into a critical section. What is written where belongs in `local`.
 
-Turns folders into durable folders, and operating system errors into errors a user can act on. What
-is written where belongs in `local`. Invariant: whatever has to be on the disk before a rename is
-there before the rename.
-
-Turns a folder into a critical section. What is done inside belongs to `local`. Invariant: two
-processes, or two threads, are never inside at once; nobody has to clean up after a dead owner.
-The owner file beside the lock only serves the message; the lock itself is `flock`.
+Invariants: whatever has to be on the disk before a rename is there before the rename. Two
+processes, or two threads, are never inside a lock at once; nobody has to clean up after a dead
+owner, because the lock is the kernel's `flock` and is released when its owner dies. The owner file
+beside it only serves the message.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""The three file forms of an artifact: Parquet, safetensors, JSON.
-
-A file of a hub cache is compared with the name that the hub gave its bytes.
-
-A cache's `snapshots/<commit>/<file>` is a link to `blobs/<name>`. A large file's blob is named by
-the sha256 of its bytes; a small one by git: sha1 of "blob <size>", a NUL and the bytes. An endpoint
-that is no git server names by the plain sha1. Any other name says nothing about the bytes, and a
-cache copied without links has no names at all. Source: huggingface_hub, "Understand caching".
+"""The three file forms of an artifact: Parquet, safetensors, JSON; files of a hub cache.
 
 Turns a table, named tensors or a JSON value into a file and back. Durability, hashes and names
 belong to the store: these functions run inside its `write(folder)` callbacks, before the fsync.
-Invariants: read(write(x)) is x; the same x gives the same bytes; no file can run code.
-Source of the tensor format: the safetensors README (8-byte length, JSON header, raw data).
+Invariants: read(write(x)) is x; the same x gives the same bytes; no file can run code. Source of
+the tensor format: the safetensors README (8-byte length, JSON header, raw data).
+
+A file of a hub cache is compared with the name that the hub gave its bytes. A cache's
+`snapshots/<commit>/<file>` is a link to `blobs/<name>`. A large file's blob is named by the sha256
+of its bytes; a small one by git: sha1 of "blob <size>", a NUL and the bytes. An endpoint that is no
+git server names by the plain sha1. Any other name says nothing about the bytes, and a cache copied
+without links has no names at all. Source: huggingface_hub, "Understand caching".
 """
 
 from __future__ import annotations

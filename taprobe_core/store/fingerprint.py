@@ -1,15 +1,13 @@
 """Name artifacts: stage, partition and a fingerprint of everything that decides the content.
 
-What is hashed is written in one spelling: the same JSON value always gives the same characters.
-
-Turns mappings, sequences, strings, numbers, booleans and None into JSON text with sorted keys.
-What a value means, and which error a user sees, belongs to the caller. Invariant: equal values give
-equal text, different values give different text, and every reader of JSON can read it.
-
 Turns a stage's code version, its slice of the study and the identities of its inputs into one short
-hash; same inputs, same name, so nothing is computed twice and nothing stale is reused. Where an
-artifact lives belongs in `backend`. Invariant: a checked key is a path inside the store on every
-file system, and a partition never looks like a version.
+hash; same inputs, same name, so nothing is computed twice and nothing stale is reused. What is
+hashed is JSON text in one spelling, with sorted keys. What a value means, and which error a user
+sees, belongs to the caller; where an artifact lives to `backend`.
+
+Invariants: equal values give equal text, different values give different text, and every reader of
+JSON can read it. A checked key is a path inside the store on every file system, and a partition
+never looks like a version.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
 """Artifacts in folders of a local file system, and folders beside the store sealed like them.
 
 Turns keys into folders, `<root>/<stage>/<part>/.../<fingerprint>/`, and a staged folder into a
-published one. Manifests and hashes belong in `artifacts`. Invariant: a folder named like a
-fingerprint is a whole version that was on the disk before it got its name; everything else that a
-writer makes is called `.tmp-*` and vanishes with its writer or at the next lock.
+published one: fsync files and folder, rename, swap `CURRENT`, fsync the partition. Manifests and
+hashes of artifacts belong in `artifacts`. A sealed folder's `manifest.json` names every other file
+of it with its sha256 and is written before the folder gets its name, so that a folder without one
+was not made here or has lost it; when files are compared with it belongs in `pins`.
 
-Order of a publish: fsync files and folder, rename, swap `CURRENT`, fsync the partition.
-
-`manifest.json` names every other file of the folder with its sha256. It is written before the
-folder gets its name, so that a folder without one was not made here or has lost it. When the files
-are compared with it belongs in `pins`.
+Invariant: a folder named like a fingerprint is a whole version that was on the disk before it got
+its name; everything else that a writer makes is called `.tmp-*` and vanishes with its writer or at
+the next lock.
 """
 
 from __future__ import annotations

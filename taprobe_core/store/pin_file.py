@@ -1,13 +1,11 @@
 """The file that remembers what a source held, and the look at a source's files that fills it.
 
 One file for each source, `pins/<noun>-<digest>.json`; a file that has its pin already is not
-hashed.
+hashed. What is compared with a pin, and when, belongs in `pins`, but for the name of a hub cache's
+blob, which is known only while the file is looked at.
 
-Turns pins into bytes and back. What is compared with them, and when, belongs in `pins`. Invariant:
-a file that parses is one that was written here; a damaged one is refused and never taken for new.
-
-Reads files and nothing else: what a hash is compared with belongs in `pin_changes`, but for the
-name of a hub cache's blob, which is known only while the file is looked at.
+Invariant: a file of pins that parses is one that was written here; a damaged one is refused and
+never taken for new.
 """
 
 from __future__ import annotations

@@ -1,17 +1,15 @@
 """What goes in is hashed: files of datasets, checkpoints and tokenizers, pinned at first use.
 
-Also what of a source differs from its pins, and the pins that follow when that is accepted.
-
-Pure functions over what `pin_reading` found and `pin_file` holds.
-
 Turns the files that decide a result into their hashes, and refuses them where they are not those of
-the first use. A pin is a sha256; size, inode and times of last change only say whether a file has
-to be read again, so a second use costs a `stat` a file. A file of a hub cache is compared with the
-name of its blob as well, and what the library made with the manifest it then wrote (`sealed`).
+the first use; says what of a source differs, and which pins follow when that is accepted. A pin is
+a sha256; size, inode and times of last change only say whether a file has to be read again, so a
+second use costs a `stat` a file. A file of a hub cache is compared with the name of its blob as
+well, and what the library made with the manifest it then wrote (`local.sealed_files`).
 
-What a source is and what a change of it means for names belongs to those who read it. Invariants:
-no hash is returned that differs from a pin, except while changes are accepted; pins of two
-processes that begin at the same time agree. Pins may be lost: the next use pins anew.
+What a source is and what a change of it means for names belongs to those who read it; looking at
+files and the file of pins in `pin_file`. Invariants: no hash is returned that differs from a pin,
+except while changes are accepted; pins of two processes that begin at the same time agree. Pins may
+be lost: the next use pins anew.
 """
 
 from __future__ import annotations
@@ -56,7 +54,7 @@ class Change:
 
     Attributes:
         name: inside the source.
-        old: hash as pinned, or a word of `pin_reading`.
+        old: hash as pinned, or a word of `pin_file`.
         new: hash as found, or a word.
         sizes: bytes as pinned and as found; None where not known.
     """
@@ -106,10 +104,10 @@ def find_changes(
                 )
                 for name in sorted({*before} ^ {*names})
             ]
-    told = tuple(f"{change.name}/" for change in changes)
+    reported = tuple(f"{change.name}/" for change in changes)
     for name, each in found.items():
         sha256, size = old.file(name)
-        if sha256 not in (None, each.sha256) and not f"{name}/".startswith(told):
+        if sha256 not in (None, each.sha256) and not f"{name}/".startswith(reported):
             changes.append(Change(name, sha256, each.sha256, (size, each.size_bytes)))
     return changes
 

@@ -1,14 +1,11 @@
 """The half of the store that never writes: open, verify, follow lineage, count bytes.
 
-Turns a file name into checked bytes. Finding and committing artifacts belongs in `artifacts`.
-Invariant: no file is parsed before its sha256 was compared with the manifest in this process.
+Turns a key into a checked artifact, a file name into checked bytes, and the keys of a store into
+verdicts, lineage and figures. Committing, pruning and discarding belong in `artifacts`.
 
-Turns a key into a checked artifact, and a store into its keys, verdicts, lineage and figures.
-Committing belongs in `artifacts`. Invariant: nothing here makes, moves or locks anything, so it
-also serves a store on a read-only disk.
-
-Turns the keys of a store into verdicts, trees and figures. Reading one artifact belongs in
-`reader`, deleting in `upkeep`. Invariant: nothing is written, and no hash is taken from memory.
+Invariants: nothing here makes, moves or locks anything, so it also serves a store on a read-only
+disk. No file is parsed before its sha256 was compared with the manifest in this process; a verdict
+takes no hash from memory.
 """
 
 from __future__ import annotations
@@ -115,7 +112,7 @@ SECONDS_BETWEEN_LINES = 10.0
 _log = logging.getLogger(__name__)
 
 
-def told(items: Iterable[T], done: str) -> Iterator[T]:
+def reported(items: Iterable[T], done: str) -> Iterator[T]:
     """Yield the items; log their number every ten seconds, so that a small store stays quiet.
 
     Args:
@@ -354,7 +351,7 @@ def verify(store: StoreReader, stage: str | None = None) -> Iterator[Verdict]:
     Yields:
         One verdict per artifact, in the order of `Store.keys`.
     """
-    walk = told(store.keys(stage), "artifacts hashed")
+    walk = reported(store.keys(stage), "artifacts hashed")
     for (name, partition), keys in groupby(walk, key=lambda key: key[:2]):
         for key in keys:
             error = _fault(store, key)
@@ -387,7 +384,7 @@ def usage(store: StoreReader) -> pl.DataFrame:
         names), `n_files`, `size_bytes`.
     """
     counts: dict[str, list[int]] = {}
-    for key in told(store.keys(None), "artifacts counted"):
+    for key in reported(store.keys(None), "artifacts counted"):
         sizes = store.backend.sizes(key) or {}
         is_current = store.backend.pointer(key.stage, key.partition) == key.fingerprint
         row = counts.setdefault(key.stage, [0, 0, 0, 0])

@@ -42,12 +42,12 @@ def main() -> None:
 def _serve(
     pool: ThreadPoolExecutor, source: IO[bytes], head: bytes
 ) -> dict[str, str | None] | None:
-    told = json.loads(bytes(_read(source, LENGTH.unpack(head)[0])))
-    store = Store(Path(told["root"]))
+    message = json.loads(bytes(_read(source, LENGTH.unpack(head)[0])))
+    store = Store(Path(message["root"]))
     # Begun as they arrive: the first is on its way to the disk while the last is still in the pipe.
     commits = [
         pool.submit(_commit, store, header, _read(source, header["n_bytes"]))
-        for header in told["commits"]
+        for header in message["commits"]
     ]
     found: dict[str, str | None] | None = None
     for commit in commits:

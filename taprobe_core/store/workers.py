@@ -68,7 +68,7 @@ class FileCommit:
         return sum(memoryview(part).nbytes for part in self.parts)
 
     def header(self) -> dict[str, Any]:
-        """What a worker is told of it, as JSON values."""
+        """What a worker gets to know of it, as JSON values."""
         return {
             "key": [self.key.stage, list(self.key.partition), self.key.fingerprint],
             "name": self.name,
@@ -150,9 +150,9 @@ class _Worker:
                 str(commits[0].key),
                 "see its message above, then run again: what was committed stays",
             )
-        told = json.loads(answer)
-        if told is not None:
-            raise _error(told)
+        reported = json.loads(answer)
+        if reported is not None:
+            raise _error(reported)
 
     def close(self) -> None:
         """Let the child end and wait for it."""
@@ -168,7 +168,7 @@ def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
     return pipe
 
 
-def _error(told: Mapping[str, Any]) -> errors.TaprobeError:
-    kind = getattr(errors, told["class"], errors.ArtifactError)
-    error: errors.TaprobeError = kind(told["what"], told["where"], told["fix"])
+def _error(reported: Mapping[str, Any]) -> errors.TaprobeError:
+    kind = getattr(errors, reported["class"], errors.ArtifactError)
+    error: errors.TaprobeError = kind(reported["what"], reported["where"], reported["fix"])
     return error

@@ -1,7 +1,7 @@
 """The study: the one configuration that names everything a result depends on.
 
     source ─► document ─► config          YAML text ─► values with lines ─► frozen models
-                 └─ environment  └─ wording ─► faults
+                             └─ wording   what pydantic found ─► faults in plain words
 
 `targets` and `estimators` are the registries that all later stages read. `schema` (the JSON schema
 for editors) stands beside them and is imported by its own name.

@@ -1,22 +1,18 @@
 """Read the YAML text of a study into plain values that know their lines; collect its faults.
 
-`${VAR}` and `${VAR:-default}` in a location are replaced by values of environment variables.
-
-A fault knows where it stands (key and line), what was found there and what to write instead.
-Finding them belongs in `document` (the YAML), `environment` (the variables) and `wording` (the
-values).
-
-A study is often somebody else's, and its texts end in manifests and reports. Variables therefore
-stand only where a location does, and never one that by its name holds a secret.
-
-As in a shell: the default is taken when the variable is unset or empty, and may itself hold
-variables. `$${` stands for a literal `${`. A replaced value is never expanded again, so a variable
-cannot smuggle in another one.
-
 Only what a study needs is accepted: mappings with text keys, lists, text, numbers, true, false and
 null, by the rules of YAML 1.2 (so `no` is text and `1e-3` a number). Whatever YAML would let pass
-in silence is a fault here: a key given twice, NaN, infinity, tags. What the values mean belongs in
-`config`; the invariant here is that a hostile file costs no more than its own size.
+in silence is a fault here: a key given twice, NaN, infinity, tags. A fault knows where it stands
+(key and line), what was found there and what to write instead; those of the values are found in
+`wording`. What the values mean belongs in `config`.
+
+`${VAR}` and `${VAR:-default}` are replaced by values of environment variables. A study is often
+somebody else's, and its texts end in manifests and reports: variables therefore stand only where a
+location does, and never one that by its name holds a secret. As in a shell, the default is taken
+when the variable is unset or empty, and may itself hold variables; `$${` stands for a literal `${`.
+A replaced value is never expanded again, so a variable cannot smuggle in another one.
+
+Invariant: a hostile file costs no more than its own size.
 """
 
 from __future__ import annotations
@@ -250,13 +246,13 @@ class Document:
         values: mappings, lists and scalars; None where a fault stands.
         lines: line of each value, counted from 1, by its path.
         faults: duplicate keys, NaN, unset variables and the like.
-        told: paths that these faults speak of, where a further fault would say nothing new.
+        reported_paths: that these faults speak of, where a further fault would say nothing new.
     """
 
     values: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
-    told: set[KeyPath] = field(default_factory=set)
+    reported_paths: set[KeyPath] = field(default_factory=set)
 
     def line(self, path: KeyPath) -> int | None:
         """Line of a value, or of the nearest part around it that stands in the file."""
@@ -362,7 +358,7 @@ class _Builder:
 
     def report_unset(self) -> None:
         for name, paths in self.unset.items():
-            self.document.told.update(paths)
+            self.document.reported_paths.update(paths)
             others = ", ".join(key_name(path) for path in paths[1:])
             what = f"environment variable {name} is not set" + (
                 f" (also {others})" if others else ""
@@ -370,7 +366,7 @@ class _Builder:
             self._fault(paths[0], what, f"export {name}=..., or write ${{{name}:-default}}")
 
     def _fault(self, path: KeyPath, what: str, fix: str) -> None:
-        self.document.told.add(path)
+        self.document.reported_paths.add(path)
         self.document.faults.append(Fault(path, self.document.line(path), what, fix))
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:

@@ -1,11 +1,9 @@
 """Small parts that a study is written with: shared field types, splits, what is read from models.
 
-What belongs here constrains one value. What relates two values belongs to the part that holds both.
-
-The division itself belongs in `taprobe_core.splits`.
-
-`SPEED_ONLY` names the fields that decide no value. Reading states and attention belongs in
-`taprobe_core.activations` and `taprobe_core.attention`.
+What belongs here constrains one value; what relates two values belongs to the part that holds both.
+`SPEED_ONLY` names the fields that decide no value. Dividing problems belongs in
+`taprobe_core.splits`, reading states and attention in `taprobe_core.activations` and
+`taprobe_core.attention`.
 """
 
 from __future__ import annotations

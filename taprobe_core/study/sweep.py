@@ -1,13 +1,11 @@
 """The part of a study that says what is swept: the factors of three stages, and who goes on.
 
-Also what a sweep cannot have beside the rest of its study, each with the edit to make.
-
 Stage 1 crosses the study's sites and settings with target, pooling and residualisation. Stage 2
-adds ways to read attention to the best of stage 1, stage 3 tunes the best of stage 2. What a factor
-becomes belongs in `taprobe_core.sweep`, what cannot stand beside the rest of a study in
-`sweep_faults`. Invariant: a factor that decides nothing of a probe is not crossed with it.
+adds ways to read attention to the best of stage 1, stage 3 tunes the best of stage 2. What a sweep
+cannot have beside the rest of its study is said here too, each with the edit to make. What a factor
+becomes belongs in `taprobe_core.sweep`.
 
-The values of the part alone belong in `sweep`.
+Invariant: a factor that decides nothing of a probe is not crossed with it.
 """
 
 from __future__ import annotations

@@ -56,10 +56,10 @@ def value_faults(error: ValidationError, document: Document) -> Iterator[Fault]:
         (details, _path_in_file(details, document.values))
         for details in error.errors(include_url=False)
     ]
-    told = document.told
-    places = told | {path for _, path in found}
+    reported = document.reported_paths
+    places = reported | {path for _, path in found}
     for details, path in found:
-        if any(path[:depth] in told for depth in range(1, len(path) + 1)):
+        if any(path[:depth] in reported for depth in range(1, len(path) + 1)):
             continue
         is_of_items = any(place[: len(path)] == path and place != path for place in places)
         if details["type"] == "too_short" and is_of_items:

@@ -1,10 +1,11 @@
 """A sweep of three stages: which configurations, what is fitted for them, and who goes on.
 
-    factors ─► space ─► uses ─► sheets        configurations ─► recipes ─► tables and status
-                 ▲        └──► counts         fits of a loop, and distinct ones
-                 │
-    shortlist ◄─ boards ◄─ values             results ─► ranking ─► the next stage's input
-                 └─► stability, deltas, choices
+    recipes    a configuration: its factors, its id; a recipe by its content
+    space      the configurations of each stage, their recipes, how many fits that makes
+    values     results ─► skill, the share of the way from chance to the best
+    boards     configurations ranked; status; differences from their baselines
+    shortlist  who goes on, and what the choice is worth on test
+    stability  how far a ranking depends on seeds, problems, settings
 
 Everything here is a pure function of a study and of tables; running it belongs in `pipeline`. There
 is no registry of what has run: status is read off what is there.
@@ -19,7 +20,7 @@ from taprobe_core.sweep.boards import (
     sweep_paired_deltas,
     wanted_fits,
 )
-from taprobe_core.sweep.recipes import Configuration, SweptRecipe, Use, configuration_id
+from taprobe_core.sweep.recipes import Configuration, RecipeUse, SweptRecipe, configuration_id
 from taprobe_core.sweep.shortlist import shortlist_stage2, shortlist_stage3, sweep_choices
 from taprobe_core.sweep.space import (
     FitCount,
@@ -36,9 +37,9 @@ __all__ = [
     "CHANCE",
     "Configuration",
     "FitCount",
+    "RecipeUse",
     "SweepSpace",
     "SweptRecipe",
-    "Use",
     "configuration_id",
     "configuration_table",
     "count_fits",

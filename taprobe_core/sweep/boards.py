@@ -1,24 +1,19 @@
 """Every configuration of a sweep, ranked beside those that predict the same target.
 
-Candidates are compared with the baselines of their own configuration, problem by problem.
-
-There is no registry: the status of a configuration is read off what is there, so it cannot go
-stale. What there is to find belongs to the store and its plan.
-
 Validation chooses among a configuration's candidates, and ranks configurations; test values stand
-beside them and decide nothing, unless the study asks for the earlier rule. Who goes on belongs in
-`shortlist`, what a value is worth in `values`.
+beside them and decide nothing, unless the study asks for the earlier rule. The status of a
+configuration is read off what is there, so it cannot go stale.
 
-Invariant: what is missing, undefined or a duplicate has no rank and stands below everything that
-has one; ties are broken by skill on validation, then by id.
+Candidates are compared with the baselines of their own configuration, problem by problem: a plain
+fit with position and text on the same target; a fit to residuals with what those baselines say
+about the same residuals, where that was measured, and with chance.
 
-A plain fit is compared with position and text on the same target. A fit to residuals is judged by
-residuals: it is compared with what those baselines say about the same residuals, where that was
-measured, and with chance. The statistics of a difference belong in `comparison`, corrections in
-`multiplicity`.
+What does not belong here: who goes on (`shortlist`), what a value is worth (`values`), statistics
+and corrections of differences (`evaluation.intervals`).
 
-Invariant: both sides of a difference are judged by one target on the same problem, and a fit that
-many configurations share is one test.
+Invariants: what is missing, undefined or a duplicate has no rank and stands below everything that
+has one; ties are broken by skill on validation, then by id. Both sides of a difference are judged
+by one target on the same problem, and a fit that many configurations share is one test.
 """
 
 from __future__ import annotations
@@ -338,7 +333,7 @@ def _judged(
         ).select(columns),
         residual.with_columns(
             pl.lit(CHANCE).alias("against"),
-            (pl.col("value") - pl.col("excess")).alias("other"),
+            (pl.col("value") - pl.col("value_above_chance")).alias("other"),
         ).select(columns),
     ]
     if contrasts is not None:

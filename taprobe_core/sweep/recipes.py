@@ -1,12 +1,10 @@
 """A configuration: the factors that a stage gives a site and setting, its id, and its recipes.
 
-What is fitted for a configuration belongs in `recipes`, which configurations there are in `space`.
-Invariant: there is one way from factors to an id, and the order of factors does not enter it.
-
 Equal content has an equal name, so configurations that differ in what a recipe does not read share
 one fit. What a recipe means belongs in `study.probes`, which configurations there are in `space`.
 
-Invariant: the name of a recipe is a function of its content alone.
+Invariants: there is one way from factors to an id, and the order of factors does not enter it; the
+name of a recipe is a function of its content alone.
 """
 
 from __future__ import annotations
@@ -172,7 +170,7 @@ class SweptRecipe:
         return self.template.model_copy(update={"name": self.name})
 
 
-class Use(NamedTuple):
+class RecipeUse(NamedTuple):
     """A recipe that a configuration asks for.
 
     Attributes:

@@ -1,16 +1,13 @@
 """From a leaderboard to the configurations that go on, and what a whole sweep is worth.
 
-The choice is made fold by fold on validation and measured on test.
-
-Ranking belongs in `boards`, what the next stage makes of a list in `space`. Invariant: nothing
-without a rank goes on, and values of different targets are never compared, unless the study asks
-for the rule of the earlier script system.
-
 The best of many configurations on test is optimistic, and so is a shortlist's, whose validation
-problems are test problems of other folds. Here each fold chooses by its own validation problems
-alone. Who goes on to the next stage belongs in `shortlist`.
+problems are test problems of other folds. What a sweep is worth is therefore measured fold by fold:
+each fold chooses by its own validation problems alone, and the choice is read on its test problems.
+Ranking belongs in `boards`, what the next stage makes of a list in `space`.
 
-Invariant: no test value influences a choice, and no fold sees another's validation values.
+Invariants: nothing without a rank goes on, and values of different targets are never compared,
+unless the study asks for the rule of the earlier script system. No test value influences a fold's
+choice, and no fold sees another's validation values.
 """
 
 from __future__ import annotations
@@ -194,7 +191,7 @@ def _chosen(values: pl.DataFrame) -> dict[str, Any] | None:
 def _over_folds(values: pl.DataFrame) -> SkillMatrix:
     return skill_matrix(
         values.group_by("config_id", "problem_id", maintain_order=True).agg(
-            pl.col("excess", "room").mean()
+            pl.col("value_above_chance", "ceiling_above_chance").mean()
         )
     )
 

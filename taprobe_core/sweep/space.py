@@ -1,22 +1,16 @@
 """The configurations of each stage, the recipes that each asks for, and how many fits that makes.
 
-Which settings and values there are belongs in `study.estimators`. Invariant: two grid points of a
-kind are two fits.
+Stage 1 follows from the study alone, the later ones from the shortlist of the stage before. What is
+a candidate, a baseline or a companion is decided here alone. What a configuration and a recipe are
+belongs in `recipes`, who is shortlisted in `shortlist`, which settings an estimator has and their
+values in `study.estimators`.
 
-Stage 1 follows from the study alone, the later ones from the shortlist of the stage before. What a
-configuration is belongs in `factors`, what is fitted for it in `uses`, who is shortlisted in
-`shortlist`.
+Invariants: expansion is a pure function; its order is that of the study, the last factor fastest.
+Two grid points of a kind are two fits. A configuration is judged by recipes that read what it
+varies, or counts as the duplicate of one that is.
 
-Invariant: expansion is a pure function; its order is that of the study, the last factor fastest.
-
-What is a candidate, a baseline or a companion is decided here alone. What a recipe is called
-belongs in `recipes`, which configurations there are in `space`.
-
-Invariant: a configuration is judged by recipes that read what it varies, or counts as the duplicate
-of one that is.
-
-Counting what is still to be done belongs in `sheets` and the store. Source of the loop: the
-earlier script system, which fits every recipe of every configuration at every fold and seed.
+Source of the loop that fits are counted against: the earlier script system, which fits every recipe
+of every configuration at every fold and seed.
 """
 
 from __future__ import annotations
@@ -36,7 +30,7 @@ from taprobe_core.study.estimators import Tuning
 from taprobe_core.study.probes import ProbeRecipe
 from taprobe_core.study.sweep import OFF, AttentionVariant, Sweep
 from taprobe_core.study.targets import TARGETS, Target, target_settings
-from taprobe_core.sweep.recipes import Configuration, Role, SweptRecipe, Use
+from taprobe_core.sweep.recipes import Configuration, RecipeUse, Role, SweptRecipe
 
 
 def grid(kind: ProbeRecipe, target: Target, tuning: Tuning) -> Iterator[dict[str, Any]]:
@@ -179,7 +173,7 @@ def _listed(shortlist: pl.DataFrame, stage: str) -> list[tuple[Configuration, st
     return found
 
 
-def uses_of(space: SweepSpace, configuration: Configuration) -> tuple[Use, ...]:
+def uses_of(space: SweepSpace, configuration: Configuration) -> tuple[RecipeUse, ...]:
     """Return the recipes of a configuration, in the order of the study's.
 
     Pooled states are read in the configuration's pooling; with `tokens`, the kinds that read them
@@ -277,7 +271,7 @@ def _fits(
     kind: ProbeRecipe,
     configuration: Configuration,
     variant: AttentionVariant,
-) -> Iterator[Use]:
+) -> Iterator[RecipeUse]:
     """A kind fitted to the configuration's target, and to its residuals where the sweep says so."""
     if role == "candidate":
         kind = tuned(kind, configuration.settings)
@@ -294,7 +288,7 @@ def _fits(
     is_also = kind.name in named if named is not None else kind.name not in space.baselines
     levels = {"none": None, configuration.residualize if is_also else "none": None}
     for level in levels:
-        yield Use(
+        yield RecipeUse(
             kind.name,
             role,
             SweptRecipe(
@@ -306,7 +300,7 @@ def _fits(
         )
 
 
-def _is_residual(use: Use) -> bool:
+def _is_residual(use: RecipeUse) -> bool:
     return use.swept.template.residualize != "none"
 
 

@@ -104,7 +104,7 @@ def _sources(
 
 def _mean(values: pl.DataFrame) -> pl.DataFrame:
     return values.group_by("config_id", "problem_id", maintain_order=True).agg(
-        pl.col("excess", "room").mean()
+        pl.col("value_above_chance", "ceiling_above_chance").mean()
     )
 
 
@@ -153,7 +153,7 @@ def _of_settings(values: pl.DataFrame) -> dict[str, Any]:
     for (setting,), own in named.group_by("setting", maintain_order=True):
         matrix = skill_matrix(
             own.group_by(pl.col("alike").alias("config_id"), "problem_id", maintain_order=True).agg(
-                pl.col("excess", "room").mean()
+                pl.col("value_above_chance", "ceiling_above_chance").mean()
             )
         )
         by_setting[setting] = dict(zip(matrix.ids, matrix.skill()[0], strict=True))

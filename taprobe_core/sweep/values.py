@@ -1,22 +1,19 @@
-"""Results of recipes to what a sweep ranks: values, and how far they are from chance.
-
-Skill of many configurations under many weightings of their problems is had as matrix products.
-
-    skill[b, c] = sum_p w[b, p] excess[c, p] / sum_p w[b, p] room[c, p]
-
-A weighting is a bootstrap draw, half of the problems, or a fold's own. What is made of the skills
-belongs in `stability` and `choices`.
-
-Invariant: a problem where a configuration is undefined enters neither of its sums; a skill without
-room is NaN and never wins.
+"""Results of recipes to what a sweep ranks: values, chance, and skill under weighted problems.
 
     skill = (mean value - mean chance) / (mean ceiling - mean chance)
 
 over the problems where the value is defined. Chance and ceiling move with the base rate and the
-metric, so skill may be compared across percentiles where the value may not. Who is ranked belongs
-in `boards`.
+metric, so skill may be compared across percentiles where the value may not. Skill of many
+configurations under many weightings of their problems (bootstrap draws, halves of the problems, a
+fold's own) is had as matrix products, with v and c the value and the ceiling above chance:
 
-Invariant: a value that is not defined is null from the first step on, and no NaN passes.
+    skill[b, i] = sum_p w[b, p] v[i, p] / sum_p w[b, p] c[i, p]
+
+Who is ranked belongs in `boards`, what is made of the skills in `stability` and `shortlist`.
+
+Invariants: a value that is not defined is null from the first step on, and no NaN passes. A problem
+where a configuration is undefined enters neither of its sums; a skill whose ceiling is not above
+chance is NaN and never wins.
 """
 
 from __future__ import annotations
@@ -35,46 +32,48 @@ Doubles = NDArray[np.float64]
 
 
 class SkillMatrix(NamedTuple):
-    """Excess and room of configurations on problems; 0 where undefined.
+    """Values and ceilings above chance of configurations on problems; 0 where undefined.
 
     Attributes:
         ids: configurations, ascending.
         problems: problem ids, ascending.
-        excess: float64 [configuration, problem], value minus chance.
-        room: float64 [configuration, problem], ceiling minus chance.
+        value_above_chance: float64 [configuration, problem], value minus chance.
+        ceiling_above_chance: float64 [configuration, problem], ceiling minus chance.
     """
 
     ids: tuple[str, ...]
     problems: tuple[int, ...]
-    excess: Doubles
-    room: Doubles
+    value_above_chance: Doubles
+    ceiling_above_chance: Doubles
 
     def skill(self, weights: Doubles | None = None) -> Doubles:
         """Return skills, [draw, configuration], under `weights` [draw, problem] or equal ones."""
         if weights is None:
             weights = np.ones((1, len(self.problems)))
-        excess, room = weights @ self.excess.T, weights @ self.room.T
-        undefined = np.full_like(excess, np.nan)
-        return np.asarray(np.divide(excess, room, out=undefined, where=room > 0))
+        value = weights @ self.value_above_chance.T  # [draw, configuration]
+        ceiling = weights @ self.ceiling_above_chance.T
+        undefined = np.full_like(value, np.nan)
+        return np.asarray(np.divide(value, ceiling, out=undefined, where=ceiling > 0))
 
 
 def skill_matrix(values: pl.DataFrame) -> SkillMatrix:
-    """Lay excess and room out as matrices.
+    """Lay values and ceilings above chance out as matrices.
 
     Args:
-        values: config_id, problem_id, excess, room; a pair at most once.
+        values: config_id, problem_id, value_above_chance, ceiling_above_chance; a pair at most
+            once.
     """
     ids, problems = (values[name].unique().sort() for name in ("config_id", "problem_id"))
-    defined = values.drop_nulls(["excess", "room"])
+    defined = values.drop_nulls(["value_above_chance", "ceiling_above_chance"])
     row, column = (
         known.search_sorted(defined[name]).to_numpy()
         for known, name in ((ids, "config_id"), (problems, "problem_id"))
     )
     shape = (len(ids), len(problems))
-    excess, room = np.zeros(shape), np.zeros(shape)
-    excess[row, column] = defined["excess"].to_numpy()
-    room[row, column] = defined["room"].to_numpy()
-    return SkillMatrix(tuple(ids), tuple(problems), excess, room)
+    value, ceiling = np.zeros(shape), np.zeros(shape)
+    value[row, column] = defined["value_above_chance"].to_numpy()
+    ceiling[row, column] = defined["ceiling_above_chance"].to_numpy()
+    return SkillMatrix(tuple(ids), tuple(problems), value, ceiling)
 
 
 def rank_correlation(left: Doubles, right: Doubles) -> float:
@@ -118,8 +117,8 @@ def problem_values(results: pl.DataFrame, protocol: str) -> pl.DataFrame:
         protocol: whose folds to take.
 
     Returns:
-        `FIT`, split, seed, problem_id, value, excess (value - chance), room (ceiling - chance), the
-        last three null where one of them is not defined; sorted.
+        `FIT`, split, seed, problem_id, value, value_above_chance,
+        ceiling_above_chance, the last three null where one of them is not defined; sorted.
 
     Raises:
         DataError: a recipe has two metrics, or one whose chance level is not known.
@@ -135,10 +134,10 @@ def problem_values(results: pl.DataFrame, protocol: str) -> pl.DataFrame:
         .with_columns(pl.col("ceiling").fill_null(1.0))
         .join(_levels(mine), on=["metric", "n_sentences", "n_positives"], maintain_order="left")
     )
-    excess = pl.col("value") - pl.col("chance")
-    room = pl.when(excess.is_not_null()).then(pl.col("ceiling") - pl.col("chance"))
-    value = pl.when(excess.is_not_null()).then(pl.col("value"))
-    return values.select(*key, value, excess.alias("excess"), room.alias("room"))
+    above = pl.col("value") - pl.col("chance")
+    ceiling = pl.when(above.is_not_null()).then(pl.col("ceiling") - pl.col("chance"))
+    value = pl.when(above.is_not_null()).then(pl.col("value"))
+    return values.select(*key, value, value_above_chance=above, ceiling_above_chance=ceiling)
 
 
 def recipe_values(values: pl.DataFrame) -> pl.DataFrame:
@@ -161,10 +160,12 @@ def recipe_values(values: pl.DataFrame) -> pl.DataFrame:
             .group_by(FIT, maintain_order=True)
             .agg(
                 pl.col("value").mean(),
-                normalised_skill(pl.col("excess").mean(), pl.lit(0.0), pl.col("room").mean()).alias(
-                    "skill"
-                ),
-                (pl.col("value") - pl.col("excess")).mean().alias("chance"),
+                normalised_skill(
+                    pl.col("value_above_chance").mean(),
+                    pl.lit(0.0),
+                    pl.col("ceiling_above_chance").mean(),
+                ).alias("skill"),
+                (pl.col("value") - pl.col("value_above_chance")).mean().alias("chance"),
                 pl.len().cast(pl.Int64).alias("n_problems"),
                 pl.col("value").null_count().cast(pl.Int64).alias("n_undefined"),
                 pl.col("n_seeds").max(),
@@ -186,10 +187,10 @@ def over_seeds(values: pl.DataFrame) -> pl.DataFrame:
     """Average `problem_values` over seeds.
 
     Returns:
-        `FIT`, split, problem_id, value, excess, room, n_seeds.
+        `FIT`, split, problem_id, value, value_above_chance, ceiling_above_chance, n_seeds.
     """
     return values.group_by(*FIT, "split", "problem_id", maintain_order=True).agg(
-        pl.col("value", "excess", "room").mean(),
+        pl.col("value", "value_above_chance", "ceiling_above_chance").mean(),
         pl.col("seed").n_unique().cast(pl.Int64).alias("n_seeds"),
     )
 

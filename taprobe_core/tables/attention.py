@@ -26,7 +26,7 @@ ATTENTION_SCORES = pa.DataFrameSchema(
     unique=["problem_id", "sentence_idx"],
     name="attention_scores",
 )
-"""One row per sentence: the simple score, one layer, all heads averaged (`attention.simple`)."""
+"""One row per sentence: the simple score, one layer, all heads averaged (`attention.scores`)."""
 
 VERTICAL_SCORES = pa.DataFrameSchema(
     {

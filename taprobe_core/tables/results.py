@@ -94,7 +94,7 @@ PROBLEM_METRICS = pa.DataFrameSchema(
     unique=["recipe", "protocol", "split", "fold", "seed", "problem_id"],
     name="problem_metrics",
 )
-"""One row per recipe × protocol × split × fold × seed × problem (`unit_metrics.measure_units`)."""
+"""One row per recipe × protocol × split × fold × seed × problem (`evaluation.units`)."""
 
 _TESTS = {
     "t_low": column(pl.Float64, nullable=True),

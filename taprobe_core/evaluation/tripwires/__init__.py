@@ -1,12 +1,9 @@
 """Checks that a pipeline of probes is sound: arrays and folds in, a verdict in words out.
 
-shuffling         do held-out labels reach a probe? an exact null at a stated false-alarm rate
-shuffling_verdict its result: p, band, words
-memorisation      can one problem be learned by heart? or do rows or labels contradict
-duplicates        do held-out sentences stand in training under another problem's id?
-fits              the linear probes and the network that the checks fit
-null              what rankings that know nothing reach
-rows              sides of a fold, equal rows
+shuffling     do held-out labels reach a probe? an exact null at a stated false-alarm rate
+memorisation  can one problem be learned by heart? or do rows or labels contradict
+rows          equal rows, copied problems, sides of a fold; what rankings that know nothing reach
+fits          the linear probes and the network that the checks fit
 
 A tripwire that holds says that the pipeline is not broken in the way it looks at; it never says
 that a probe is good. `docs/tripwires.md` has false-alarm rates, power, and what to do.

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from taprobe_core.evaluation.tripwires.memorisation import Memorise
 from taprobe_core.evaluation.tripwires.shuffling import Fit
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix
 from taprobe_core.solvers.linear.logistic import solve_logistic
 from taprobe_core.solvers.linear.ridge import solve_ridge
@@ -44,7 +44,7 @@ def network(device: str | torch.device = "cpu") -> Memorise:
     ) -> NDArray[np.float64]:
         shape = (len(X), len(seeds))
         y = np.broadcast_to(is_anchor[:, None], shape).astype(np.float64)
-        columns = Columns(np.zeros(len(seeds), dtype=np.int64), y, np.ones(shape), seeds)
+        columns = FitRequest(np.zeros(len(seeds), dtype=np.int64), y, np.ones(shape), seeds)
         options = NetworkOptions(
             hidden=HIDDEN, max_iter=MAX_ITER, early_stopping="off", tol=TOL, patience=PATIENCE
         )
@@ -71,7 +71,7 @@ def ridge_probe(
         A function from training rows and columns to the predictions for every row.
     """
 
-    def fit(train: NDArray[np.bool_], columns: Columns) -> NDArray[np.float64]:
+    def fit(train: NDArray[np.bool_], columns: FitRequest) -> NDArray[np.float64]:
         matrix = FoldMatrix(train, X, device=device)
         alike = replace(columns, weight=(columns.weight > 0).astype(np.float64))
         return solve_ridge(matrix, alike, np.full(len(columns), alpha)).decision
@@ -93,7 +93,7 @@ def linear_probe(X: NDArray[np.float32], C: float = 1.0, device: str | torch.dev
         A function from training rows and columns to the logits of every row.
     """
 
-    def fit(train: NDArray[np.bool_], columns: Columns) -> NDArray[np.float64]:
+    def fit(train: NDArray[np.bool_], columns: FitRequest) -> NDArray[np.float64]:
         matrix = FoldMatrix(train, X, device=device)
         return solve_logistic(matrix, columns, np.full(len(columns), C)).decision
 

@@ -1,26 +1,22 @@
-"""Which rows are which for a tripwire: sides of a fold, equal rows, rows that train too.
+"""What the tripwires know of rows without a fit: equal rows, copied problems, permutation nulls.
 
-Arrays in, arrays out. What does not belong here: what follows from it (`shuffling`,
-`memorisation`, `duplicates`). Invariant: two rows are the same only if every feature is equal, the
-sign of a zero apart.
+Two rows are the same only if every feature is equal, the sign of a zero apart. A few equal rows are
+natural: "Wait." is said in every trace, and at the embeddings equal text makes equal rows. A
+held-out problem most of whose rows stand in training is a copy: a trace stored under two ids.
 
 A probe that never saw a problem's labels has scores that are independent of them, so every way of
 placing the problem's anchors on its sentences is equally likely: drawing placements gives the exact
-distribution of its PR-AUC, ties of the scores included. What does not belong here: fitting, and
-what follows from a value outside the band (`shuffling`).
+distribution of its PR-AUC, ties of the scores included.
 
-Invariant: scores are used by rank alone, and each placement has as many anchors as the problem.
+What does not belong here: fitting, what follows from a value outside the band (`shuffling`), rows
+that are merely alike, and equal rows inside one problem (`memorisation`).
+
+Invariants: scores are used by rank alone, and each placement has as many anchors as the problem.
+Counts are of exact equality, so a pass says nothing about copies that were run twice on other
+hardware or stored in another number format; text compared the same way sees those.
 
 Source: permutation null of a ranking measure; Monte Carlo p of Phipson and Smyth (2010), which is
 valid at any number of draws because the observed value counts as one of them.
-
-Exact, without any fit. A few equal rows are natural: "Wait." is said in every trace, and at the
-embeddings equal text makes equal rows. A held-out problem most of whose rows stand in training is a
-copy: a trace stored under two ids. What does not belong here: rows that are merely alike, and equal
-rows inside one problem (`memorisation`).
-
-Invariant: counts are of exact equality, so a pass says nothing about copies that were run twice on
-other hardware or stored in another number format; text compared the same way sees those.
 """
 
 from __future__ import annotations

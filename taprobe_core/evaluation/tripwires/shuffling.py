@@ -1,15 +1,9 @@
 """Do held-out labels reach a probe? Shuffle the labels, run the whole fit, look at the score.
 
-The observed values and their null become a p, a band and words.
-
-What does not belong here: fitting and drawing (`shuffling`). Invariant: advice is given only where
-the check fails.
-
 Labels are shuffled inside each problem, training and held-out problems alike, the pipeline is
 fitted on the shuffled training labels of every fold, and the held-out problems are scored against
 their own shuffled labels. Where nothing leaks these scores know nothing of those labels, so their
-PR-AUC has an exact permutation null (`null`). What does not belong here: a defect that needs no fit
-to be seen (`duplicates`), and whether the *real* labels can be predicted, which is a finding.
+PR-AUC has an exact permutation null (`rows`), and observed values become a p, a band and words.
 
 Four choices keep the check exact and stable:
 
@@ -24,8 +18,9 @@ Four choices keep the check exact and stable:
 - A look that trips at sqrt(alpha) is taken again with fresh shuffles, and only both together fail.
   A leak trips again, an accident does not; sound pipelines pay for the second look seldom.
 
-Invariant: a sound pipeline fails with probability at most alpha, whatever its features, whatever
-the estimator.
+What does not belong here: a defect that needs no fit to be seen (`rows`), and whether the *real*
+labels can be predicted, which is a finding. Invariants: a sound pipeline fails with probability at
+most alpha, whatever its features and estimator; advice is given only where the check fails.
 """
 
 from __future__ import annotations
@@ -45,7 +40,7 @@ from taprobe_core.evaluation.tripwires.rows import (
     two_sided_p,
 )
 from taprobe_core.metrics import pr_auc
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear.logistic import balanced_weights
 from taprobe_core.splits import Fold
 
@@ -213,7 +208,7 @@ class ShuffledLabels:
         )
 
 
-Fit = Callable[[NDArray[np.bool_], Columns], NDArray[np.float64]]
+Fit = Callable[[NDArray[np.bool_], FitRequest], NDArray[np.float64]]
 """train [fold, row] bool, columns -> score of every row by every column, [row, column] float64."""
 
 SCORED = 6_000
@@ -299,7 +294,7 @@ def shuffled_labels(
 
 def _values(
     score: NDArray[np.float64],
-    columns: Columns,
+    columns: FitRequest,
     defined: Sequence[tuple[int, int, NDArray[np.intp]]],
     n_null: int,
     rng: np.random.Generator,
@@ -334,11 +329,11 @@ def _columns(
     identity: NDArray[np.int64] | None,
     n_shuffles: int,
     rng: np.random.Generator,
-) -> Columns:
+) -> FitRequest:
     fold = np.repeat(np.arange(len(train)), n_shuffles)
     y = shuffle_within(problem_id, is_anchor, identity, len(fold), rng)
     seeds = rng.integers(0, 2**31, size=len(fold))
-    return Columns(fold, y, balanced_weights(y, train, fold), seeds)
+    return FitRequest(fold, y, balanced_weights(y, train, fold), seeds)
 
 
 def shuffle_within(
@@ -376,7 +371,7 @@ def shuffle_within(
     return np.ascontiguousarray(y.T)
 
 
-def _checked(score: NDArray[np.float64], columns: Columns) -> NDArray[np.float64]:
+def _checked(score: NDArray[np.float64], columns: FitRequest) -> NDArray[np.float64]:
     if score.shape != columns.y.shape:
         raise DataError(
             f"scores are {score.shape}, expected {columns.y.shape}",

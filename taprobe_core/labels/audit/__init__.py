@@ -4,11 +4,17 @@
 belong here, nor does choosing what a study reads. Invariant: nothing is written.
 """
 
-from taprobe_core.labels.audit.findings import NOTED, Finding, Kind, audit_problem, cut_prefix
+from taprobe_core.labels.audit.findings import (
+    INFORMATIONAL,
+    Finding,
+    Kind,
+    audit_problem,
+    cut_prefix,
+)
 from taprobe_core.labels.audit.folder import RolloutAudit, audit_rollouts
 
 __all__ = [
-    "NOTED",
+    "INFORMATIONAL",
     "Finding",
     "Kind",
     "RolloutAudit",

@@ -52,9 +52,9 @@ Kind: TypeAlias = Literal[
     "broken_identity",
 ]
 
-NOTED: frozenset[Kind] = frozenset({"empty_answers", "unusable_values"})
-"""Kinds that are told but no damage: a rollout may end without an answer, and measures drop it; a
-value that no stage reads may be anything."""
+INFORMATIONAL: frozenset[Kind] = frozenset({"empty_answers", "unusable_values"})
+"""Kinds that are reported and are no damage: a rollout may end without an answer, and measures drop
+it; a value that no stage reads may be anything."""
 
 Bank: TypeAlias = Solutions | DataError | None
 """Rollouts of one sentence; the error that reading them raised; None where they are absent."""

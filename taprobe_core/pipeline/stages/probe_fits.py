@@ -36,7 +36,7 @@ def _make(plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Made]]:
     that fails leaves the other fits of its cell committed.
     """
     from taprobe_core.devices import side_by_side
-    from taprobe_core.pipeline.fit import Fits, Wanted, ensure_fits
+    from taprobe_core.pipeline.fit import Fits, WantedFit, ensure_fits
 
     groups: dict[tuple[Site, str], list[Trial]] = defaultdict(list)
     for cell in cells:
@@ -45,7 +45,7 @@ def _make(plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Made]]:
 
     def fit(group: tuple[Site, str]) -> Fits | TaprobeError:
         trials = groups[group]
-        wanted = [Wanted(recipe, trial.seed) for trial in trials for recipe in plan.study.fitted]
+        wanted = [WantedFit(recipe, trial.seed) for trial in trials for recipe in plan.study.fitted]
         return attempted(lambda: ensure_fits(plan, *group, wanted), f"fits of {group[0]}")
 
     start = time.monotonic()

@@ -37,7 +37,7 @@ from taprobe_core.study import Study, Sweep
 from taprobe_core.study.targets import TargetFactors
 
 if TYPE_CHECKING:
-    from taprobe_core.pipeline.fit import Wanted
+    from taprobe_core.pipeline.fit import WantedFit
     from taprobe_core.sweep import Configuration, SweepSpace, SweptRecipe
 
 _FITS = ("sweep_stage1", "sweep_stage2", "sweep_stage3")
@@ -135,20 +135,20 @@ def _make_cell(
     return Outcome(outcome.artifact, is_reused, time.monotonic() - start)
 
 
-def wanted_fits(study: Study, swept: SweptRecipe) -> list[Wanted]:
+def wanted_fits(study: Study, swept: SweptRecipe) -> list[WantedFit]:
     """Return the fits of a swept recipe: one per seed, or one in all.
 
     Args:
         study: whose seeds and labels they have.
         swept: a recipe of its sweep.
     """
-    from taprobe_core.pipeline.fit import Wanted
+    from taprobe_core.pipeline.fit import WantedFit
 
     recipe = swept.recipe
     # Labels that have dropped the last sentence have nothing left to drop.
     drops = swept.drop_last_sentence and not study.labels.drop_last_sentence
     seeds = study.seeds if recipe.is_stochastic else study.seeds[:1]
-    return [Wanted(recipe, seed, View(drops, swept.attention)) for seed in seeds]
+    return [WantedFit(recipe, seed, View(drops, swept.attention)) for seed in seeds]
 
 
 def _describe_fits(stage: str, plan: Plan, cell: Cell) -> Description:

@@ -1,7 +1,7 @@
 """Fits of a sweep to what they reach: one row per recipe, fold, seed and problem.
 
 A recipe is measured once for each site, not once for each configuration that asks for it. What
-does not belong here: the metrics (`unit_metrics`), and what follows from them (`sweep`).
+does not belong here: the metrics (`evaluation.units`), and what follows from them (`sweep`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import polars as pl
 from taprobe_core.evaluation.blocks import make_blocks
 from taprobe_core.evaluation.units import measure_units
 from taprobe_core.keys import Site
-from taprobe_core.pipeline.fit import Wanted, fit_key
+from taprobe_core.pipeline.fit import WantedFit, fit_key
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.tables import SWEEP_RESULTS, schema_of
 
@@ -23,7 +23,7 @@ _RECIPES_AT_ONCE = 32
 
 
 def measure_fits(
-    plan: Plan, site: Site, setting: str, wanted: Mapping[str, Sequence[Wanted]]
+    plan: Plan, site: Site, setting: str, wanted: Mapping[str, Sequence[WantedFit]]
 ) -> pl.DataFrame:
     """Measure fits that are in the store by their primary metric, problem by problem.
 
@@ -60,7 +60,7 @@ def _measured(
     site: Site,
     setting: str,
     names: Sequence[str],
-    wanted: Mapping[str, Sequence[Wanted]],
+    wanted: Mapping[str, Sequence[WantedFit]],
     labels: pl.DataFrame,
 ) -> pl.DataFrame:
     by_seed: dict[int, list[pl.DataFrame]] = defaultdict(list)

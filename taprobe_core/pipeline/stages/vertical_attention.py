@@ -1,7 +1,7 @@
 """Vertical attention of one site and setting: how later sentences look back at each one.
 
 The mass is measured by the same passes as the activations (`extract`); everything here follows from
-its shards. The tables themselves are made in `attention_tables`.
+its shards. The tables themselves are made in `attention.tables`.
 
 Invariant: no pass is run for mass that is stored; a longer layer list adds its own layers alone.
 """

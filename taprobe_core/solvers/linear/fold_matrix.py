@@ -1,24 +1,21 @@
 """One feature matrix that every fold standardises for itself, without a copy per fold.
 
-Text is a block of TF-IDF rows whose vocabulary and weights differ between folds, from one table of
-term counts.
-
-Row i of fold f is `counts_i * idf_f / norm_fi`, with `norm_fi` the length of `counts_i * idf_f`:
-scikit-learn's `TfidfTransformer` with its defaults, fitted on the fold's training rows. A weight of
-0 says that the term is not in the fold's vocabulary. What does not belong here: cutting texts into
-terms and counting them. Invariant: the counts are held once, sparse and on the CPU, whatever the
-number of folds; products take and give arrays [column, ...].
-
 Fold f sees `(x - mean_f) / scale_f`, mean and population deviation of its training rows, as
 scikit-learn's `StandardScaler` fitted there; a feature that is constant on them has scale 1. The
 matrix is kept once, shifted and scaled by the statistics of all rows, `(x - mean) / scale`; a
 fold's own standardisation is then `(shared - shift_f) * ratio_f`, a diagonal and a rank-one
 correction around products with the shared matrix. All columns (models) of all folds go through one
-matrix product. A text block (`text_block`) may stand before the dense features.
+matrix product.
 
-What does not belong here: solving. Invariants: feature order is [terms; dense features]; arrays are
-[column, ...] with columns outermost, the layout in which products with few columns are fastest;
-float64 products read the features as given, not a rounded copy.
+Text may stand before the dense features: row i of fold f is `counts_i * idf_f / norm_fi`, with
+`norm_fi` the length of `counts_i * idf_f`, which is scikit-learn's `TfidfTransformer` with its
+defaults, fitted on the fold's training rows. A weight of 0 says that the term is not in the fold's
+vocabulary.
+
+What does not belong here: solving; cutting texts into terms and counting them. Invariants: feature
+order is [terms; dense features]; arrays are [column, ...], the layout in which products with few
+columns are fastest; float64 products read the features as given, not a rounded copy; term counts
+are held once, sparse and on the CPU, whatever the number of folds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Kernel systems: one factorisation that serves every subset of its rows, or normal equations.
-
-What does not belong here: what is solved with them.
+"""Kernel systems with a free intercept: one factorisation that serves every subset of the rows.
 
 The system of a kernel method with an unpenalised intercept is bordered:
 
@@ -10,18 +8,17 @@ The system of a kernel method with an unpenalised intercept is bordered:
 Its inverse, restricted to the first block, is `P = Q - Q 1 1' Q / (1' Q 1)`, `Q = (K + ridge)^-1`.
 The same system without the rows B is solved from P by deletion: `beta = P h - P[:, B] lam` with
 `lam = P[B, B]^-1 (P h)[B]`, which makes beta 0 on B. So a factorisation per kernel serves all folds
-(block inversion; Cawley and Talbot 2003 use it for leave-one-out). What does not belong here: where
-the kernel comes from. Invariant: results are 0 outside a column's rows and sum to 0.
+(block inversion; Cawley and Talbot 2003 use it for leave-one-out).
 
-The same bordered systems as `bordered`, `(K + diag(ridge)) beta + b = h`, `1' beta = 0` on a subset
-of the rows, where the kernel `K = X X'` has far fewer features than rows. With `A = [X 1]`,
+Where `K = X X'` has far fewer features than rows, normal equations are smaller. With `A = [X 1]`,
 
     beta = (h - A v) / ridge,    (A' diag(1 / ridge) A + diag(1, .., 1, 0)) v = A' (h / ridge),
 
 so that a factor has the size of the features, and each subset has one of its own: the products of
-its held-out rows are taken from those of all rows (Woodbury). What does not belong here: when it is
-the cheaper way (`logistic_batch`). Invariant: as in `bordered`, results are 0 outside a column's
-rows and sum to 0.
+its held-out rows are taken from those of all rows (Woodbury).
+
+What does not belong here: where the kernel comes from, and which of the two is the cheaper way
+(`logistic_batch`). Invariant: results are 0 outside a column's rows and sum to 0.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each column minimises `sum_i weight_i log(1 + exp(-s_i (x_i' w + b))) + ||w||^2 / (2 C)` with x
 standardised on its fold's training rows and b free: scikit-learn's
 `Pipeline(StandardScaler(), LogisticRegression(C))` with class balance in the weights
-(`balanced_weights`). Few features go to Newton's method (`logistic_newton`), all others to
+(`balanced_weights`). Few features go to Newton's method (`logistic_phases`), all others to
 `logistic_batch`.
 
 What does not belong here: which penalties, thresholds on scores. Invariants: precision decides
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError, NotEnoughDataError
-from taprobe_core.solvers.columns import Columns, class_sizes
+from taprobe_core.solvers.columns import FitRequest, class_sizes
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix
 from taprobe_core.solvers.linear.logistic_batch import BatchSolver
 from taprobe_core.solvers.linear.logistic_phases import newton
@@ -75,7 +75,7 @@ def _require_two_classes(
 
 def solve_logistic(
     matrix: FoldMatrix,
-    columns: Columns,
+    columns: FitRequest,
     C: NDArray[np.float64],
     *,
     tol: float = 2e-4,
@@ -123,7 +123,7 @@ def solve_logistic(
 
 
 def _solve_small(
-    matrix: FoldMatrix, columns: Columns, penalty: NDArray[np.float64]
+    matrix: FoldMatrix, columns: FitRequest, penalty: NDArray[np.float64]
 ) -> LinearSolution:
     shared, shift, ratio = matrix.shared_values()
     at = torch.as_tensor(columns.fold, device=matrix.device)
@@ -142,7 +142,7 @@ def _solve_small(
     return finish(matrix, columns, coef[:, :-1], intercept, n_iter.cpu().numpy())
 
 
-def _check_labels(columns: Columns, support: NDArray[np.bool_]) -> None:
+def _check_labels(columns: FitRequest, support: NDArray[np.bool_]) -> None:
     other = (support & (columns.y != 0) & (columns.y != 1)).any(axis=0)
     if other.any():
         first = int(np.flatnonzero(other)[0])

@@ -6,7 +6,7 @@ labels, same C) form a group. A group's *reference* is the fit on all its rows u
 all rows; it costs one row of a kernel product an iteration and gives the folds their start. Where
 the reference was easy, folds use a diagonal preconditioner. Where it was hard (few large
 eigenvalues, as activations have), the Newton system at the reference is factorised once per group,
-and cut down to each fold's rows (`bordered`) gives both the start, one Newton step from the
+and cut down to each fold's rows (`kernel_systems`) gives both the start, one Newton step from the
 reference, and the preconditioner.
 
 What does not belong here: checks on the request, which columns share a batch (`logistic`).
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taprobe_core.errors import NumericsError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear.dual_subspace import (
     DualProblem,
     DualState,
@@ -118,7 +118,7 @@ class BatchSolver:
 
     def solve(
         self,
-        columns: Columns,
+        columns: FitRequest,
         penalty: NDArray[np.float64],
         group: NDArray[np.int64],
         index: NDArray[np.intp],
@@ -155,7 +155,7 @@ class BatchSolver:
             )
         return fitted
 
-    def _problem(self, columns: Columns, penalty: NDArray[np.float64]) -> DualProblem:
+    def _problem(self, columns: FitRequest, penalty: NDArray[np.float64]) -> DualProblem:
         device = self.matrix.device
         weight = as_rows(columns.weight, device)
         sign = torch.where(as_rows(columns.y, device) > 0.5, 1.0, -1.0).double()

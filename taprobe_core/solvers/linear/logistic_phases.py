@@ -1,16 +1,14 @@
-"""Where the folds of a logistic batch start, and what preconditions them.
-
-Few features go by Newton's method in float64.
-
-With few features a column's Hessian is small, and a handful of exact Newton steps of all columns at
-once costs less than many cheap iterations. A fold's own standardisation is a factor of each feature
-and a change of intercept. What does not belong here: text and wide features (`dual_subspace`).
-Invariant: every step goes down; a finished column leaves the batch.
+"""Where the folds of a logistic batch start, what preconditions them, and Newton for few features.
 
 The *reference* of a group of columns (same labels and C, other folds) is the fit on the rows of all
 of them under the scaling of all rows. From it follow the folds' starting points and, factorised,
-their preconditioners. What does not belong here: iterating (`dual_subspace`), deciding which way is
-taken (`logistic`). Invariant: nothing here changes where a column ends, only how soon.
+their preconditioners. With few features a column's Hessian is small, and a handful of exact Newton
+steps of all columns at once, in float64, costs less than many cheap iterations; a fold's own
+standardisation is a factor of each feature and a change of intercept.
+
+What does not belong here: iterating over text and wide features (`dual_subspace`), deciding which
+way is taken (`logistic`). Invariants: a start or a preconditioner changes how soon a column ends,
+never where; every Newton step goes down; a finished column leaves the batch.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Two ways, by size. Few features: normal equations per distinct (fold, weight, al
 Many features: the dual, `(K_f + alpha / weight) beta + b = y`, `1' beta = 0`, `w = X_f' beta`, by
 conjugate gradients in float64. K_f differs from the kernel under the scaling of all rows only
 through the folds' own scales, so one factorisation of the latter, cut down to each fold's rows
-(`bordered`), is a nearly exact preconditioner for every fold, target and residual target.
+(`kernel_systems`), is a nearly exact preconditioner for every fold, target and residual target.
 
 What does not belong here: which penalties. Invariant: a column's result does not depend on which
 columns are solved beside it, up to the tolerance. Source: Saunders, Gammerman and Vovk (1998) for
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taprobe_core.errors import NumericsError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix
 from taprobe_core.solvers.linear.kernel_systems import BorderedInverse, cholesky
 from taprobe_core.solvers.linear.solution import (
@@ -41,7 +41,7 @@ MAX_PRIMAL_FEATURES = 1024
 
 def solve_ridge(
     matrix: FoldMatrix,
-    columns: Columns,
+    columns: FitRequest,
     alpha: NDArray[np.float64],
     *,
     tol: float = 1e-10,
@@ -71,7 +71,7 @@ def solve_ridge(
     return _dual(matrix, columns, alpha, tol, max_iter)
 
 
-def _primal(matrix: FoldMatrix, columns: Columns, alpha: NDArray[np.float64]) -> LinearSolution:
+def _primal(matrix: FoldMatrix, columns: FitRequest, alpha: NDArray[np.float64]) -> LinearSolution:
     """Solve normal equations, fold by fold; columns of equal weights and alpha share them."""
     y, weight = (as_rows(each, matrix.device) for each in (columns.y, columns.weight))
     coef = torch.zeros(len(columns), matrix.n_features, dtype=torch.float64, device=matrix.device)
@@ -102,7 +102,7 @@ def _primal(matrix: FoldMatrix, columns: Columns, alpha: NDArray[np.float64]) ->
 
 
 def _dual(
-    matrix: FoldMatrix, columns: Columns, alpha: NDArray[np.float64], tol: float, max_iter: int
+    matrix: FoldMatrix, columns: FitRequest, alpha: NDArray[np.float64], tol: float, max_iter: int
 ) -> LinearSolution:
     support = columns.weight > 0
     group = agreeing_groups(support, columns.weight, alpha)
@@ -123,7 +123,7 @@ def _dual(
 
 
 def _dual_group(
-    matrix: FoldMatrix, gram: Tensor, columns: Columns, alpha: float, tol: float, max_iter: int
+    matrix: FoldMatrix, gram: Tensor, columns: FitRequest, alpha: float, tol: float, max_iter: int
 ) -> tuple[Tensor, Tensor, Tensor, NDArray[np.int64]]:
     """Solve columns whose penalties agree on common rows.
 

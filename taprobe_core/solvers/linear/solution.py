@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taprobe_core.errors import DataError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix
 
 
@@ -35,7 +35,7 @@ class LinearSolution:
     n_iter: NDArray[np.int64]
 
 
-def check_request(matrix: FoldMatrix, columns: Columns, penalty: NDArray[np.float64]) -> None:
+def check_request(matrix: FoldMatrix, columns: FitRequest, penalty: NDArray[np.float64]) -> None:
     """Check columns and penalties before a fit.
 
     Raises:
@@ -64,7 +64,7 @@ def check_request(matrix: FoldMatrix, columns: Columns, penalty: NDArray[np.floa
 
 def finish(
     matrix: FoldMatrix,
-    columns: Columns,
+    columns: FitRequest,
     coef: Tensor,
     intercept: Tensor,
     n_iter: NDArray[np.int64],

@@ -1,1 +1,5 @@
-"""Multilayer perceptrons of many recipes, folds and seeds, side by side."""
+"""Multilayer perceptrons of many recipes, folds and seeds, side by side.
+
+solve ─► training ─► batch ─► kernels    columns ─► epochs ─► one minibatch ─► CUDA
+  └─► options                            settings, checks, when a network stops
+"""

@@ -1,25 +1,21 @@
-"""Multilayer perceptrons of one shape side by side: forward, backward and Adam as batched products.
-
-With a network's random draws: initial weights, held-out rows, order of the rows in every epoch.
-
-Each column has a stream of its own: its draws do not depend on what is trained beside it. The
-streams are those of scikit-learn (`RandomState(seed)`, drawn from in its order: weights, held-out
-rows, orders), so a column ends as scikit-learn's network of the same seed, up to float rounding.
-What does not belong here: arithmetic on weights (`network_batch`).
-
-Source: scikit-learn 1.9, `neural_network/_multilayer_perceptron.py`; initial weights of Glorot and
-Bengio 2010, eq. 16.
+"""Multilayer perceptrons of one shape side by side: forward, backward, Adam as batched products.
 
 Every tensor has a first axis of models; no operation mixes models. A model reads its own rows of
 one feature matrix, which stands there once for every fold, standardised. On CUDA kernels read the
 rows where they lie and step the first layer, nearly all of a model, without writing its gradient.
-What does not belong here: which rows when (`networks`), when a model stops (`network_stopping`).
+
+Each model has a stream of random numbers of its own: its draws do not depend on what is trained
+beside it. The streams are those of scikit-learn (`RandomState(seed)`, drawn from in its order:
+weights, held-out rows, orders), so a model ends as scikit-learn's network of the same seed, up to
+float rounding. What does not belong here: which rows when (`solve`), when a model stops
+(`options`).
 
 Invariant: float32; nothing here waits for the device.
 
-Source: gradients and losses as in scikit-learn 1.9, `neural_network/_multilayer_perceptron.py`;
-Adam of Kingma and Ba 2015 in the form of their section 2 (epsilon beside the uncorrected second
-moment), which scikit-learn has and PyTorch's optimiser has not.
+Source: gradients, losses and draws as in scikit-learn 1.9,
+`neural_network/_multilayer_perceptron.py`; initial weights of Glorot and Bengio 2010, eq. 16; Adam
+of Kingma and Ba 2015 in the form of their section 2 (epsilon beside the uncorrected second moment),
+which scikit-learn has and PyTorch's optimiser has not.
 """
 
 from __future__ import annotations
@@ -177,7 +173,7 @@ def _too_few(n_rows: int, where: str, reason: str) -> NotEnoughDataError:
     return NotEnoughDataError(
         f"{n_rows} training rows cannot be split to stop early: {reason}",
         where,
-        'give more rows, or watch other problems (early_stopping "problems")',
+        'give more rows, or stop by other problems (early_stopping "problems")',
     )
 
 

@@ -2,7 +2,7 @@
 
 A gathered minibatch and a gradient would be written only to be read again, and the step is bound by
 memory: together that is a third of what it moves. Triton. What does not belong here: the same in
-PyTorch (`network_batch`), to which this is equal but for rounding.
+PyTorch (`batch`), to which this is equal but for rounding.
 
 Invariant: float32 sums; factors have ten bits of mantissa where PyTorch's products may have them
 (`torch.backends.cuda.matmul.allow_tf32`), else three products on the tensor cores make up for the

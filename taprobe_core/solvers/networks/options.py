@@ -1,17 +1,13 @@
 """Settings of the networks of one call, what a call must satisfy, and when a network stops.
 
-What does not belong here: folds, targets and seeds, which differ by column (`columns`).
-
-What does not belong here: the shape of the columns themselves (`Columns.check`) and of the settings
-(`NetworkOptions`).
-
 After every epoch a model has a score that rises as it gets better. A score that does not beat the
 best one by `tol` is a miss; a model with more than `patience` misses in a row stops. What does not
-belong here: how rows are held out (`network_draws`), how weights are kept (`network_training`).
+belong here: folds, targets and seeds, which differ by column (`columns`), how rows are held out
+(`batch`) and how weights are kept (`training`).
 
 Invariant: each model is judged by its own scores alone.
 
-Source: scikit-learn 1.9, `_update_no_improvement_count` and the scores it watches (accuracy, R^2).
+Source: scikit-learn 1.9, `_update_no_improvement_count` and the scores it reads (accuracy, R^2).
 """
 
 from __future__ import annotations
@@ -25,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taprobe_core.errors import ConfigError, DataError, NonFiniteError, NotEnoughDataError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class NetworkOptions:
         alpha: L2 penalty; a minibatch adds `alpha / 2 * sum of squared weights / its weight sum`.
         learning_rate: of Adam.
         batch_size: rows of a minibatch; all training rows where there are fewer.
-        early_stopping: `off` watches the training loss and keeps the last epoch. `rows` holds out
+        early_stopping: `off` reads the training loss and keeps the last epoch. `rows` holds out
             rows, by class for a classifier, and keeps the epoch of the best accuracy or R^2 on
             them. `problems` keeps the epoch of the lowest loss on the fold's validation rows.
         validation_fraction: share of the training rows that `rows` holds out.
@@ -82,23 +78,23 @@ class NetworkOptions:
 N_SEEDS = 2**32
 
 
-def describe(columns: Columns, column: int | np.intp) -> str:
+def describe(columns: FitRequest, column: int | np.intp) -> str:
     """Return the name of a column for an error."""
     return f"column {column} (fold {columns.fold[column]}, seed {seeds_of(columns)[column]})"
 
 
-def seeds_of(columns: Columns) -> NDArray[np.int64]:
+def seeds_of(columns: FitRequest) -> NDArray[np.int64]:
     """Return the seeds, [column] int64.
 
     Raises:
         DataError: the columns have none.
     """
     if columns.seed is None:
-        raise DataError("networks need seeds", "Columns.seed", "give every column one")
+        raise DataError("networks need seeds", "FitRequest.seed", "give every column one")
     return columns.seed
 
 
-def check_seeds(columns: Columns) -> None:
+def check_seeds(columns: FitRequest) -> None:
     """Check that the seeds are there and that scikit-learn would take them.
 
     Raises:
@@ -108,7 +104,7 @@ def check_seeds(columns: Columns) -> None:
     if ((seeds < 0) | (seeds >= N_SEEDS)).any():
         raise DataError(
             f"seeds from {seeds.min()} to {seeds.max()}",
-            "Columns.seed",
+            "FitRequest.seed",
             "give seeds in [0, 2^32)",
         )
 
@@ -143,7 +139,7 @@ def check_features(X: NDArray[np.float32], train: NDArray[np.bool_]) -> None:
         )
 
 
-def check_classes(columns: Columns) -> None:
+def check_classes(columns: FitRequest) -> None:
     """Check that targets are 0 and 1, and that every column trains on both.
 
     Raises:
@@ -167,8 +163,8 @@ def check_classes(columns: Columns) -> None:
         )
 
 
-def watched_weight(
-    columns: Columns,
+def stopping_weights(
+    columns: FitRequest,
     train: NDArray[np.bool_],
     validation: NDArray[np.bool_] | None,
     weight: NDArray[np.float64] | None,
@@ -193,18 +189,18 @@ def watched_weight(
     is_shared = (validation & train).any(axis=1)
     if is_shared.any():
         raise DataError(
-            "rows that are trained on and watched",
+            "rows that are trained on and validated on",
             f"fold {int(np.flatnonzero(is_shared)[0])}",
-            "watch rows of problems that the fold does not train on",
+            "validate on rows of problems that the fold does not train on",
         )
-    is_watched = validation[columns.fold].T
-    if weight is not None and weight.shape != is_watched.shape:
+    is_validated = validation[columns.fold].T
+    if weight is not None and weight.shape != is_validated.shape:
         raise DataError(
-            f"validation weights are {weight.shape}, expected {is_watched.shape}",
+            f"validation weights are {weight.shape}, expected {is_validated.shape}",
             "fit_networks, validation_weight",
             "give one row per sentence and one column per model",
         )
-    found = np.where(is_watched, 1.0 if weight is None else weight, 0.0)
+    found = np.where(is_validated, 1.0 if weight is None else weight, 0.0)
     is_bad = ~(np.isfinite(found) & (found >= 0)).all(axis=0)
     is_bad |= ~(found > 0).any(axis=0)
     if is_bad.any():
@@ -216,12 +212,12 @@ def watched_weight(
     return found
 
 
-def _first(columns: Columns, is_meant: NDArray[np.bool_] | np.bool_) -> str:
+def _first(columns: FitRequest, is_meant: NDArray[np.bool_] | np.bool_) -> str:
     return describe(columns, int(np.flatnonzero(is_meant)[0]))
 
 
 EarlyStopping = Literal["off", "rows", "problems"]
-"""What is watched: training loss; score on held-out rows; loss on the fold's validation rows."""
+"""What early stopping reads: training loss; score on held-out rows; loss on validation rows."""
 
 
 class Patience:

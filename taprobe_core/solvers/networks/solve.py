@@ -1,8 +1,8 @@
 """Fit many multilayer perceptrons on one feature matrix: ReLU layers, one output each.
 
-Columns whose epochs have equally many steps are trained in batches (`network_training`) as large as
-memory or cache allows. What does not belong here: one minibatch (`network_batch`), random draws
-(`network_draws`), stopping (`network_stopping`).
+Models whose epochs have equally many steps are trained in batches (`training`) as large as memory
+or cache allows. What does not belong here: one minibatch and the random draws (`batch`), stopping
+(`options`).
 
 Invariant: given the seed, a column's result does not depend on the other columns, up to float
 rounding, and is scikit-learn's of the same seed (`StandardScaler`, then `MLPClassifier` or
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from taprobe_core.devices import free_bytes
 from taprobe_core.errors import DataError, NumericsError
-from taprobe_core.solvers.columns import Columns, fold_moments
+from taprobe_core.solvers.columns import FitRequest, fold_moments
 from taprobe_core.solvers.networks.batch import (
     Networks,
     Orders,
@@ -38,7 +38,7 @@ from taprobe_core.solvers.networks.options import (
     check_seeds,
     describe,
     seeds_of,
-    watched_weight,
+    stopping_weights,
 )
 from taprobe_core.solvers.networks.training import Job, Padded, outputs, pad, train_job
 
@@ -102,7 +102,7 @@ class NetworkSolution:
 def fit_networks(
     X: NDArray[np.float32],
     train: NDArray[np.bool_],
-    columns: Columns,
+    columns: FitRequest,
     options: NetworkOptions,
     validation: NDArray[np.bool_] | None = None,
     device: str | torch.device = "cpu",
@@ -146,11 +146,11 @@ def fit_networks(
     check_seeds(columns)
     if options.is_classifier:
         check_classes(columns)
-    watched = None
+    stopping_weight = None
     if options.early_stopping == "problems":
-        watched = watched_weight(columns, train, validation, validation_weight)
+        stopping_weight = stopping_weights(columns, train, validation, validation_weight)
     mean, scale = fold_moments(X, train)
-    fit = _Fit(X, mean, 1 / scale, columns, options, watched, torch.device(device))
+    fit = _Fit(X, mean, 1 / scale, columns, options, stopping_weight, torch.device(device))
     m, layers = len(columns), list(pairwise(fit.sizes)) if keep_weights else []
     solution = NetworkSolution(
         weights=[np.empty((m, *shape), np.float32) for shape in layers],
@@ -182,12 +182,12 @@ class _Fit:
         X: NDArray[np.float32],
         mean: NDArray[np.float64],
         inverse_scale: NDArray[np.float64],
-        columns: Columns,
+        columns: FitRequest,
         options: NetworkOptions,
-        watched: NDArray[np.float64] | None,
+        stopping_weight: NDArray[np.float64] | None,
         device: torch.device,
     ) -> None:
-        self.columns, self.options, self.watched = columns, options, watched
+        self.columns, self.options, self.stopping_weight = columns, options, stopping_weight
         self.device = device
         self.X, self.mean = self._send(X), self._send(mean)
         self.inverse_scale = self._send(inverse_scale)
@@ -286,7 +286,7 @@ class _Fit:
     def _split(
         self, chosen: NDArray[np.intp], streams: list[Stream], group: NDArray[np.int64]
     ) -> tuple[list[NDArray[np.int64]], Padded | None]:
-        """Return the rows each column trains on and those it is watched on.
+        """Return the rows each column trains on and those that its early stopping reads.
 
         Columns of one group hold out the same of their rows, drawn from the stream of the first.
         """
@@ -295,8 +295,8 @@ class _Fit:
         training = [np.flatnonzero(each) for each in weight.T]
         if options.early_stopping == "off":
             return training, None
-        if self.watched is not None:
-            weight = self.watched[:, chosen]
+        if self.stopping_weight is not None:
+            weight = self.stopping_weight[:, chosen]
             held = [np.flatnonzero(each) for each in weight.T]
         else:
             splits = {

@@ -2,7 +2,7 @@
 
 All models of a batch take the same number of steps in an epoch. Each reads every training row of
 its own once an epoch, in its own order; where a last minibatch is shorter than its neighbours',
-rows of weight 0 fill it. What does not belong here: which models form a batch (`networks`).
+rows of weight 0 fill it. What does not belong here: which models form a batch (`solve`).
 
 Invariant: the device is waited for once an epoch, and once more when models have left; the next
 orders are drawn before that, while it works.
@@ -78,7 +78,8 @@ class Job:
         which: [model] int64, the order that a model reads.
         training: [model, row] int64, training rows of each model, then anything.
         lengths: [model, 1] int64, number of training rows.
-        held_out: rows watched and their weight [model, row] float64 summing to 1, or None.
+        held_out: rows of the stopping score and their weight [model, row] float64 summing to 1;
+            None: there are none.
         is_even: all training rows weigh the same, so every epoch has one plan.
         plan: of the last epoch.
     """
@@ -136,7 +137,7 @@ def train_job(job: Job, options: NetworkOptions) -> Trained:
         np.zeros(len(live), dtype=bool),
     )
     patience = Patience(len(live), options.patience, options.tol, device)
-    is_watched = job.held_out is not None
+    has_held_out = job.held_out is not None
     order = _next_order(job)
     for epoch in range(1, options.max_iter + 1):
         loss = _run_epoch(job, options, order.to(device, non_blocking=True))
@@ -146,7 +147,7 @@ def train_job(job: Job, options: NetworkOptions) -> Trained:
         flags = torch.stack([is_best, is_stopped, ~score.isfinite()]).cpu().numpy()
         _check_finite(flags[2], job.names, epoch)
         is_done = flags[1] | (epoch == options.max_iter)
-        is_kept = flags[0] if is_watched else is_done
+        is_kept = flags[0] if has_held_out else is_done
         trained.keep(live[is_kept], np.flatnonzero(is_kept), job.networks)
         trained.n_iter[live[is_done]] = epoch
         trained.is_converged[live[flags[1]]] = True
@@ -207,7 +208,7 @@ def _next_order(job: Job) -> Tensor:
 
 
 def _run_epoch(job: Job, options: NetworkOptions, orders: Tensor) -> Tensor | None:
-    """Take one pass over the training rows; return the mean loss [model] where it is watched.
+    """Take one pass over the training rows; return the mean loss [model] where that stops models.
 
     The loss of a minibatch is that before its step.
     """
@@ -217,16 +218,16 @@ def _run_epoch(job: Job, options: NetworkOptions, orders: Tensor) -> Tensor | No
         is_row = torch.arange(order.shape[1], device=order.device) < job.lengths
         weight = job.weight.gather(1, order).mul_(is_row)
         job.plan = plan_epoch(weight, options.batch_size, options.alpha)
-    plan, is_watched = job.plan, job.held_out is None
+    plan, by_training_loss = job.plan, job.held_out is None
     outputs, squares = torch.empty_like(y), torch.empty_like(plan.decay)
     for step, batch in enumerate(plan.batches):
-        if is_watched:
+        if by_training_loss:
             squares[:, step] = job.networks.squared_weights()
         share, decay = plan.share[:, batch], plan.decay[:, step]
         outputs[:, batch] = job.networks.step(
             order[:, batch], y[:, batch], share, decay, plan.shared_decay[step]
         )
-    if not is_watched:
+    if not by_training_loss:
         return None
     losses = job.networks.row_losses(outputs, y).mul_(plan.loss_share).sum(1)
     return losses + (squares.mul_(plan.loss_decay)).sum(1)

@@ -1,8 +1,8 @@
 """Gradients of a stack of token probes, written out by hand.
 
-What does not belong here: the forward pass (`token_forward`) and what is done with a gradient
-(`token_training`). Invariant: equal to automatic differentiation of the same network on states that
-were standardised by the model's own fold.
+What does not belong here: the forward pass (`forward`) and what is done with a gradient
+(`training`). Invariant: equal to automatic differentiation of the same network on states that were
+standardised by the model's own fold.
 
 Where hard maxima leave most tokens without a gradient, each model's tokens that have one are
 gathered and the rest is skipped: for sentences of 22 tokens and 4 heads a fifth of the work. The

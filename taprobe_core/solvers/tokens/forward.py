@@ -1,8 +1,8 @@
 """The network of a token probe, for a stack of models at once.
 
 r_t = ReLU network of the standardised state of token t; each head scores a token by q.r_t and
-v.r_t; `token_pooling` pools the scores of a sentence; logit = w.z + b over the heads. What does not
-belong here: gradients (`token_backward`), optimisation and stopping (`token_training`).
+v.r_t; `pooling` pools the scores of a sentence; logit = w.z + b over the heads. What does not
+belong here: gradients (`backward`), optimisation and stopping (`training`).
 
 Invariants: models of a stack share no parameter, so a model's numbers do not depend on the others
 but for rounding; states come scaled by one affine map that all folds share, and a fold's own mean
@@ -247,7 +247,7 @@ def forward(
             that a model does not read is finite and means nothing.
 
     Returns:
-        Logits [sentence, m], and what `token_backward.backward` needs.
+        Logits [sentence, m], and what `backward.backward` needs.
     """
     shape, views, m, n_tokens = stack.shape, stack.views, stack.n_models, len(states)
     units = space.take("hidden_0", m * shape.width, n_tokens)

@@ -1,7 +1,7 @@
 """The memory-bound steps of token probes as one kernel each: Triton, CUDA only.
 
-What does not belong here: the same steps in PyTorch (`token_states`, `token_optimiser`), of which
-these are equal but for rounding, and where they are chosen.
+What does not belong here: the same steps in PyTorch (`states`, `learner`), of which these are equal
+but for rounding, and where they are chosen.
 """
 
 from __future__ import annotations

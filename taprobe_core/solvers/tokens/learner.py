@@ -1,21 +1,17 @@
 """The models of a stack that still learn: steps of AdamW, and the losses that stop them.
 
-What does not belong here: training weights, which come with the columns. Invariant: weights are
-finite, at least 0, 0 outside the fold's validation sentences, and above 0 somewhere in each column.
+What does not belong here: gradients (`backward`), the network (`forward`), epochs and what is kept
+of them (`training`).
 
-What does not belong here: gradients (`token_backward`). Invariant: on CUDA the first layer, nearly
-all of a stack, is stepped and scaled in one pass over the memory; the numbers are those of PyTorch
-but for rounding.
+Invariants: a sentence that no model of the stack learns from is not read; a model that is dropped
+costs nothing more; the host waits for the device once per epoch, for the losses. Validation weights
+are finite, at least 0, 0 outside the fold's validation sentences, and above 0 somewhere in each
+column. On CUDA the first layer, nearly all of a stack, is stepped and scaled in one pass over the
+memory, with PyTorch's numbers but for rounding, and steps are recorded by the shape of their batch
+and replayed.
 
 Source:
     Loshchilov and Hutter 2019, algorithm 2; as in `torch.optim.AdamW`.
-
-What does not belong here: epochs and what is kept of them (`token_training`), the network
-(`token_forward`, `token_backward`), the optimiser (`token_optimiser`).
-
-Invariants: a sentence that no model of the stack learns from is not read; a model that is dropped
-costs nothing more; the host waits for the device once per epoch, for the losses. On CUDA steps are
-recorded by the shape of their batch and replayed.
 """
 
 from __future__ import annotations
@@ -32,7 +28,7 @@ from torch.optim.adamw import adamw
 
 from taprobe_core.devices import has_triton
 from taprobe_core.errors import DataError, NotEnoughDataError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.backward import backward, through_scaling
 from taprobe_core.solvers.tokens.forward import FirstLayer, FoldScaling, Stack, Workspace, forward
 from taprobe_core.solvers.tokens.pooling import Loss, TokenProbeOptions
@@ -44,7 +40,7 @@ from taprobe_core.solvers.tokens.ragged import (
     Shapes,
     TokenBatch,
     plan_batches,
-    watchers,
+    validation_groups,
 )
 from taprobe_core.solvers.tokens.replay import Recorder, Replays
 from taprobe_core.solvers.tokens.states import TokenStates
@@ -53,8 +49,8 @@ Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
 
-def watched_weights(
-    columns: Columns, validation: Mask, is_binary: bool, given: Floats | None
+def stopping_weights(
+    columns: FitRequest, validation: Mask, is_binary: bool, given: Floats | None
 ) -> Floats:
     """Return the weight of every sentence in each column's validation loss.
 
@@ -81,18 +77,18 @@ def watched_weights(
             "token probes",
             "give one finite weight of at least 0 per sentence and column",
         )
-    watched = np.where(validation[columns.fold].T, weight, 0.0)
-    empty = np.flatnonzero(~watched.any(axis=0))
+    stopping_weight = np.where(validation[columns.fold].T, weight, 0.0)
+    empty = np.flatnonzero(~stopping_weight.any(axis=0))
     if len(empty):
         raise NotEnoughDataError(
             "found 0 validation sentences of weight above 0, need 1",
             f"column {int(empty[0])}, fold {int(columns.fold[empty[0]])}",
             "raise splits.val_fraction; token probes stop early on validation problems",
         )
-    return watched
+    return stopping_weight
 
 
-def _class_means(columns: Columns) -> Floats:
+def _class_means(columns: FitRequest) -> Floats:
     """Mean training weight of each sentence's class, 1 for a class without training sentences."""
     is_positive = columns.y > 0.5
     by_class = []
@@ -190,12 +186,13 @@ class Targets(NamedTuple):
     Attributes:
         y: target.
         weight: of a sentence in the training loss; 0 outside the training sentences.
-        watched: of a sentence in the loss that decides when to stop; None: no model stops early.
+        stopping_weight: of a sentence in the loss that decides when to stop; None: no model stops
+            early.
     """
 
     y: Floats
     weight: Floats
-    watched: Floats | None
+    stopping_weight: Floats | None
 
 
 class _Tensors(NamedTuple):
@@ -203,12 +200,14 @@ class _Tensors(NamedTuple):
 
     y: torch.Tensor
     weight: torch.Tensor
-    watched: torch.Tensor | None
+    stopping_weight: torch.Tensor | None
 
     def take(self, models: torch.Tensor) -> _Tensors:
-        watched = None if self.watched is None else self.watched.index_select(1, models)
+        stopping_weight = (
+            None if self.stopping_weight is None else self.stopping_weight.index_select(1, models)
+        )
         return _Tensors(
-            self.y.index_select(1, models), self.weight.index_select(1, models), watched
+            self.y.index_select(1, models), self.weight.index_select(1, models), stopping_weight
         )
 
 
@@ -219,8 +218,8 @@ class Step(NamedTuple):
     parts: list[Part] | None
 
 
-class _Watch(NamedTuple):
-    """Models, [model] int64, and batches of the sentences that they are watched on."""
+class _ValidationBatches(NamedTuple):
+    """Models, [model] int64, and batches of the sentences that they are validated on."""
 
     models: torch.Tensor
     batches: list[TokenBatch]
@@ -229,7 +228,8 @@ class _Watch(NamedTuple):
 class Learner:
     """The models that still learn, and the state of their optimiser.
 
-    Where steps are recorded a few that have stopped are among them, lest all be recorded anew.
+    Where steps are recorded a few that have stopped stay among them, so that not all steps need
+    to be recorded anew.
 
     Attributes:
         here: [model] int64, which of the targets' models these are.
@@ -249,15 +249,19 @@ class Learner:
         self.options = options
         self.stack = stack
         self.targets = targets
-        watched = None if targets.watched is None else self._placed(targets.watched)
-        self.tensors = _Tensors(self._placed(targets.y), self._placed(targets.weight), watched)
+        stopping_weight = (
+            None if targets.stopping_weight is None else self._placed(targets.stopping_weight)
+        )
+        self.tensors = _Tensors(
+            self._placed(targets.y), self._placed(targets.weight), stopping_weight
+        )
         self.adam = Adam(stack, options)
         self.space = Workspace(stack.flat)
         self.replays = None if recorder is None else Replays(recorder)
         self._start(np.arange(stack.n_models))
-        if self.replays is not None and watched is not None:
+        if self.replays is not None and stopping_weight is not None:
             # This pass takes the largest arrays; what is recorded before they grow is void.
-            self._watched_loss()
+            self._validation_loss()
 
     def _placed(self, values: Floats) -> torch.Tensor:
         """Bring values to the device, and zeros for the sentence that fills up a batch."""
@@ -270,7 +274,7 @@ class Learner:
         self.first = FirstLayer.of(self.stack, self.scaling, self.space)
         tokens, kind = self.states.tokens, self.states.device.type
         self.readers = Readers(self.targets.weight[:, here] > 0, tokens.lengths, self._size, kind)
-        self.watches = self._watches()
+        self.validation = self._validation_batches()
         self.places: dict[Shapes, TokenBatch] = {}
 
     @property
@@ -278,15 +282,20 @@ class Learner:
         """First-layer weights of one model."""
         return self.states.tokens.n_features * self.options.width
 
-    def _watches(self) -> list[_Watch]:
-        if self.targets.watched is None:
+    def _validation_batches(self) -> list[_ValidationBatches]:
+        if self.targets.stopping_weight is None:
             return []
         plan = []
-        watched, lengths = self.targets.watched[:, self.here], self.states.tokens.lengths
-        for models, sentences in watchers(watched, lengths, self._size):
+        stopping_weight, lengths = (
+            self.targets.stopping_weight[:, self.here],
+            self.states.tokens.lengths,
+        )
+        for models, sentences in validation_groups(stopping_weight, lengths, self._size):
             n_units = len(models) * self.options.width
             batches = self.states.batches(sentences, n_units, self.options.window_or_none)
-            plan.append(_Watch(torch.from_numpy(models).to(self.states.device), batches))
+            plan.append(
+                _ValidationBatches(torch.from_numpy(models).to(self.states.device), batches)
+            )
         return plan
 
     def prepare(self, order: Sequence[Index]) -> list[Step]:
@@ -330,29 +339,29 @@ class Learner:
         backward(self.stack, batch, trace, gradient, out, space, parts)
         self.adam.step(self.stack, self.scaling, self.first)
 
-    def watched_loss(self) -> Floats:
-        """Weighted mean loss of each model over its watched sentences."""
+    def validation_loss(self) -> Floats:
+        """Weighted mean loss of each model over its validation sentences."""
         if self.replays is None:
-            loss = self._watched_loss()
+            loss = self._validation_loss()
         else:
-            loss = self.replays.run(self.space.n_grown, self._watched_loss)
+            loss = self.replays.run(self.space.n_grown, self._validation_loss)
         return np.asarray(loss.cpu().numpy(), dtype=np.float64)
 
-    def _watched_loss(self) -> torch.Tensor:
-        watched, y = self.tensors.watched, self.tensors.y
-        assert watched is not None  # noqa: S101
+    def _validation_loss(self) -> torch.Tensor:
+        stopping_weight, y = self.tensors.stopping_weight, self.tensors.y
+        assert stopping_weight is not None  # noqa: S101
         total = torch.zeros(self.stack.n_models, device=y.device)
-        for models, batches in self.watches:
+        for models, batches in self.validation:
             stack, first = self.stack, self.first
             if len(models) < stack.n_models:
                 stack, first = stack.take(models), first.take(models)
             for batch in batches:
                 states = self.states.read(batch)
                 logits, _ = forward(stack, first, states, batch, False, self.space)
-                target, weight = (each[batch.row[:, None], models] for each in (y, watched))
+                target, weight = (each[batch.row[:, None], models] for each in (y, stopping_weight))
                 losses = _losses(logits, target, self.options.loss)
                 total.index_add_(0, models, (losses * weight).sum(0))
-        return total / watched.sum(0)
+        return total / stopping_weight.sum(0)
 
     def save(self, best: Stack, is_better: Mask) -> None:
         """Copy the models that are better than before into the stack of all."""

@@ -1,19 +1,16 @@
 """Settings of the probes that read token sets, and their pooling over a sentence's tokens.
 
 Scores come as [token, column of heads]: every head of every model is a column, and all columns are
-pooled by the same tables. What does not belong here: the network that makes the scores
-(`token_forward`) and the tables (`ragged`).
+pooled by the same tables. What does not belong here: the network that makes the scores (`forward`)
+and the tables (`ragged`). The study's words for the same settings are `study.probes.TokenProbe`.
 
 Invariants: a sentence's result depends on its own tokens alone; a maximum that several tokens share
 gives its gradient to the first of them; everything is a gather or a scatter without collisions.
 
 Source:
     arXiv 2601.11516: attention probe, MultiMax, rolling MultiMax. Theirs sums the heads; ours
-    learns a weight per head (`token_forward`). Gradients are derived by hand: for z = sum_t a_t v_t
-    with a = softmax(q), dz/dv_t = a_t and dz/dq_t = a_t (v_t - z); for a = softmax(v) both add up.
-
-What does not belong here: how they act (`token_forward`, `token_pooling`, `token_training`). The
-study's words for the same settings are `taprobe_core.study.probes.TokenProbe`.
+    learns a weight per head (`forward`). Gradients are derived by hand: for z = sum_t a_t v_t with
+    a = softmax(q), dz/dv_t = a_t and dz/dq_t = a_t (v_t - z); for a = softmax(v) both add up.
 """
 
 from __future__ import annotations
@@ -220,7 +217,7 @@ class TokenProbeOptions:
         learning_rate: of AdamW.
         weight_decay: of AdamW, decoupled.
         batch_size: sentences that a model learns from in a step, at most on average
-            (`token_reading.n_batches`).
+            (`ragged.n_batches`).
         max_epochs: most passes over the sentences.
         patience: epochs without a better validation loss after which a model stops.
 

@@ -3,24 +3,22 @@
 `RaggedTokens` keeps the states of all sentences end to end, without padding. A batch of sentences
 is described by `Slots`: tables that say which items (tokens, windows) each group (sentence, window)
 holds. Only head scores, a few numbers per token, are ever laid out by such a table; states are not.
-What does not belong here: what is done with the items of a group (`token_pooling`), and networks.
+
+Every fold leaves some sentences out, and another fold needs most of those: a batch holds what any
+model learns from. Sentences that the same models read are put next to each other, and neighbouring
+models (of one fold, or of folds that follow each other) form a part that reads a few ranges of the
+batch. What does not belong here: what is done with the items of a group (`pooling`), the products
+over the ranges (`forward`, `backward`) and training (`training`).
 
 Invariants: a sentence has at least one token; the tables are made on the host and go to the device
 in one copy per epoch; both directions are gathers, so gradients do not depend on thread order.
+Every sentence that a model learns from, or is validated on, is read for it; which others are read
+with it changes no number of it but by rounding.
 
 Source:
     None; our own layout. Measured on a CPU beside `segment_reduce`, `index_reduce` and
     `scatter_reduce` on [token, head] scores: softmax by gathered slots takes as long as by segment
     reductions, a maximum half as long, and on CUDA segment sums are not deterministic.
-
-Every fold leaves some sentences out, and another fold needs most of those: a batch holds what any
-model learns from. Sentences that the same models read are put next to each other, and neighbouring
-models (of one fold, or of folds that follow each other) form a part that reads a few ranges of the
-batch. What does not belong here: the products over the ranges (`token_forward`, `token_backward`)
-and training (`token_training`).
-
-Invariant: every sentence that a model learns from, or is watched on, is read for it; which others
-are read with it changes no number of it but by rounding.
 """
 
 from __future__ import annotations
@@ -330,8 +328,8 @@ TOKENS_OF_A_COPY = 64
 def n_batches(n_learnt: int, batch_size: int) -> int:
     """Return into how many batches a model's epoch is cut: a function of its own sentences alone.
 
-    As many as if the model were alone, rounded up to three binary digits (above 8 by at most a
-    quarter), so that folds of nearly equal size can share their batches.
+    As many as if the model were alone, rounded up to 1 to 8, 10, 12, 14, 16, 20, 24, ... so that
+    folds of similar size share their batches.
 
     Args:
         n_learnt: sentences that the model learns from.
@@ -398,7 +396,8 @@ class Readers:
     def order(self, batch: Index) -> Index:
         """Return the sentences of a batch that are read, those with the same readers together.
 
-        A step takes place even if nobody learns from it, lest it depend on who is here.
+        An empty step is kept: the optimiser's number of steps must not depend on which models share
+        the stack.
         """
         used = batch[self.is_used[batch]]
         if not len(used):
@@ -431,26 +430,29 @@ class Readers:
         ]
 
 
-class Watchers(NamedTuple):
-    """Models that are watched on the same sentences, or nearly: [model] and [sentence] int64."""
+class ValidationGroup(NamedTuple):
+    """Models that are validated on the same sentences, or nearly: [model] and [sentence] int64."""
 
     models: Index
     sentences: Index
 
 
-def watchers(watched: NDArray[np.float64], lengths: Index, values: int) -> Sequence[Watchers]:
-    """Group the sentences that models are watched on by who they are.
+def validation_groups(
+    stopping_weight: NDArray[np.float64], lengths: Index, values: int
+) -> Sequence[ValidationGroup]:
+    """Group the validation sentences of a stack by the models that they validate.
 
     Args:
-        watched: [sentence, model], above 0 where the model is watched.
+        stopping_weight: [sentence, model], above 0 where the sentence validates the model.
         lengths: [sentence] int64, tokens.
         values: first-layer weights of one model.
 
     Returns:
-        Groups that together hold every watched sentence once, each with every model it counts for.
+        Groups that together hold every validation sentence once, each with every model that it
+        counts for.
     """
-    is_watched = watched > 0
-    patterns, which = np.unique(is_watched, axis=0, return_inverse=True)
+    is_validated = stopping_weight > 0
+    patterns, which = np.unique(is_validated, axis=0, return_inverse=True)
     n_tokens = np.bincount(which.reshape(-1), lengths, len(patterns))
     merged: list[tuple[Mask, float, list[int]]] = []
     for at, models in enumerate(patterns):
@@ -465,6 +467,6 @@ def watchers(watched: NDArray[np.float64], lengths: Index, values: int) -> Seque
                 continue
         merged.append((models, float(n_tokens[at]), [at]))
     return [
-        Watchers(np.flatnonzero(models), np.flatnonzero(np.isin(which.reshape(-1), members)))
+        ValidationGroup(np.flatnonzero(models), np.flatnonzero(np.isin(which.reshape(-1), members)))
         for models, _, members in merged
     ]

@@ -1,9 +1,9 @@
 """Attention, MultiMax and rolling MultiMax probes, many models sharing one pass over the tokens.
 
-Columns (folds, targets, seeds) are grouped by seed and steps of an epoch; the models of a group see
+Models (folds, targets, seeds) are grouped by seed and steps of an epoch; the models of a group see
 the same sentences in the same order, so that the tokens of a batch are read once and the first
-layer of all models is one matrix product. What does not belong here: training (`token_training`),
-the network (`token_forward`) and which columns there are.
+layer of all models is one matrix product. What does not belong here: training (`training`), the
+network (`forward`) and which columns there are.
 
 Invariant: a column's result is a function of its own fold, target, weights and seed, of the
 options and of the sentences; which other columns it is solved with changes it by rounding only.
@@ -26,9 +26,9 @@ import torch
 from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError, NonFiniteError
-from taprobe_core.solvers.columns import Columns, class_sizes
+from taprobe_core.solvers.columns import FitRequest, class_sizes
 from taprobe_core.solvers.tokens.forward import Stack
-from taprobe_core.solvers.tokens.learner import Targets, watched_weights
+from taprobe_core.solvers.tokens.learner import Targets, stopping_weights
 from taprobe_core.solvers.tokens.platt import calibrate, probabilities
 from taprobe_core.solvers.tokens.pooling import TokenProbeOptions
 from taprobe_core.solvers.tokens.ragged import RaggedTokens
@@ -107,7 +107,7 @@ def fit_token_probes(
     tokens: RaggedTokens,
     train: Mask,
     validation: Mask | None,
-    columns: Columns,
+    columns: FitRequest,
     options: TokenProbeOptions,
     device: torch.device | str = "cpu",
     validation_weight: Floats | None = None,
@@ -146,9 +146,11 @@ def fit_token_probes(
     """
     _check(tokens, train, validation, columns, options)
     states = token_states(tokens, train, torch.device(device))
-    watched = None
+    stopping_weight = None
     if validation is not None:
-        watched = watched_weights(columns, validation, options.is_binary, validation_weight)
+        stopping_weight = stopping_weights(
+            columns, validation, options.is_binary, validation_weight
+        )
     n, m = columns.y.shape
     shape = network_shape(tokens.n_features, options)
     sizes = shape.parameters() if keep_weights else {}
@@ -159,7 +161,7 @@ def fit_token_probes(
     at_once = models_at_once(states, shape, options, int(steps.min()), max_bytes)
     with recording(states.device) as recorder:
         for chosen, seed in stacks(columns, steps, at_once):
-            found = _fit_group(states, columns, watched, options, chosen, seed, recorder)
+            found = _fit_group(states, columns, stopping_weight, options, chosen, seed, recorder)
             for name, kept in arrays.items():
                 kept[chosen] = found.trained.stack.views[name].cpu().numpy()
             n_iter[chosen] = found.trained.n_epochs
@@ -233,8 +235,8 @@ class _Fitted(NamedTuple):
 
 def _fit_group(
     states: TokenStates,
-    columns: Columns,
-    watched: Floats | None,
+    columns: FitRequest,
+    stopping_weight: Floats | None,
     options: TokenProbeOptions,
     chosen: NDArray[np.intp],
     seed: int,
@@ -244,12 +246,12 @@ def _fit_group(
     targets = Targets(
         columns.y[:, chosen],
         columns.weight[:, chosen],
-        None if watched is None else watched[:, chosen],
+        None if stopping_weight is None else stopping_weight[:, chosen],
     )
     trained = train_stack(states, scaling, targets, options, seed, recorder)
     decision = score_stack(trained.stack, scaling, states, options).cpu().numpy()
     is_bad = ~np.isfinite(decision).all(axis=0)
-    if watched is not None:
+    if stopping_weight is not None:
         is_bad |= ~np.isfinite(trained.best_loss)
     if is_bad.any():
         raise NonFiniteError(
@@ -264,7 +266,7 @@ def _check(
     tokens: RaggedTokens,
     train: Mask,
     validation: Mask | None,
-    columns: Columns,
+    columns: FitRequest,
     options: TokenProbeOptions,
 ) -> None:
     columns.check(train)

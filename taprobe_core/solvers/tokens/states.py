@@ -1,16 +1,16 @@
 """Token states on the device, scaled once for all folds, and which probes train on them at once.
 
-What does not belong here: what the states are used for. Invariant: the states that a fold's models
-see are those of its own standardisation (training tokens' mean and population standard deviation, a
-constant feature keeps scale 1); the scaling that all folds share is undone exactly by the fold's
-part, and only keeps the digits of features with large means.
+Models of a stack have one seed and equally many steps an epoch, as many as the device's memory
+takes. What does not belong here: training (`training`).
+
+Invariants: the states that a fold's models see are those of its own standardisation (training
+tokens' mean and population standard deviation, a constant feature keeps scale 1); the scaling that
+all folds share is undone exactly by the fold's part, and only keeps the digits of features with
+large means. The bound on memory is an upper one, so a stack of that many models fits (the token
+states, which all stacks share, are not counted).
 
 Source:
     scikit-learn's `StandardScaler` for scale and the rule for constant features.
-
-What does not belong here: training (`token_training`). Invariants: the bound is an upper one, so a
-stack of that many models fits (the token states, which all stacks share, are not counted); models
-of a stack have one seed and equally many steps an epoch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from taprobe_core.devices import free_bytes, has_triton
 from taprobe_core.errors import NonFiniteError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.forward import FoldScaling, NetworkShape
 from taprobe_core.solvers.tokens.pooling import TokenProbeOptions
 from taprobe_core.solvers.tokens.ragged import (
@@ -270,14 +270,14 @@ def models_at_once(
     return need.models_within(n_bytes)
 
 
-def steps_of(columns: Columns, options: TokenProbeOptions) -> NDArray[np.int64]:
+def steps_of(columns: FitRequest, options: TokenProbeOptions) -> NDArray[np.int64]:
     """Return the batches of each column's epoch, [column] int64."""
     learnt = (columns.weight > 0).sum(axis=0).tolist()
     return np.array([n_batches(n, options.batch_size) for n in learnt], dtype=np.int64)
 
 
 def stacks(
-    columns: Columns, steps: NDArray[np.int64], at_once: int
+    columns: FitRequest, steps: NDArray[np.int64], at_once: int
 ) -> Iterator[tuple[NDArray[np.intp], int]]:
     """Yield the columns of each stack, and their seed.
 

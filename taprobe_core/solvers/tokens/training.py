@@ -2,8 +2,7 @@
 
 All models of a stack have one seed: they start from the same weights and see the same batches, and
 a sentence that a model must not learn from has weight 0 in its loss. What does not belong here: how
-columns are grouped into stacks (`token_probes`), a step (`token_learner`), the network
-(`token_forward`).
+columns are grouped into stacks (`states`), a step (`learner`), the network (`forward`).
 
 Invariants: the order of the sentences is a function of the seed and their number alone, their cut
 into batches of that and the number that the model learns from, so that a model's result does not
@@ -47,7 +46,7 @@ class Trained(NamedTuple):
     Attributes:
         stack: the weights of the best epoch, or of the last without early stopping.
         n_epochs: epochs that the model took part in.
-        best_epoch: which of them, from 1, had the lowest watched loss.
+        best_epoch: which of them, from 1, had the lowest validation loss.
         best_loss: that loss; NaN without early stopping.
         is_stopped: whether patience ran out before the last epoch.
     """
@@ -88,7 +87,7 @@ def train_stack(
     orders = (
         np.array_split(rng.permutation(len(targets.y)), n_steps) for _ in range(options.max_epochs)
     )
-    best_loss = np.full(m, np.nan if targets.watched is None else np.inf)
+    best_loss = np.full(m, np.nan if targets.stopping_weight is None else np.inf)
     best_epoch, n_epochs = np.zeros((2, m), dtype=np.int64)
     is_stopped = np.zeros(m, dtype=bool)
     order = next(orders)
@@ -100,9 +99,9 @@ def train_stack(
             order = next(orders)
             steps = learner.prepare(order)
         n_epochs[~is_stopped] = epoch
-        if targets.watched is None:
+        if targets.stopping_weight is None:
             continue
-        here, loss = learner.here, learner.watched_loss()
+        here, loss = learner.here, learner.validation_loss()
         is_better = (loss < best_loss[here]) & ~is_stopped[here]
         best_loss[here[is_better]] = loss[is_better]
         best_epoch[here[is_better]] = epoch
@@ -112,7 +111,7 @@ def train_stack(
             break
         if learner.drop(is_stopped[here]):
             steps = learner.prepare(order)
-    if targets.watched is None:
+    if targets.stopping_weight is None:
         best, best_epoch = learner.stack, n_epochs.copy()
     return Trained(best, n_epochs, best_epoch, best_loss, is_stopped)
 

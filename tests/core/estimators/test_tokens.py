@@ -1,4 +1,4 @@
-"""scikit-learn's face of the token probes, and its own checks where they apply.
+"""scikit-learn wrappers of the token probes, and its own checks where they apply.
 
 scikit-learn's checks hand over [sentence, feature] arrays, read as sentences of one token. Not
 applicable, for both estimators: equivalence of weights and repetitions, because a share of the

@@ -25,7 +25,7 @@ from taprobe_core.evaluation.tripwires.memorisation import anchor_share
 from taprobe_core.evaluation.tripwires.rows import excess_p, permuted_pr_auc, two_sided_p
 from taprobe_core.evaluation.tripwires.shuffling import enough_shuffles, shuffle_within
 from taprobe_core.metrics import pr_auc
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.splits import Fold
 
 N_PROBLEMS, N_FEATURES = 12, 24
@@ -69,7 +69,7 @@ def sound(seed: int = 0, d: int = N_FEATURES) -> tuple[np.ndarray, np.ndarray]:
 def ridge(X: np.ndarray, penalty: float = 4.0) -> Fit:
     """A probe that owes nothing to the project's solvers."""
 
-    def fit(train: np.ndarray, columns: Columns) -> np.ndarray:
+    def fit(train: np.ndarray, columns: FitRequest) -> np.ndarray:
         score = np.empty(columns.y.shape)
         for fold, rows in enumerate(train):
             mine = columns.fold == fold
@@ -211,9 +211,9 @@ def test_p_is_uniform_on_sound_data_although_folds_share_training_problems():
 
 def test_every_fold_and_shuffle_has_its_own_labels_and_no_weight_outside_training():
     X, is_anchor = sound()
-    asked: list[tuple[np.ndarray, Columns]] = []
+    asked: list[tuple[np.ndarray, FitRequest]] = []
 
-    def listen(train: np.ndarray, columns: Columns) -> np.ndarray:
+    def listen(train: np.ndarray, columns: FitRequest) -> np.ndarray:
         asked.append((train, columns))
         return ridge(X)(train, columns)
 
@@ -261,7 +261,7 @@ def test_one_problem_on_both_sides_of_one_fold_is_caught_and_named(seed):
 def test_features_chosen_by_the_labels_of_all_rows_are_caught():
     X, is_anchor = sound(d=400)
 
-    def select_first(train: np.ndarray, columns: Columns) -> np.ndarray:
+    def select_first(train: np.ndarray, columns: FitRequest) -> np.ndarray:
         Z = (X - X.mean(axis=0)) / X.std(axis=0)
         score = np.empty(columns.y.shape)
         for column in range(len(columns)):
@@ -324,7 +324,7 @@ def test_a_solvers_rounding_is_no_leak():
     X, is_anchor = sound()
     level = np.round(X[:, :1])
 
-    def rounds(train: np.ndarray, columns: Columns) -> np.ndarray:
+    def rounds(train: np.ndarray, columns: FitRequest) -> np.ndarray:
         return level + 1e-12 * columns.y
 
     assert shuffled_labels(rounds, PROBLEM_ID, is_anchor, FOLDS).passes
@@ -334,7 +334,7 @@ def test_a_look_that_trips_is_taken_again_with_fresh_shuffles():
     _, is_anchor = sound()
     asked: list[np.ndarray] = []
 
-    def leak_once(train: np.ndarray, columns: Columns) -> np.ndarray:
+    def leak_once(train: np.ndarray, columns: FitRequest) -> np.ndarray:
         asked.append(columns.y)
         rng = np.random.default_rng(len(asked))
         return columns.y * (len(asked) == 1) + rng.normal(size=columns.y.shape)

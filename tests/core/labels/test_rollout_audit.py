@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from taprobe_core.cli import EXIT_FIXABLE, EXIT_UNSOUND
 from taprobe_core.errors import ConfigError, DataError, SchemaError
 from taprobe_core.labels import Rollout, Solutions, published_measures
-from taprobe_core.labels.audit import NOTED, Finding, audit_problem, audit_rollouts, cut_prefix
+from taprobe_core.labels.audit import (
+    INFORMATIONAL,
+    Finding,
+    audit_problem,
+    audit_rollouts,
+    cut_prefix,
+)
 from taprobe_core.labels.audit.findings import ALWAYS_RECOMPUTED, Bank, unreadable
 from taprobe_core.rollouts import FolderRollouts, open_source
 from taprobe_core.study.config import HubSource, MirrorSource, Rollouts
@@ -308,7 +314,7 @@ def test_values_that_nothing_reads_are_told_and_are_no_damage(
         ("unusable_values", "problem_1/problem.json"),
         ("unusable_values", "problem_1/chunks_labeled.json"),
     ]
-    assert {kind for kind, _ in found} <= NOTED
+    assert {kind for kind, _ in found} <= INFORMATIONAL
     assert covered["n_rollouts"] == 20
 
 

@@ -6,7 +6,7 @@ computed here: keys follow from the study and the names of its inputs.
 After a change that is meant to move keys (a code version that was raised, say), write the pins anew
 and read their difference:
 
-    python tests/core/test_pinned_keys.py
+    python tests/core/pipeline/test_pinned_keys.py
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from taprobe_core.probes.features import ProbeData, fold_words, join_features
 from taprobe_core.probes.residuals import baseline_predictions, residual_targets
 from taprobe_core.probes.targets import target_values
 from taprobe_core.rollouts import FolderRollouts, read_rollouts
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix, TextBlock
 from taprobe_core.solvers.linear.logistic import solve_logistic
 from taprobe_core.solvers.linear.ridge import solve_ridge
@@ -231,7 +231,7 @@ def our_scores(kind: str, setting: Setting) -> np.ndarray:
     train, y = setting.train, our_target(setting, "anchor_binary")
     share = (train @ y / train.sum(axis=1))[:, None]
     balanced = train * np.where(y == 1, 0.5 / share, 0.5 / (1 - share))
-    columns = Columns(np.arange(len(train)), np.repeat(y[:, None], len(train), 1), balanced.T)
+    columns = FitRequest(np.arange(len(train)), np.repeat(y[:, None], len(train), 1), balanced.T)
     # Sentences of few words score so alike that looser fits swap two of them now and then.
     solution = solve_logistic(our_matrix(kind, setting), columns, np.ones(len(train)), tol=1e-6)
     return 1 / (1 + np.exp(-solution.decision.T))
@@ -272,7 +272,7 @@ def test_baselines_of_continuous_targets_are_the_earlier_systems(
     setting: Setting, kind: str, name: str
 ) -> None:
     y, train = getattr(setting.earlier, name), setting.train
-    columns = Columns(np.arange(len(train)), np.repeat(y[:, None], len(train), 1), train.T * 1.0)
+    columns = FitRequest(np.arange(len(train)), np.repeat(y[:, None], len(train), 1), train.T * 1.0)
 
     decision = solve_ridge(our_matrix(kind, setting), columns, np.ones(len(train))).decision.T
 

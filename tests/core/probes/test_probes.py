@@ -18,7 +18,7 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler
 
-from taprobe_core import devices as threads
+from taprobe_core import devices as devices_module
 from taprobe_core.errors import (
     CorruptArtifactError,
     DataError,
@@ -740,7 +740,7 @@ def test_small_data_is_fitted_on_one_thread_and_large_data_on_all(
         seen.append(torch.get_num_threads())
         return fit_linear(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(threads, "MAX_VALUES_ON_ONE_THREAD", limit)
+    monkeypatch.setattr(devices_module, "MAX_VALUES_ON_ONE_THREAD", limit)
     monkeypatch.setitem(module.SOLVERS, "linear", replace(LINEAR, solve=spy))
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     before = torch.get_num_threads()
@@ -766,8 +766,8 @@ def test_work_beside_each_other_comes_back_in_order_and_its_error_where_it_belon
         time.sleep(0.02 * (item % 2))
         return item * item
 
-    assert list(threads.side_by_side(work, [5, 2, 4])) == [25, 4, 16]
-    found = threads.side_by_side(work, [1, 3, *range(10, 60)])
+    assert list(devices_module.side_by_side(work, [5, 2, 4])) == [25, 4, 16]
+    found = devices_module.side_by_side(work, [1, 3, *range(10, 60)])
     assert next(found) == 1
     with pytest.raises(ValueError, match="3"):
         next(found)

@@ -24,7 +24,7 @@ from taprobe_core.evaluation.selection import select_on_validation
 from taprobe_core.keys import Site
 from taprobe_core.probes import Contents, Design, Fit, FittedProbe, Training, fit_batches, predict
 from taprobe_core.probes.features import ProbeData
-from taprobe_core.probes.fitted import Solved, Solver, scores_of
+from taprobe_core.probes.fitted import Solver, SolverResult, scores_of
 from taprobe_core.probes.inputs import dense_matrix
 from taprobe_core.probes.registry import SOLVERS
 from taprobe_core.probes.targets import (
@@ -87,7 +87,7 @@ CENTROID = EstimatorEntry(
 )
 
 
-def solve(design: Design, fits: Sequence[Fit], device: str, keep_weights: bool) -> Solved:
+def solve(design: Design, fits: Sequence[Fit], device: str, keep_weights: bool) -> SolverResult:
     """Weigh each feature by how it goes along with the target."""
     X = dense_matrix(fits[0].recipe, design.data)
     assert X is not None
@@ -104,7 +104,7 @@ def solve(design: Design, fits: Sequence[Fit], device: str, keep_weights: bool) 
         return FittedProbe(fit.recipe, fold, fit.seed, arrays, None, Training(1, True))
 
     n_iter = np.ones(coef.shape[1], dtype=np.int64)
-    return Solved(scores_of(X @ coef, fits[0].recipe), n_iter, probe)
+    return SolverResult(scores_of(X @ coef, fits[0].recipe), n_iter, probe)
 
 
 def score(probe: FittedProbe, data: ProbeData) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from taprobe_core.devices import products_in
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.networks import batch as network_batch
 from taprobe_core.solvers.networks.solve import NetworkOptions, fit_networks
 from taprobe_core.solvers.tokens.pooling import POOLINGS, TokenProbeOptions
@@ -30,13 +30,15 @@ def folds_of(problem: NDArray[np.int64]) -> tuple[Mask, Mask]:
     return train, validation
 
 
-def columns_of(y: NDArray[np.float64], train: Mask, n_seeds: int, *, is_balanced: bool) -> Columns:
+def columns_of(
+    y: NDArray[np.float64], train: Mask, n_seeds: int, *, is_balanced: bool
+) -> FitRequest:
     fold = np.tile(np.arange(len(train)), n_seeds)
     targets = np.repeat(y[:, None], len(fold), axis=1)
     weight = train[fold].T.astype(np.float64)
     if is_balanced:
         weight = positive_weights(targets, fold, train)
-    return Columns(fold, targets, weight, np.repeat(np.arange(n_seeds), len(train)))
+    return FitRequest(fold, targets, weight, np.repeat(np.arange(n_seeds), len(train)))
 
 
 @pytest.mark.parametrize("hidden", [(16,), (16, 8)])

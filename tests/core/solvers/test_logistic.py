@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 
 from taprobe_core.errors import DataError, NotEnoughDataError, NumericsError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear import logistic, logistic_batch
 from taprobe_core.solvers.linear.dual_subspace import DualProblem, best_intercept
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix, TextBlock
@@ -36,7 +36,7 @@ def problem(n_rows, n_features, kind, seed=0, n_targets=3):
     fold = np.repeat(np.arange(N_FOLDS), n_targets)
     cuts = np.quantile(signal, [0.9, 0.8, 0.6][:n_targets])
     y = (signal[:, None] > np.tile(cuts, N_FOLDS)).astype(float)
-    return dense.astype(np.float32), train, Columns(fold, y, balanced_weights(y, train, fold))
+    return dense.astype(np.float32), train, FitRequest(fold, y, balanced_weights(y, train, fold))
 
 
 def reference(values, columns, column, C, solver="newton-cholesky"):
@@ -259,7 +259,7 @@ def test_one_class_is_named():
         balanced_weights(y, train, columns.fold)
     with pytest.raises(NotEnoughDataError, match="1 columns have one class"):
         solve_logistic(
-            FoldMatrix(train, dense), Columns(columns.fold, y, columns.weight), np.ones(15)
+            FoldMatrix(train, dense), FitRequest(columns.fold, y, columns.weight), np.ones(15)
         )
 
 
@@ -267,14 +267,14 @@ def test_other_labels_are_refused():
     dense, train, columns = problem(50, 4, "iid")
     y = np.where(columns.weight > 0, columns.y, 7.0)
     matrix = FoldMatrix(train, dense)
-    held_out_only = Columns(columns.fold, y, columns.weight)
+    held_out_only = FitRequest(columns.fold, y, columns.weight)
     found = solve_logistic(matrix, held_out_only, np.ones(15))
     np.testing.assert_array_equal(
         found.decision, solve_logistic(matrix, columns, np.ones(15)).decision
     )
     y = np.where(columns.weight > 0, columns.y * 0.5, 0)
     with pytest.raises(DataError, match="labels other than 0 and 1"):
-        solve_logistic(matrix, Columns(columns.fold, y, columns.weight), np.ones(15))
+        solve_logistic(matrix, FitRequest(columns.fold, y, columns.weight), np.ones(15))
 
 
 @pytest.mark.usefixtures("without_newton")
@@ -287,7 +287,7 @@ def test_a_column_that_does_not_converge_is_an_error():
 def test_features_that_say_nothing_leave_the_intercept():
     train = np.ones((1, 40), dtype=bool)
     y = (np.arange(40) % 4 == 0).astype(float)[:, None]
-    columns = Columns(np.zeros(1, np.int64), y, np.ones((40, 1)))
+    columns = FitRequest(np.zeros(1, np.int64), y, np.ones((40, 1)))
     for width in (3, 2000):
         solution = solve_logistic(FoldMatrix(train, np.ones((40, width))), columns, np.ones(1))
         np.testing.assert_allclose(solution.decision, np.log(1 / 3), atol=1e-6)
@@ -310,13 +310,13 @@ def test_a_fold_that_is_blind_to_features_is_fitted_without_them(n_rows):
     seen[:N_FOLDS, -4:] = False
     masks = np.tile(train, (2, 1))
     fold = np.arange(2 * N_FOLDS)
-    columns = Columns(fold, y, balanced_weights(y, masks, fold))
+    columns = FitRequest(fold, y, balanced_weights(y, masks, fold))
     ones = np.ones(len(fold))
     found = solve_logistic(FoldMatrix(masks, dense, visible=seen), columns, ones, tol=1e-6)
     assert not found.coef[:N_FOLDS, -4:].any()
     assert found.coef[N_FOLDS:, -4:].all()
     for part, own in ((slice(0, N_FOLDS), slice(0, -4)), (slice(N_FOLDS, None), slice(None))):
-        alone = Columns(fold[:N_FOLDS], y[:, part], columns.weight[:, part])
+        alone = FitRequest(fold[:N_FOLDS], y[:, part], columns.weight[:, part])
         matrix = FoldMatrix(train, np.ascontiguousarray(dense[:, own]))
         expected = solve_logistic(matrix, alone, ones[:N_FOLDS], tol=1e-6)
         np.testing.assert_allclose(found.decision[:, part], expected.decision, atol=1e-4)

@@ -17,7 +17,7 @@ from taprobe_core.errors import (
     NotEnoughDataError,
     NumericsError,
 )
-from taprobe_core.solvers.columns import Columns, fold_moments
+from taprobe_core.solvers.columns import FitRequest, fold_moments
 from taprobe_core.solvers.networks.batch import Orders, Rows, Stream
 from taprobe_core.solvers.networks.options import Patience, accuracy, r_squared
 from taprobe_core.solvers.networks.solve import NetworkOptions, fit_networks
@@ -42,10 +42,10 @@ class Data:
         self.train = problem != np.arange(N_FOLDS)[:, None]
         self.rng = rng
 
-    def columns(self, y, seeds=(0, 1), weight=None) -> Columns:
+    def columns(self, y, seeds=(0, 1), weight=None) -> FitRequest:
         fold = np.repeat(np.arange(N_FOLDS), len(seeds))
         inside = self.train[fold].T.astype(np.float64)
-        return Columns(
+        return FitRequest(
             fold,
             np.repeat(y[:, None], len(fold), axis=1),
             inside if weight is None else inside * weight[:, None],
@@ -149,7 +149,7 @@ def test_a_result_does_not_depend_on_the_other_columns(early_stopping, is_classi
     validation = np.roll(~data.train, 1, axis=0)
     train = data.train & ~validation
     fold, y = np.tile(one.fold, 2), np.hstack([one.y, two.y])
-    columns = Columns(fold, y, train[fold].T.astype(np.float64), np.tile(one.seed, 2))
+    columns = FitRequest(fold, y, train[fold].T.astype(np.float64), np.tile(one.seed, 2))
     options = NetworkOptions(
         hidden=(8,),
         is_classifier=is_classifier,
@@ -185,7 +185,7 @@ def test_watching_problems_keeps_the_epoch_of_the_lowest_weighted_loss(is_classi
     validation = np.roll(~data.train, 1, axis=0)
     train = data.train & ~validation
     fold = np.arange(N_FOLDS)
-    columns = Columns(
+    columns = FitRequest(
         fold, np.repeat(y[:, None], N_FOLDS, 1), train.T.astype(float), np.full(N_FOLDS, 9)
     )
     weight = data.rng.uniform(0, 2, (N_ROWS, N_FOLDS))
@@ -328,14 +328,14 @@ def test_twenty_seeds_are_not_distinguishable_from_twenty_others_of_scikit_learn
     fold = np.zeros(20, np.int64)
     test = ~data.train[0]
     options = NetworkOptions(hidden=(16,), learning_rate=0.01, patience=8)
-    columns = Columns(
+    columns = FitRequest(
         fold,
         np.repeat(data.label[:, None], 20, axis=1),
         data.train[fold].T.astype(np.float64),
         np.arange(1000, 1020),
     )
     ours = fit_networks(data.X, data.train, columns, options)
-    others = Columns(columns.fold, columns.y, columns.weight, np.arange(20))
+    others = FitRequest(columns.fold, columns.y, columns.weight, np.arange(20))
     fits = [reference(data, data.label, each, others, options) for each in range(20)]
     precision = [
         [average_precision_score(data.label[test], each[test]) for each in decisions]
@@ -401,8 +401,8 @@ def test_what_cannot_be_fitted_is_refused():
     bad[3, 2] = np.inf
     fails(NonFiniteError, "row 3, feature 2", bad)
     fails(DataError, "shape|X is", data.X[1:])
-    fails(DataError, "need seeds", columns=Columns(good.fold, good.y, good.weight))
-    negative = Columns(good.fold, good.y, good.weight, good.seed - 1)
+    fails(DataError, "need seeds", columns=FitRequest(good.fold, good.y, good.weight))
+    negative = FitRequest(good.fold, good.y, good.weight, good.seed - 1)
     fails(DataError, "seeds from -1", columns=negative)
     fails(DataError, "other than 0 and 1", columns=data.columns(data.value))
     fails(NotEnoughDataError, "8 .* one class only.*column 0", columns=data.columns(data.label * 0))
@@ -414,7 +414,7 @@ def test_what_cannot_be_fitted_is_refused():
     fails(NotEnoughDataError, "cannot be split", columns=few, options=values)
     watching = NetworkOptions(hidden=(4,), early_stopping="problems")
     fails(DataError, "needs validation rows", options=watching)
-    fails(DataError, "trained on and watched", options=watching, validation=data.train)
+    fails(DataError, "trained on and validated on", options=watching, validation=data.train)
     fails(
         DataError,
         "8 columns have no validation row",

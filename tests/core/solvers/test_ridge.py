@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
 from taprobe_core.errors import DataError, NumericsError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear import ridge
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix, TextBlock
 from taprobe_core.solvers.linear.kernel_systems import BorderedInverse
@@ -68,7 +68,7 @@ def test_every_path_gives_scikit_learns_optimum(way, shape, weights):
         weight = weight * rng.uniform(0.1, 4, weight.shape)
     elif weights == "with gaps":
         weight = weight * (rng.random(weight.shape) < 0.9)
-    columns = Columns(fold, rng.standard_normal(weight.shape), weight)
+    columns = FitRequest(fold, rng.standard_normal(weight.shape), weight)
     solution = solve_ridge(FoldMatrix(train, dense), columns, alpha)
     agree(solution, expect(dense, train, columns, alpha))
     assert (solution.n_iter == 0).all() == (way == "primal")
@@ -78,7 +78,7 @@ def test_large_offsets_and_scales_do_not_cost_accuracy(way):
     dense, train, rng = problem(50, 80, 5, offset=1e4)
     dense[:, 5] *= 1e3
     dense[:, 6] = -2.5
-    columns = Columns(np.arange(5), rng.standard_normal((50, 5)), train.T.astype(float))
+    columns = FitRequest(np.arange(5), rng.standard_normal((50, 5)), train.T.astype(float))
     alpha = np.ones(5)
     solution = solve_ridge(FoldMatrix(train, dense), columns, alpha)
     agree(solution, expect(dense, train, columns, alpha), 1e-7)
@@ -87,7 +87,7 @@ def test_large_offsets_and_scales_do_not_cost_accuracy(way):
 
 def test_shared_scaling_is_another_estimator_solved_as_exactly(way):
     dense, train, rng = problem(40, 70, 4)
-    columns = Columns(np.arange(4), rng.standard_normal((40, 4)), train.T.astype(float))
+    columns = FitRequest(np.arange(4), rng.standard_normal((40, 4)), train.T.astype(float))
     solution = solve_ridge(FoldMatrix(train, dense, scaling="shared"), columns, np.ones(4))
     everything = np.ones(40, dtype=bool)
     agree(solution, expect(dense, train, columns, np.ones(4), everything))
@@ -104,7 +104,7 @@ def test_text_blocks_are_solved_exactly(with_dense):
     block = TextBlock(counts, seen * rng.uniform(1, 4, 90))
     dense = rng.standard_normal((45, 3)) if with_dense else None
     matrix = FoldMatrix(train, dense, block)
-    columns = Columns(np.arange(5), rng.standard_normal((45, 5)), train.T.astype(float))
+    columns = FitRequest(np.arange(5), rng.standard_normal((45, 5)), train.T.astype(float))
     solution = solve_ridge(matrix, columns, np.ones(5))
     assert solution.n_iter.min() > 0
     for fold, rows in enumerate(train):
@@ -120,7 +120,7 @@ def test_text_blocks_are_solved_exactly(with_dense):
 def test_gradients_vanish_at_the_solution(seed, n_rows, n_features, alpha):
     rng = np.random.default_rng(seed)
     dense, train = rng.standard_normal((n_rows, n_features)), np.ones((1, n_rows), dtype=bool)
-    columns = Columns(
+    columns = FitRequest(
         np.zeros(1, np.int64), rng.standard_normal((n_rows, 1)), rng.random((n_rows, 1)) + 0.1
     )
     matrix = FoldMatrix(train, dense)
@@ -137,7 +137,7 @@ def test_gradients_vanish_at_the_solution(seed, n_rows, n_features, alpha):
 
 def test_a_constant_target_is_predicted_by_the_intercept(way):
     dense, train, _ = problem(30, 40, 3)
-    columns = Columns(np.arange(3), np.full((30, 3), 2.5), train.T.astype(float))
+    columns = FitRequest(np.arange(3), np.full((30, 3), 2.5), train.T.astype(float))
     solution = solve_ridge(FoldMatrix(train, dense), columns, np.ones(3))
     np.testing.assert_allclose(solution.decision, 2.5, atol=1e-12)
     np.testing.assert_allclose(solution.coef, 0, atol=1e-12)
@@ -148,27 +148,27 @@ def test_held_out_targets_do_not_matter(way):
     y = rng.standard_normal((30, 3))
     weight = train.T.astype(float)
     matrix = FoldMatrix(train, dense)
-    one = solve_ridge(matrix, Columns(np.arange(3), y, weight), np.ones(3))
+    one = solve_ridge(matrix, FitRequest(np.arange(3), y, weight), np.ones(3))
     other = np.where(weight > 0, y, 1e6)
-    two = solve_ridge(matrix, Columns(np.arange(3), other, weight), np.ones(3))
+    two = solve_ridge(matrix, FitRequest(np.arange(3), other, weight), np.ones(3))
     np.testing.assert_array_equal(one.decision, two.decision)
 
 
 def test_faulty_requests_name_the_column(way):
     dense, train, rng = problem(20, 4, 4)
-    columns = Columns(np.arange(4), rng.standard_normal((20, 4)), train.T.astype(float))
+    columns = FitRequest(np.arange(4), rng.standard_normal((20, 4)), train.T.astype(float))
     matrix = FoldMatrix(train, dense)
     with pytest.raises(DataError, match=r"penalty 0\.0 .*column 1"):
         solve_ridge(matrix, columns, np.array([1.0, 0.0, 1.0, 1.0]))
     with pytest.raises(DataError, match="penalties for 4 columns"):
         solve_ridge(matrix, columns, np.ones(1))
     with pytest.raises(DataError, match="outside its training rows"):
-        solve_ridge(matrix, Columns(columns.fold, columns.y, np.ones((20, 4))), np.ones(4))
+        solve_ridge(matrix, FitRequest(columns.fold, columns.y, np.ones((20, 4))), np.ones(4))
 
 
 def test_too_few_iterations_are_an_error():
     dense, train, rng = problem(30, 1100, 3)
-    columns = Columns(np.arange(3), rng.standard_normal((30, 3)), train.T.astype(float))
+    columns = FitRequest(np.arange(3), rng.standard_normal((30, 3)), train.T.astype(float))
     with pytest.raises(NumericsError, match="3 ridge columns did not converge in 2"):
         solve_ridge(FoldMatrix(train, dense), columns, np.ones(3), max_iter=2)
 

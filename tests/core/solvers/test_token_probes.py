@@ -19,15 +19,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taprobe_core.errors import ConfigError, DataError, NonFiniteError, NotEnoughDataError
-from taprobe_core.solvers.columns import Columns
+from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens import (
-    learner as token_learner,
-)
-from taprobe_core.solvers.tokens import (
-    ragged as token_reading,
-)
-from taprobe_core.solvers.tokens import (
-    solve as token_probes,
+    learner,
+    ragged,
+    solve,
 )
 from taprobe_core.solvers.tokens.backward import backward, through_scaling
 from taprobe_core.solvers.tokens.forward import (
@@ -186,7 +182,7 @@ def columns_of(train, y, folds, seeds, is_binary=True):
     fold, seed = np.array(folds), np.array(seeds)
     y = np.tile(y[:, None], len(fold)) if y.ndim == 1 else y
     weight = positive_weights(y, fold, train) if is_binary else train[fold].T.astype(float)
-    return Columns(fold, y, weight, seed)
+    return FitRequest(fold, y, weight, seed)
 
 
 @pytest.mark.parametrize("is_soft", [False, True])
@@ -306,7 +302,7 @@ class Unrecorded:
 @pytest.mark.parametrize("training", ["hard", "soft"])
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_steps_that_could_be_recorded_are_the_same_steps(monkeypatch, pooling, training):
-    monkeypatch.setattr(token_learner, "Replays", Unrecorded)
+    monkeypatch.setattr(learner, "Replays", Unrecorded)
     options = replace(SMALL, pooling=pooling, training=training, max_epochs=12, patience=2,
                       learning_rate=0.01)  # fmt: skip
     tokens, train, validation, y = planted(high=40)
@@ -337,7 +333,7 @@ def test_the_bytes_given_bound_the_models_trained_at_once(monkeypatch, n_fit, si
         seen.append(targets.y.shape[1])
         return train_stack(states, scaling, targets, *args)
 
-    monkeypatch.setattr(token_probes, "train_stack", counted)
+    monkeypatch.setattr(solve, "train_stack", counted)
     states = token_states(tokens, train, "cpu")
     shape, n_bytes = network_shape(6, SMALL), 0
     while n_fit and models_at_once(states, shape, SMALL, 3, n_bytes) < n_fit:
@@ -433,10 +429,10 @@ def test_models_that_read_parts_of_a_batch_learn_what_they_learn_alone(monkeypat
     validation = np.stack([*watched, ~train[8]])
     columns = columns_of(train, y, [*range(9), 3, 8], [0] * 11)
     whole = fit_token_probes(tokens, train, validation, columns, options)
-    monkeypatch.setitem(token_reading.PART_VALUES, "cpu", 1)
-    monkeypatch.setattr(token_reading, "MIN_GAP", 10)
-    monkeypatch.setattr(token_reading, "PRODUCTS_OF_A_PASS", 0)
-    readers = token_reading.Readers(columns.weight > 0, tokens.lengths, 48, "cpu")
+    monkeypatch.setitem(ragged.PART_VALUES, "cpu", 1)
+    monkeypatch.setattr(ragged, "MIN_GAP", 10)
+    monkeypatch.setattr(ragged, "PRODUCTS_OF_A_PASS", 0)
+    readers = ragged.Readers(columns.weight > 0, tokens.lengths, 48, "cpu")
     sentences = readers.order(np.arange(96))
     parts = readers.parts(sentences, tokens.lengths)
     assert max(len(part.ranges) for part in parts) > 1
@@ -451,13 +447,13 @@ def test_watched_sentences_are_grouped_by_the_models_that_they_count_for():
     rng = np.random.default_rng(0)
     lengths = rng.integers(5, 400, 60)
     for watched in (np.kron(np.eye(6), np.ones((10, 2))), rng.random((60, 12)) < 0.1):
-        found = token_reading.watchers(watched, lengths, 2**20)
+        found = ragged.validation_groups(watched, lengths, 2**20)
         rows = np.concatenate([each.sentences for each in found])
         assert sorted(rows) == np.flatnonzero(watched.any(axis=1)).tolist()
         for each in found:
             rest = np.delete(watched[each.sentences], each.models, axis=1)
             assert not rest.any()
-    found = token_reading.watchers(np.kron(np.eye(6), np.ones((10, 2))), lengths, 2**20)
+    found = ragged.validation_groups(np.kron(np.eye(6), np.ones((10, 2))), lengths, 2**20)
     assert [len(each.models) for each in found] == [2] * 6
 
 
@@ -479,7 +475,7 @@ def test_held_out_tokens_and_targets_change_nothing():
     test = ~(train[0] | validation[0])
     values = tokens.values.clone()
     values[np.repeat(test, tokens.lengths)] += 7.0
-    changed = Columns(columns.fold, np.where(test[:, None], 1 - columns.y, columns.y),
+    changed = FitRequest(columns.fold, np.where(test[:, None], 1 - columns.y, columns.y),
                       columns.weight, columns.seed)  # fmt: skip
     moved = RaggedTokens(values, tokens.offsets)
     after = fit_token_probes(moved, train, validation, changed, SMALL)
@@ -705,7 +701,7 @@ def test_settings_out_of_range_are_named_together():
 def test_arguments_that_do_not_fit_are_refused():
     tokens, train, validation, y = planted(n=12)
     columns = columns_of(train, y, [0, 1], [0, 0])
-    bad = Columns(columns.fold, columns.y * 2, columns.weight, None)
+    bad = FitRequest(columns.fold, columns.y * 2, columns.weight, None)
     with pytest.raises(DataError, match=r"no seed.*not 0 or 1"):
         fit_token_probes(tokens, train, validation, bad, SMALL)
     with pytest.raises(DataError, match="hold training sentences"):
@@ -747,12 +743,12 @@ def test_steps_of_an_epoch_are_those_of_a_model_alone_or_a_quarter_more():
     learnt = np.arange(1, 20_000, 7)
     for batch_size in (1, 32):
         exact = -(-learnt // batch_size)
-        found = np.array([token_reading.n_batches(int(n), batch_size) for n in learnt])
+        found = np.array([ragged.n_batches(int(n), batch_size) for n in learnt])
         assert (found[exact <= 8] == exact[exact <= 8]).all()
         assert (found >= exact).all()
         assert (found <= exact * 5 / 4 + 1).all()
     # Folds of nearly equal size, as leaving one problem out makes them, share a stack.
-    assert len({token_reading.n_batches(n, 32) for n in range(2100, 2550)}) == 1
+    assert len({ragged.n_batches(n, 32) for n in range(2100, 2550)}) == 1
 
 
 def test_folds_of_other_sizes_are_trained_as_they_are_alone():

@@ -14,7 +14,7 @@ from taprobe_core.errors import (
     MissingArtifactError,
 )
 from taprobe_core.store import ArtifactKey, LocalBackend, Store, fingerprint, write_json
-from taprobe_core.store import artifacts as draft_module
+from taprobe_core.store import artifacts as artifacts_module
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_prune_does_not_trust_the_clock(store: Store, monkeypatch: pytest.Monkey
             cls.year_now -= 1
             return datetime(cls.year_now, 1, 1, tzinfo=UTC)
 
-    monkeypatch.setattr(draft_module, "datetime", Backwards)
+    monkeypatch.setattr(artifacts_module, "datetime", Backwards)
     keys = [put(store, "labels", version) for version in range(4)]
     times = [store.open(key).manifest.created_at for key in keys]
     assert times == sorted(times, reverse=True)

@@ -19,12 +19,10 @@ from taprobe_core.store import (
     ArtifactKey,
     Store,
     fingerprint,
+    reader,
     write_json,
     write_table,
     write_tensors,
-)
-from taprobe_core.store import (
-    reader as told,
 )
 
 KEY = ArtifactKey("labels", ("m", "s"), fingerprint("labels", "1", {}, []))
@@ -158,8 +156,8 @@ def test_a_long_walk_says_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="taprobe_core")
-    assert list(told.told(range(3), "artifacts hashed")) == [0, 1, 2]
+    assert list(reader.reported(range(3), "artifacts hashed")) == [0, 1, 2]
     assert caplog.text == ""
-    monkeypatch.setattr(told, "SECONDS_BETWEEN_LINES", 0.0)
-    assert list(told.told(range(3), "artifacts hashed")) == [0, 1, 2]
+    monkeypatch.setattr(reader, "SECONDS_BETWEEN_LINES", 0.0)
+    assert list(reader.reported(range(3), "artifacts hashed")) == [0, 1, 2]
     assert "2 artifacts hashed so far" in caplog.text

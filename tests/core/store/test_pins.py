@@ -21,7 +21,7 @@ from taprobe_core.errors import (
     ModelError,
 )
 from taprobe_core.store import PinnedSource, Pins, disk, pins
-from taprobe_core.store import pin_file as pin_reading
+from taprobe_core.store import pin_file as pin_file_module
 from taprobe_core.store.local import seal_folder, sealed_files
 from taprobe_core.store.pin_file import ABSENT, NO_FILE, UNREADABLE
 
@@ -63,7 +63,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         read.append(path.name)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    monkeypatch.setattr(pin_reading, "file_sha256", counted)
+    monkeypatch.setattr(pin_file_module, "file_sha256", counted)
     return read
 
 
@@ -242,11 +242,11 @@ def test_what_cannot_be_read_is_never_pinned_and_never_passes_for_the_file(
 
     ledger = Pins(tmp_path / "pins")
     with monkeypatch.context() as patch:
-        patch.setattr(pin_reading, "file_sha256", broken)
+        patch.setattr(pin_file_module, "file_sha256", broken)
         assert ledger.check(source(place), files(place, "a")) == {"a": UNREADABLE}
     assert ledger.check(source(place), files(place, "a")) == {"a": sha256("text of a")}
     os.utime(place / "a")
-    monkeypatch.setattr(pin_reading, "file_sha256", broken)
+    monkeypatch.setattr(pin_file_module, "file_sha256", broken)
     with pytest.raises(DataError, match=r"a: expected sha256 .* found unreadable"):
         ledger.check(source(place), files(place, "a"))
 

@@ -100,13 +100,18 @@ def test_skills_under_weights_are_those_of_repeated_problems(
         {
             "config_id": f"c{i}",
             "problem_id": j,
-            "excess": value[i, j] if is_defined[i, j] else None,
-            "room": 1.0 + j if is_defined[i, j] else None,
+            "value_above_chance": value[i, j] if is_defined[i, j] else None,
+            "ceiling_above_chance": 1.0 + j if is_defined[i, j] else None,
         }
         for i in range(4)
         for j in range(5)
     ]
-    schema = {"config_id": pl.String, "problem_id": pl.Int64, "excess": float, "room": float}
+    schema = {
+        "config_id": pl.String,
+        "problem_id": pl.Int64,
+        "value_above_chance": float,
+        "ceiling_above_chance": float,
+    }
     found = skill_matrix(pl.DataFrame(rows, schema).sample(fraction=1, shuffle=True, seed=1))
     got = found.skill(weights)
     for draw in range(3):
@@ -120,8 +125,8 @@ def test_skills_under_weights_are_those_of_repeated_problems(
             if not drawn:
                 assert np.isnan(got[draw, i])
             else:
-                excess, room = np.array(drawn).T
-                assert got[draw, i] == pytest.approx(excess.mean() / room.mean(), abs=1e-12)
+                above, ceiling = np.array(drawn).T
+                assert got[draw, i] == pytest.approx(above.mean() / ceiling.mean(), abs=1e-12)
 
 
 @given(hnp.arrays(np.float64, (2, 7), elements=st.integers(-3, 3).map(float)))
