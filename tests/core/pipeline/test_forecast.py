@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,10 @@ settings: [one]
 
 
 @pytest.fixture(scope="module")
-def plan(built: Any) -> Plan:
-    return open_plan(built.study, built.data)
+def plan(built: Any, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """On a copy: other models of the study have a world of their own, which a plan writes."""
+    data = shutil.copytree(built.data, tmp_path_factory.mktemp("forecast") / "data")
+    return open_plan(built.study, Path(data))
 
 
 def changed(study: Study, **rollouts: Any) -> Study:
