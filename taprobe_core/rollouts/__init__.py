@@ -1,8 +1,8 @@
 """Rollouts: from a source of dataset files to checked tables.
 
-`sources` finds files, in a folder or on a hub; `fields` and `parse` read one problem, `solutions`
-its resampled rollouts; `read` makes the tables of one model and setting and hashes what they were
-made from. What the published measures mean as labels belongs in `labels`.
+`sources` finds files in a folder, `hub` on a hub; `fields` and `parse` read one problem,
+`solutions` its resampled rollouts; `read` makes the tables of one model and setting and hashes what
+they were made from. What the published measures mean as labels belongs in `labels`.
 """
 
 from taprobe_core.rollouts.parse import ProblemRecord, parse_problem
@@ -11,6 +11,7 @@ from taprobe_core.rollouts.read import (
     choose_problems,
     content_digest,
     listed_problems,
+    open_source,
     problem_listing,
     read_rollouts,
     source_files,
@@ -20,7 +21,6 @@ from taprobe_core.rollouts.sources import (
     FolderRollouts,
     RolloutSource,
     max_rollouts,
-    open_source,
 )
 
 __all__ = [

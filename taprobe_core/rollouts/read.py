@@ -21,16 +21,62 @@ import pandera.polars as pa
 import polars as pl
 
 from taprobe_core import tables
-from taprobe_core.errors import DataError, NotEnoughDataError, SchemaError, SourceUnavailableError
+from taprobe_core.errors import (
+    ConfigError,
+    DataError,
+    NotEnoughDataError,
+    SchemaError,
+    SourceUnavailableError,
+)
 from taprobe_core.rollouts.parse import SHARES, ProblemRecord, parse_problem
-from taprobe_core.rollouts.sources import FILE_NAMES, RolloutSource, problem_path
+from taprobe_core.rollouts.sources import (
+    FILE_NAMES,
+    FolderRollouts,
+    RolloutSource,
+    problem_path,
+)
 from taprobe_core.store import UNPINNED, PinnedSource
-from taprobe_core.study.config import Model, Rollouts
+from taprobe_core.study.config import (
+    DemoSource,
+    HubSource,
+    Model,
+    PolicySource,
+    Rollouts,
+    resolve_folder,
+)
 
 _THREADS = 8
 
 HashFiles = Callable[[Mapping[str, Path | None], Mapping[str, Sequence[str]]], Mapping[str, str]]
 """Takes files, and folders' listings, by name inside a source; see `store.pins.Pins.check`."""
+
+
+def open_source(rollouts: Rollouts, demo_folder: Path | None = None) -> RolloutSource:
+    """Open the source that a study names; nothing is fetched yet.
+
+    Args:
+        rollouts: the study's `rollouts`.
+        demo_folder: the demo world's rollouts; needed when the source is the demo.
+
+    Raises:
+        ConfigError: the source is the demo and there is no demo folder.
+    """
+    source = rollouts.source
+    if isinstance(source, HubSource):
+        # Deferred: a mirror or the demo should not pay for the hub client's import.
+        from taprobe_core.rollouts.hub import HubRollouts
+
+        return HubRollouts(source.repo, source.revision)
+    if isinstance(source, DemoSource | PolicySource):
+        if demo_folder is None:
+            raise ConfigError(
+                "the demo world has not been written",
+                "rollouts.source.kind",
+                "write it with `ensure_demo_world` and pass its folder",
+            )
+        stated = source.model_dump(mode="json")
+        return FolderRollouts(demo_folder, {key: str(value) for key, value in stated.items()})
+    return FolderRollouts(resolve_folder(source.folder))
 
 
 def only_hash(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taprobe_core.deferral.thresholds import Objective, candidates, choose, decide, pair_grid
+from taprobe_core.deferral.plans import Objective, candidates, choose, decide, pair_grid
 
 scored = st.lists(
     st.tuples(st.sampled_from([-3.0, 0.0, 0.1, 0.10000001, 0.5, 0.7, 1.0, 40.0]), st.booleans()),

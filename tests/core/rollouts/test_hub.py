@@ -24,7 +24,7 @@ from huggingface_hub import constants
 
 from taprobe_core.errors import ConfigError, DataError, SourceUnavailableError
 from taprobe_core.rollouts import content_digest, open_source, read_rollouts
-from taprobe_core.rollouts.sources import HubRollouts
+from taprobe_core.rollouts.hub import HubRollouts
 from taprobe_core.study.config import HubSource, Model, Rollouts, StandInCheckpoint
 
 REPO, SHA = "owner/rollouts", "c0ffee" + "0" * 34

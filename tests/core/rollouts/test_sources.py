@@ -6,7 +6,7 @@ import pytest
 
 from taprobe_core.errors import ConfigError, DataError
 from taprobe_core.rollouts import FolderRollouts, max_rollouts, open_source
-from taprobe_core.rollouts.sources import HubRollouts
+from taprobe_core.rollouts.hub import HubRollouts
 from taprobe_core.study.config import (
     DemoSource,
     HubSource,
