@@ -61,11 +61,9 @@ from taprobe_core.tables.sweep import (
     SWEEP_DELTAS,
     SWEEP_LEADERBOARD,
     SWEEP_RECIPES,
-    SWEEP_RESULTS,
     SWEEP_SHORTLIST,
     SWEEP_STABILITY,
     SWEEP_STAGES,
-    SWEEP_STATUS,
 )
 
 __all__ = [
@@ -110,11 +108,9 @@ __all__ = [
     "SWEEP_DELTAS",
     "SWEEP_LEADERBOARD",
     "SWEEP_RECIPES",
-    "SWEEP_RESULTS",
     "SWEEP_SHORTLIST",
     "SWEEP_STABILITY",
     "SWEEP_STAGES",
-    "SWEEP_STATUS",
     "TEXTS",
     "VERTICAL_SCORES",
     "check_table",
