@@ -180,7 +180,7 @@ def _evaluate(
             wanted = {name: wanted_fits(plan.study, swept[name]) for name in (*baselines, *own)}
             measured, judged = _measure(plan, site, setting, wanted, baselines)
             units.append(measured.filter(pl.col("recipe").is_in(own)))
-            contrasts.append(judged.filter(pl.col("recipe").is_in(own)))
+            contrasts.append(judged.filter(~pl.col("recipe").is_in(baselines)))
     by_unit = pl.concat([each.select(units[0].columns) for each in units])
     order = ["recipe", "protocol", "fold", "split", "seed", "problem_id"]
     return {"problem_metrics": by_unit.sort(order), "contrasts": pl.concat(contrasts)}
