@@ -4,13 +4,16 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test ui check schema architectures clean
+.PHONY: demo test test-slow ui check schema architectures clean
 
 demo: $(READY)  ## materialize the embedded demo through Dagster; print leaderboard and report path
 	$(BIN)/taprobe demo
 
 test: $(READY)  ## run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+test-slow: $(READY)  ## run the tests that take a minute or more each
+	$(BIN)/pytest -n 2 --dist worksteal -m slow
 
 ui: $(READY)  ## open the Dagster UI of the demo on the loopback address
 	$(BIN)/taprobe ui
