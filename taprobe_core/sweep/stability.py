@@ -31,8 +31,8 @@ from taprobe_core.sweep.values import (
     skill_matrix,
     winner,
 )
-from taprobe_core.tables.contract import check_table
-from taprobe_core.tables.results import PROTOCOLS, schema_of
+from taprobe_core.tables.contract import check_table, schema_of
+from taprobe_core.tables.results import PROTOCOLS
 from taprobe_core.tables.sweep import SWEEP_STABILITY
 
 _GROUP = ["stage", "target"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 HEAVY = {"torch", "transformers", "sklearn", "scipy", "matplotlib", "triton"}
-TABLES = {"polars", "pandera"}
+TABLES = {"polars"}
 
 START = """
 import atexit, json, sys

@@ -28,8 +28,7 @@ from taprobe_core.sweep import (
     sweep_space,
 )
 from taprobe_core.sweep.values import problem_values, recipe_values
-from taprobe_core.tables.contract import check_table
-from taprobe_core.tables.results import schema_of
+from taprobe_core.tables.contract import check_table, schema_of
 from taprobe_core.tables.sweep import SWEEP_LEADERBOARD, SWEEP_RESULTS
 
 PLACE = ["model", "layer", "setting"]

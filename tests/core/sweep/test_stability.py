@@ -17,7 +17,7 @@ from scipy import stats
 from taprobe_core.sweep import sweep_choices, sweep_leaderboard, sweep_stability
 from taprobe_core.sweep.recipes import Configuration
 from taprobe_core.sweep.values import rank_correlation, skill_matrix, winner
-from taprobe_core.tables.results import schema_of
+from taprobe_core.tables.contract import schema_of
 from taprobe_core.tables.sweep import SWEEP_CONFIGURATIONS, SWEEP_RECIPES, SWEEP_RESULTS
 
 Level = Callable[[Configuration, str, int, int], float | None]
