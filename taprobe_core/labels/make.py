@@ -143,8 +143,6 @@ def anchors(
 
     Args:
         importance_abs: [sentence] of one problem in sentence order, finite, >= 0.
-        percentile: in (0, 100).
-        tie_rule: `rank` or `legacy`.
 
     Returns:
         bool [sentence].
