@@ -60,11 +60,9 @@ from taprobe_core.tables.sweep import (
     SWEEP_DELTAS,
     SWEEP_LEADERBOARD,
     SWEEP_RECIPES,
-    SWEEP_RESULTS,
     SWEEP_SHORTLIST,
     SWEEP_STABILITY,
     SWEEP_STAGES,
-    SWEEP_STATUS,
 )
 
 __all__ = [
@@ -109,11 +107,9 @@ __all__ = [
     "SWEEP_DELTAS",
     "SWEEP_LEADERBOARD",
     "SWEEP_RECIPES",
-    "SWEEP_RESULTS",
     "SWEEP_SHORTLIST",
     "SWEEP_STABILITY",
     "SWEEP_STAGES",
-    "SWEEP_STATUS",
     "TEXTS",
     "VERTICAL_SCORES",
     "Contract",

@@ -74,63 +74,16 @@ SWEEP_RECIPES = Contract(
         **_PLACE,
         "kind": column(pl.String),
         "role": column(pl.Enum(SWEEP_ROLES)),
+        "target": column(pl.String),
         "residualize": column(pl.String),
         "recipe": column(pl.String),
-        "reads_site": column(pl.Boolean),
-        "is_stochastic": column(pl.Boolean),
     },
     ordered=True,
     unique=["config_id", "recipe"],
     name="sweep_recipes",
 )
 """One row per configuration and recipe that it asks for; `recipe` is the name of the fit, equal for
-equal content. What does not read the site is fitted once for all layers."""
-
-SWEEP_RESULTS = Contract(
-    {
-        **_PLACE,
-        "recipe": column(pl.String),
-        "protocol": column(pl.Enum(PROTOCOLS)),
-        "fold": column(pl.Int32, at_least(0)),
-        "split": column(pl.Enum(("val", "test"))),
-        "seed": column(pl.Int64, at_least(0)),
-        "problem_id": column(pl.Int64, at_least(0)),
-        "metric": column(pl.String),
-        "value": _NUMBER,
-        "ceiling": _NUMBER,
-        "n_sentences": column(pl.Int64, at_least(1)),
-        "n_positives": _N,
-    },
-    ordered=True,
-    unique=[
-        "model",
-        "layer",
-        "setting",
-        "recipe",
-        "protocol",
-        "fold",
-        "split",
-        "seed",
-        "problem_id",
-    ],
-    name="sweep_results",
-)
-"""One row per recipe, fold, seed and problem: the recipe's primary metric, one per recipe. A recipe
-stands here once for each site, not once for each configuration. `ceiling` is what labelling again
-would reach; null stands for 1. A recipe that does not depend on the seed may have one seed."""
-
-SWEEP_STATUS = Contract(
-    {
-        **_ID,
-        "status": column(pl.Enum(SWEEP_STATUS_NAMES)),
-        "n_fits": _N,
-        "n_present": _N,
-    },
-    ordered=True,
-    unique=["config_id"],
-    name="sweep_status",
-)
-"""One row per configuration: how many of its fits are there, read off what is there."""
+equal content."""
 
 SWEEP_LEADERBOARD = Contract(
     {
@@ -242,7 +195,8 @@ SWEEP_STABILITY = Contract(
 )
 """One row per stage, target and source of change: Spearman's correlation between two rankings of
 the same configurations (mean, least and greatest over `n_comparisons`), and how often they have
-different winners. `mean_sd` is the mean over configurations of the standard deviation of skill."""
+different winners. `n_winners` counts the distinct best ones; `mean_sd` is the mean over
+configurations of the standard deviation of skill over seeds or resamples."""
 
 SWEEP_CHOICES = Contract(
     {
