@@ -56,7 +56,7 @@ _METRIC = f"(primary|{_OF_TARGET})"
 
 def _each(pattern: str, dtype: Any, *rules: Rule) -> dict[str, Column]:
     """The columns whose whole name is a pattern, any number of them, null where not defined."""
-    return {pattern: Column(dtype, rules, nullable=True, is_pattern=True)}
+    return {f"^{pattern}$": Column(dtype, rules, nullable=True, is_pattern=True)}
 
 
 METRICS = Contract(
