@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import pandera.polars as pa
 import polars as pl
 
 from taprobe_core.evaluation.contrasts import paired_deltas
@@ -35,8 +34,8 @@ from taprobe_core.study.sweep import RankBy
 from taprobe_core.study.targets import target_settings
 from taprobe_core.sweep.recipes import FACTORS, Configuration
 from taprobe_core.sweep.space import SweepSpace, duplicates, uses_of
-from taprobe_core.tables.contract import check_table
-from taprobe_core.tables.results import PROTOCOLS, schema_of
+from taprobe_core.tables.contract import Contract, check_table, schema_of
+from taprobe_core.tables.results import PROTOCOLS
 from taprobe_core.tables.sweep import (
     SWEEP_CONFIGURATIONS,
     SWEEP_DELTAS,
@@ -85,7 +84,7 @@ def recipe_table(space: SweepSpace, configurations: Sequence[Configuration]) -> 
     return _checked(rows, SWEEP_RECIPES)
 
 
-def _checked(rows: list[dict[str, Any]], contract: pa.DataFrameSchema) -> pl.DataFrame:
+def _checked(rows: list[dict[str, Any]], contract: Contract) -> pl.DataFrame:
     return check_table(
         pl.DataFrame(rows, schema_of(contract)), contract, "the expansion of a sweep"
     )

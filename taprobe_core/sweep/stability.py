@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from taprobe_core.metrics import spearman
 from taprobe_core.store.fingerprint import canonical_json
 from taprobe_core.sweep.boards import FIT, PLACE, measured
-from taprobe_core.tables.contract import check_table
-from taprobe_core.tables.results import PROTOCOLS, schema_of
+from taprobe_core.tables.contract import check_table, schema_of
+from taprobe_core.tables.results import PROTOCOLS
 from taprobe_core.tables.sweep import SWEEP_STABILITY
 
 Doubles = NDArray[np.float64]

@@ -20,7 +20,7 @@ from taprobe_core.tables.attention import (
     RECEIVER_SCORES,
     VERTICAL_SCORES,
 )
-from taprobe_core.tables.contract import check_table
+from taprobe_core.tables.contract import Contract, check_table, schema_of
 from taprobe_core.tables.dataset import (
     LABEL_STATUS,
     LABELS,
@@ -53,7 +53,6 @@ from taprobe_core.tables.results import (
     SCORES,
     SELECTIVITY,
     SPLITS,
-    schema_of,
 )
 from taprobe_core.tables.sweep import (
     SWEEP_CHOICES,
@@ -113,6 +112,7 @@ __all__ = [
     "SWEEP_STAGES",
     "TEXTS",
     "VERTICAL_SCORES",
+    "Contract",
     "check_table",
     "schema_of",
 ]

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from math import inf
 
-import pandera.polars as pa
 import polars as pl
 
 from taprobe_core.study.targets import target_settings
-from taprobe_core.tables.contract import FINITE, at_least, column, within
+from taprobe_core.tables.contract import FINITE, Contract, at_least, column, within
 from taprobe_core.tables.results import PROTOCOLS
 
 SWEEP_STAGES = ("stage1", "stage2", "stage3")
@@ -53,7 +52,7 @@ _NUMBER = column(pl.Float64, FINITE, nullable=True)
 _P = column(pl.Float64, within(0, 1), nullable=True)
 _N = column(pl.Int64, at_least(0))
 
-SWEEP_CONFIGURATIONS = pa.DataFrameSchema(
+SWEEP_CONFIGURATIONS = Contract(
     {
         **_ID,
         **_FACTORS,
@@ -62,7 +61,6 @@ SWEEP_CONFIGURATIONS = pa.DataFrameSchema(
         "factors": column(pl.String),
         "duplicate_of": column(pl.String, nullable=True),
     },
-    strict=True,
     ordered=True,
     unique=["config_id"],
     name="sweep_configurations",
@@ -70,7 +68,7 @@ SWEEP_CONFIGURATIONS = pa.DataFrameSchema(
 """One row per configuration, in the order of expansion; `factors` is the canonical JSON that the id
 is a hash of. `duplicate_of` is an earlier one of the stage that is judged by the same fits."""
 
-SWEEP_RECIPES = pa.DataFrameSchema(
+SWEEP_RECIPES = Contract(
     {
         **_ID,
         **_PLACE,
@@ -80,7 +78,6 @@ SWEEP_RECIPES = pa.DataFrameSchema(
         "residualize": column(pl.String),
         "recipe": column(pl.String),
     },
-    strict=True,
     ordered=True,
     unique=["config_id", "recipe"],
     name="sweep_recipes",
@@ -88,7 +85,7 @@ SWEEP_RECIPES = pa.DataFrameSchema(
 """One row per configuration and recipe that it asks for; `recipe` is the name of the fit, equal for
 equal content."""
 
-SWEEP_LEADERBOARD = pa.DataFrameSchema(
+SWEEP_LEADERBOARD = Contract(
     {
         "stage": _ID["stage"],
         "target": column(pl.String),
@@ -116,7 +113,6 @@ SWEEP_LEADERBOARD = pa.DataFrameSchema(
         "factors": column(pl.String),
         "duplicate_of": column(pl.String, nullable=True),
     },
-    strict=True,
     ordered=True,
     unique=["config_id"],
     name="sweep_leaderboard",
@@ -125,7 +121,7 @@ SWEEP_LEADERBOARD = pa.DataFrameSchema(
 what is missing, undefined or a duplicate, and these stand last. `kind` is the one of `n_kinds`
 candidates that validation prefers; `n_tried` counts the configurations that have a rank."""
 
-SWEEP_SHORTLIST = pa.DataFrameSchema(
+SWEEP_SHORTLIST = Contract(
     {
         "rank": column(pl.Int64, at_least(1)),
         **_ID,
@@ -140,7 +136,6 @@ SWEEP_SHORTLIST = pa.DataFrameSchema(
         "factors": column(pl.String),
         "reason": column(pl.String),
     },
-    strict=True,
     ordered=True,
     unique=["config_id"],
     name="sweep_shortlist",
@@ -148,7 +143,7 @@ SWEEP_SHORTLIST = pa.DataFrameSchema(
 """One row per configuration that goes on, in order. `n_tried` had a rank for the target, and
 `n_missing` were not there to be ranked."""
 
-SWEEP_DELTAS = pa.DataFrameSchema(
+SWEEP_DELTAS = Contract(
     {
         **_ID,
         "target": column(pl.String),
@@ -171,7 +166,6 @@ SWEEP_DELTAS = pa.DataFrameSchema(
         "p_holm": _P,
         "q_bh": _P,
     },
-    strict=True,
     ordered=True,
     unique=["config_id", "recipe", "baseline"],
     name="sweep_deltas",
@@ -180,7 +174,7 @@ SWEEP_DELTAS = pa.DataFrameSchema(
 A fit to residuals is compared with `chance` too: position may say nothing of what position left.
 The `n_tests` distinct comparisons of a stage are one family."""
 
-SWEEP_STABILITY = pa.DataFrameSchema(
+SWEEP_STABILITY = Contract(
     {
         "stage": _ID["stage"],
         "target": column(pl.String),
@@ -195,7 +189,6 @@ SWEEP_STABILITY = pa.DataFrameSchema(
         "n_winners": column(pl.Int64, at_least(1), nullable=True),
         "mean_sd": _NUMBER,
     },
-    strict=True,
     ordered=True,
     unique=["stage", "target", "source"],
     name="sweep_stability",
@@ -205,7 +198,7 @@ the same configurations (mean, least and greatest over `n_comparisons`), and how
 different winners. `n_winners` counts the distinct best ones; `mean_sd` is the mean over
 configurations of the standard deviation of skill over seeds or resamples."""
 
-SWEEP_CHOICES = pa.DataFrameSchema(
+SWEEP_CHOICES = Contract(
     {
         "stage": _ID["stage"],
         "target": column(pl.String),
@@ -219,7 +212,6 @@ SWEEP_CHOICES = pa.DataFrameSchema(
         "best_skill": _NUMBER,
         "n_problems": _N,
     },
-    strict=True,
     ordered=True,
     unique=["stage", "target", "setting"],
     name="sweep_choices",

@@ -51,6 +51,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.slow
 def test_a_fresh_event_log_adopts_the_store_and_flipped_bytes_are_mended_alone(
     built: Any, taprobe: Command, copied: Path
 ) -> None:

@@ -135,6 +135,7 @@ def extract_killed(forks: Forks, data: Path, delays: list[float]) -> list[list[s
         delays.pop(0)
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_killed_at_ten_random_times_it_resumes_and_redoes_at_most_one_problem(
     forks: Forks, tmp_path: Path

@@ -28,7 +28,8 @@ from taprobe_core.sweep.boards import (
 )
 from taprobe_core.sweep.shortlist import shortlist
 from taprobe_core.sweep.space import SweepSpace, sweep_space
-from taprobe_core.tables.results import CONTRASTS, PROTOCOLS, schema_of
+from taprobe_core.tables.contract import schema_of
+from taprobe_core.tables.results import CONTRASTS, PROTOCOLS
 from taprobe_core.tables.sweep import SWEEP_LEADERBOARD
 
 UNITS = {

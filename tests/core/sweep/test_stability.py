@@ -18,7 +18,7 @@ from taprobe_core.sweep.boards import sweep_leaderboard
 from taprobe_core.sweep.recipes import Configuration
 from taprobe_core.sweep.shortlist import sweep_choices
 from taprobe_core.sweep.stability import rank_correlation, skill_matrix, sweep_stability, winner
-from taprobe_core.tables.results import schema_of
+from taprobe_core.tables.contract import schema_of
 from taprobe_core.tables.sweep import SWEEP_CONFIGURATIONS, SWEEP_RECIPES
 
 UNITS = dict.fromkeys(("model", "setting", "recipe", "protocol", "split"), pl.String)
