@@ -61,6 +61,9 @@ _MEASURING_SECONDS = 0.3
 _SECONDS_BETWEEN_LINES = 5
 
 
+FILES = {"activation_shards": ACTIVATIONS_FILE, "attention_shards": ATTENTION_FILE}
+"""Kind of artifact -> its one file."""
+
 Held = dict[int, dict[str, ArtifactKey]]
 """Problem -> name of a tensor of its text -> the artifact that holds it."""
 
@@ -185,7 +188,8 @@ def _held(plan: Plan, kind: str, model: str, setting: str, texts: pl.DataFrame) 
         found: dict[str, ArtifactKey] = {}
         newest: ArtifactKey | None = None
         for artifact in plan.store.versions(kind, text_partition(model, setting, problem_id)):
-            names = artifact.manifest.config.get("tensors", ())
+            is_text = FILES[kind] in artifact.manifest.files
+            names = list(artifact.tensors(FILES[kind])) if is_text else []
             if artifact.key == plan.shard(kind, model, setting, problem_id, input_sha256, names):
                 newest = artifact.key
                 found = dict.fromkeys(names, newest) | found
@@ -308,10 +312,8 @@ def _commit(
                     "%s %s problem %d, layer %d, %s: %.3g does not fit %s, stored as float32",
                     *(model, setting, item.problem_id, layer, pooling, max(-low, high), storage),
                 )
-    for kind, file, shards in (
-        ("activation_shards", ACTIVATIONS_FILE, item.shards),
-        ("attention_shards", ATTENTION_FILE, item.attention),
-    ):
+    made = {"activation_shards": item.shards, "attention_shards": item.attention}
+    for kind, shards in made.items():
         if not shards:
             continue
         there = held[kind][item.problem_id]
@@ -322,7 +324,7 @@ def _commit(
         (input_sha256,) = {shard.input_sha256 for shard in shards.values()}
         plan.commit(
             plan.shard(kind, model, setting, item.problem_id, input_sha256, list(tensors)),
-            partial(write_text, file=file, tensors=tensors),
+            partial(write_text, file=FILES[kind], tensors=tensors),
             about,
             estimate_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         )

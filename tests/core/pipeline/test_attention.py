@@ -250,7 +250,6 @@ def doctored(plan: Plan, problem_id: int, change: Callable[[torch.Tensor], torch
         artifact.key,
         lambda folder: write_tensors(folder / "attention.safetensors", tensors),
         provenance={},
-        config=artifact.manifest.config,
     )
 
 

@@ -283,6 +283,36 @@ def test_one_text_that_fails_at_one_layer_costs_that_layer_of_it(
     assert before.items() < after.items()
 
 
+@pytest.mark.parametrize("n_threads", [0, 2])
+def test_a_text_that_cannot_be_committed_costs_itself(
+    own: Plan, monkeypatch: pytest.MonkeyPatch, n_threads: int
+) -> None:
+    plan = without(own, "activation_shards", "activations")
+    problem_id = plan.read("spans", ("tiny", CORRECT), "texts")["problem_id"][2]
+    cells = [("tiny@L00", CORRECT), ("tiny@L01", CORRECT)]
+    write, each_ahead = extract.write_text, extract.each_ahead
+
+    def refusing(folder: Path, *arguments: Any, **named: Any) -> None:
+        if folder.parent.name == f"problem_{problem_id}":
+            raise DataError("this one", folder.parent.name, "mend it")
+        write(folder, *arguments, **named)
+
+    with monkeypatch.context() as poisoned:
+        poisoned.setattr(extract, "write_text", refusing)
+        poisoned.setattr(
+            extract, "each_ahead", lambda work, items, _: each_ahead(work, items, n_threads)
+        )
+        run = Run(plan, "activations", cells)
+    assert run.made == {}
+    assert [fault.part for each in run.told for fault in each.faults] == [
+        f"problem {problem_id}"
+    ] * 2
+    assert len(list(plan.store.keys("activation_shards"))) == 5
+    mended = Run(again(plan), "activations", cells)
+    assert (mended.error, mended.made) == (None, dict.fromkeys(cells, False))
+    assert len(list(plan.store.keys("activation_shards"))) == 6
+
+
 def test_a_model_whose_texts_all_fail_is_given_up(
     own: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -351,7 +351,7 @@ def test_the_numbers_shown_are_those_of_the_tables(plan: Plan) -> None:
     assert describe(plan, "spans", cell).metrics["n_tokens"] == texts["token_ids"].list.len().sum()
     shown = describe(plan, "activations", (str(SITE), CORRECT))
     assert shown.n_rows == sentences.height
-    assert (shown.metrics["n_shards"], shown.metrics["d_model"]) == (6, 16)
+    assert (shown.metrics["n_texts"], shown.metrics["d_model"]) == (6, 16)
     scores = read_scores(plan, SITE, Trial(CORRECT, 0))
     assert describe(plan, "probe_fits", (str(SITE), f"{CORRECT}@s00")).metrics == {
         "n_recipes": 3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_another_pooling_stores_itself_alone_and_leaves_what_there_is(own: Plan)
     assert all(np.array_equal(again[each], means[each]) for each in before)
     # The first study still stands, and fewer poolings need nothing new.
     assert list(missing_cells(own, "activations", cells_of(own.study, "activations"))) == []
-    fewer = with_poolings(own, "last")
+    fewer = with_poolings(own, "mean", "last")
     n_artifacts = len(list(own.store.keys("activation_shards")))
     run(fewer)
     assert len(list(own.store.keys("activation_shards"))) == n_artifacts
@@ -108,10 +109,12 @@ def test_what_is_kept_of_a_pooling_does_not_depend_on_the_others(
         return real(ranges, storage) and len(n_asked) % 2 == 0
 
     monkeypatch.setattr(passes, "fits", fits)
-    both = with_poolings(own, "max", "boundary")
-    run(both, FIRST)
-    index = both.read("activations", (str(FIRST), CORRECT), "shards")
-    assert index["dtype"].to_list() == ["float32", "float16"] * len(problems(own))
+    more = with_poolings(own, "mean", "max", "boundary")
+    run(more, FIRST)
+    index = more.read("activations", (str(FIRST), CORRECT), "shards").filter(pooling="max")
+    assert index["dtype"].to_list() == ["float32"] * len(problems(own))
+    index = more.read("activations", (str(FIRST), CORRECT), "shards").filter(pooling="boundary")
+    assert index["dtype"].to_list() == ["float16"] * len(problems(own))
 
 
 def test_a_layer_is_read_and_checked_without_the_rest(built: Any, own: Plan) -> None:
@@ -154,18 +157,31 @@ def test_an_artifact_of_other_inputs_is_not_taken_for_the_text(own: Plan) -> Non
         provenance=artifact.manifest.provenance,
         config=artifact.manifest.config | {"storage": "float32", "tensors": ["L00.max"]},
     )
-    other = with_poolings(own, "max")
+    other = with_poolings(own, "mean", "max")
     run(other, FIRST)
     shards = other.read("activations", (str(FIRST), CORRECT), "shards")
     assert alike.fingerprint not in shards["shard_fingerprint"].to_list()
 
 
 def test_pruning_keeps_every_artifact_that_a_cell_reads(own: Plan) -> None:
-    for poolings in (["last"], ["max"], ["boundary"], ["tokens"]):
-        run(with_poolings(own, *poolings), FIRST)
+    for pooling in ("last", "max", "boundary", "tokens"):
+        run(with_poolings(own, "mean", pooling), FIRST)
     n_artifacts = len(list(own.store.keys("activation_shards")))
     assert n_artifacts == len(list(own.store.keys("spans"))) * len(problems(own)) + 4 * len(
         problems(own)
     )
     assert [key for key in own.store.prune(1) if key.stage == "activation_shards"] == []
     assert all(verdict.is_sound for verdict in own.store.verify())
+
+
+def test_the_lines_of_the_documentation_read_one_layer(own: Plan) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "artifacts.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    problem_id = problems(own)[0]
+    (artifact,) = of_text(own, problem_id)
+    place = "activation_shards/MODEL/SETTING/problem_7/FINGERPRINT"
+    assert place in lines
+    found: dict[str, Any] = {}
+    exec(lines.replace(place, str(artifact.path)).replace("L16.mean", "L01.mean"), found)  # noqa: S102
+    rows = read_activations(own, SECOND, CORRECT)[problem_id]
+    np.testing.assert_array_equal(found["states"].astype(np.float32), rows)
