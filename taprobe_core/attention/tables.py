@@ -54,6 +54,7 @@ from taprobe_core.tables import (
     SPLITS,
     VERTICAL_SCORES,
     check_table,
+    schema_of,
 )
 
 __all__ = ["VERTICAL_TABLES", "receiver_tables", "variant_scores", "vertical_tables"]
@@ -299,7 +300,7 @@ def _reliability(
                 "median_spearman": spearman.median(),
             }
         )
-    schema = {name: column.dtype.type for name, column in RECEIVER_RELIABILITY.columns.items()}
+    schema = schema_of(RECEIVER_RELIABILITY)
     return joined([pl.DataFrame(rows, schema=schema)])
 
 

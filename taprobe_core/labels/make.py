@@ -123,7 +123,7 @@ def unlabelled(sentences: pl.DataFrame, labels: Labels) -> pl.DataFrame:
         }
         for problem_id, indices, n in missing.iter_rows()
     ]
-    types = {name: column.type for name, column in tables.SKIPPED.dtypes.items()}
+    types = tables.schema_of(tables.SKIPPED)
     return tables.check_table(pl.DataFrame(rows, schema=types), tables.SKIPPED, "labels")
 
 

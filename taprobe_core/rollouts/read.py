@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pandera.polars as pa
 import polars as pl
 
 from taprobe_core import tables
@@ -319,9 +318,8 @@ def _in_threads(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _table(rows: list[dict[str, Any]], schema: pa.DataFrameSchema, where: str) -> pl.DataFrame:
-    types = {name: column.type for name, column in schema.dtypes.items()}
-    return tables.check_table(pl.DataFrame(rows, schema=types), schema, where)
+def _table(rows: list[dict[str, Any]], schema: tables.Contract, where: str) -> pl.DataFrame:
+    return tables.check_table(pl.DataFrame(rows, schema=tables.schema_of(schema)), schema, where)
 
 
 def _skipped_row(problem_id: int, error: DataError) -> dict[str, Any]:

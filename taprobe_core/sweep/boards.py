@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import pandera.polars as pa
 import polars as pl
 
 from taprobe_core.evaluation.intervals import Comparison, benjamini_hochberg, compare_values, holm
@@ -32,7 +31,7 @@ from taprobe_core.study.targets import target_settings
 from taprobe_core.sweep.recipes import FACTORS, Configuration
 from taprobe_core.sweep.space import SweepSpace, duplicates, uses_of
 from taprobe_core.sweep.values import PLACE, over_seeds, problem_values, recipe_values
-from taprobe_core.tables.contract import check_table
+from taprobe_core.tables.contract import Contract, check_table
 from taprobe_core.tables.results import PROTOCOLS, schema_of
 from taprobe_core.tables.sweep import (
     SWEEP_CONFIGURATIONS,
@@ -143,7 +142,7 @@ def with_status(frame: pl.DataFrame, wanted: str, present: str) -> pl.DataFrame:
     )
 
 
-def _checked(rows: list[dict[str, Any]], contract: pa.DataFrameSchema) -> pl.DataFrame:
+def _checked(rows: list[dict[str, Any]], contract: Contract) -> pl.DataFrame:
     return check_table(
         pl.DataFrame(rows, schema_of(contract)), contract, "the expansion of a sweep"
     )

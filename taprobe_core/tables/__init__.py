@@ -20,7 +20,7 @@ from taprobe_core.tables.attention import (
     RECEIVER_SCORES,
     VERTICAL_SCORES,
 )
-from taprobe_core.tables.contract import check_table
+from taprobe_core.tables.contract import Contract, check_table
 from taprobe_core.tables.dataset import (
     LABEL_STATUS,
     LABELS,
@@ -117,6 +117,7 @@ __all__ = [
     "SWEEP_STATUS",
     "TEXTS",
     "VERTICAL_SCORES",
+    "Contract",
     "check_table",
     "schema_of",
 ]

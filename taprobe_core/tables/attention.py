@@ -6,44 +6,39 @@ counted within the layer, from 0. A null is a value that the definition leaves o
 
 from __future__ import annotations
 
-import pandera.polars as pa
 import polars as pl
 
-from taprobe_core.tables.contract import FINITE, SENTENCE_KEY, at_least, column, within
+from taprobe_core.tables.contract import FINITE, SENTENCE_KEY, Contract, at_least, column, within
 from taprobe_core.tables.results import PROTOCOLS, SPLITS
 
 _HEAD = column(pl.Int64, at_least(0))
 _SHARE = within(0, 1 + 1e-3)
 """A share is a ratio of float32 sums, which round."""
 
-ATTENTION_SCORES = pa.DataFrameSchema(
+ATTENTION_SCORES = Contract(
     {
         **SENTENCE_KEY,
         "attention_score": column(pl.Float64, at_least(0), FINITE),
     },
-    strict=True,
-    ordered=True,
     unique=["problem_id", "sentence_idx"],
     name="attention_scores",
 )
 """One row per sentence: the simple score, one layer, all heads averaged (`attention.scores`)."""
 
-VERTICAL_SCORES = pa.DataFrameSchema(
+VERTICAL_SCORES = Contract(
     {
         "problem_id": column(pl.Int64, at_least(0)),
         "head": _HEAD,
         "sentence_idx": column(pl.Int64, at_least(0)),
         "vertical_score": column(pl.Float64, at_least(0), FINITE, nullable=True),
     },
-    strict=True,
-    ordered=True,
     unique=["problem_id", "head", "sentence_idx"],
     name="vertical_scores",
 )
 """One row per head and sentence, at the study's first proximity and with its depth control; null
 for the last sentences, which no other stands far enough behind."""
 
-ATTENTION_HEADS = pa.DataFrameSchema(
+ATTENTION_HEADS = Contract(
     {
         "problem_id": column(pl.Int64, at_least(0)),
         "head": _HEAD,
@@ -56,15 +51,13 @@ ATTENTION_HEADS = pa.DataFrameSchema(
         "distance_r_squared": column(pl.Float64, nullable=True),
         "n_scores": column(pl.Int64, at_least(0)),
     },
-    strict=True,
-    ordered=True,
     unique=["problem_id", "head"],
     name="attention_heads",
 )
 """One row per problem and head: where its attention goes whatever the text means. The law of
 distance is fitted to `n_scores` vertical scores without depth control, at the first proximity."""
 
-HEAD_KURTOSIS = pa.DataFrameSchema(
+HEAD_KURTOSIS = Contract(
     {
         "problem_id": column(pl.Int64, at_least(0)),
         "head": _HEAD,
@@ -72,8 +65,6 @@ HEAD_KURTOSIS = pa.DataFrameSchema(
         "kurtosis": column(pl.Float64, FINITE, nullable=True),
         "spearman_with_first": column(pl.Float64, nullable=True),
     },
-    strict=True,
-    ordered=True,
     unique=["problem_id", "head", "proximity"],
     name="head_kurtosis",
 )
@@ -85,7 +76,7 @@ _FOLD = {
     "fold": column(pl.Int32, at_least(0)),
 }
 
-RECEIVER_HEADS = pa.DataFrameSchema(
+RECEIVER_HEADS = Contract(
     {
         **_FOLD,
         "rank": column(pl.Int64, at_least(1)),
@@ -94,30 +85,26 @@ RECEIVER_HEADS = pa.DataFrameSchema(
         "kurtosis": column(pl.Float64, FINITE),
         "n_problems": column(pl.Int64, at_least(1)),
     },
-    strict=True,
-    ordered=True,
     unique=["protocol", "fold", "rank"],
     name="receiver_heads",
 )
 """One row per fold and chosen head, best first; `kurtosis` is its mean over the `n_problems` of the
 fold's training problems in which it is defined."""
 
-RECEIVER_SCORES = pa.DataFrameSchema(
+RECEIVER_SCORES = Contract(
     {
         **_FOLD,
         **SENTENCE_KEY,
         "split": column(pl.Enum(SPLITS)),
         "receiver_score": column(pl.Float64, at_least(0), FINITE, nullable=True),
     },
-    strict=True,
-    ordered=True,
     unique=["protocol", "fold", "problem_id", "sentence_idx"],
     name="receiver_scores",
 )
 """One row per fold and sentence of every problem, under the heads of the fold; `split` says on
 which side of the fold the problem stands."""
 
-RECEIVER_RELIABILITY = pa.DataFrameSchema(
+RECEIVER_RELIABILITY = Contract(
     {
         "proximity": column(pl.Int64, at_least(1)),
         "n_problems": column(pl.Int64, at_least(1)),
@@ -127,8 +114,6 @@ RECEIVER_RELIABILITY = pa.DataFrameSchema(
         "top_heads_kept": column(pl.Float64, within(0, 1), nullable=True),
         "median_spearman": column(pl.Float64, nullable=True),
     },
-    strict=True,
-    ordered=True,
     unique=["proximity"],
     name="receiver_reliability",
 )

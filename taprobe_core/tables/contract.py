@@ -1,37 +1,68 @@
 """What contracts are written with, and the check of a table against one.
 
-The contracts themselves stand in the sibling modules.
+The contracts themselves stand in the sibling modules. They are plain values: pandera, which takes
+pandas with it, is loaded where a table is checked, not where a contract is read.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import inf
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandera.polars as pa
 import polars as pl
-from pandera.errors import SchemaErrors
 
 from taprobe_core.errors import SchemaError
 
+if TYPE_CHECKING:
+    import pandera.polars as pa
 
-def column(dtype: Any, *checks: pa.Check, nullable: bool = False) -> pa.Column:
+
+class Range(NamedTuple):
+    """Values from `low` to `high`, both included; without bounds any finite number."""
+
+    low: float = -inf
+    high: float = inf
+
+
+FINITE = Range()
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a contract; with `is_pattern` every column whose name is the key, any number."""
+
+    dtype: Any
+    ranges: tuple[Range, ...] = ()
+    nullable: bool = False
+    is_pattern: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Contract:
+    """A table: its columns and no others, in this order unless some are patterns; its key."""
+
+    columns: Mapping[str, Column]
+    name: str
+    unique: Sequence[str] = ()
+
+
+def column(dtype: Any, *ranges: Range, nullable: bool = False) -> Column:
     """A column of a contract."""
-    return pa.Column(dtype, checks=list(checks), nullable=nullable)
+    return Column(dtype, ranges, nullable)
 
 
-def at_least(bound: float) -> pa.Check:
+def at_least(bound: float) -> Range:
     """Values from `bound` up."""
-    return pa.Check.ge(bound)
+    return Range(bound)
 
 
-def within(low: float, high: float) -> pa.Check:
+def within(low: float, high: float) -> Range:
     """Values from `low` to `high`, both included."""
-    return pa.Check.in_range(low, high)
+    return Range(low, high)
 
-
-FINITE = pa.Check(
-    lambda data: data.lazyframe.select(pl.col(data.key).is_finite()), name="finite", error="finite"
-)
 
 SENTENCE_KEY = {
     "problem_id": column(pl.Int64, at_least(0)),
@@ -43,29 +74,65 @@ _REPAIR = "repair the source record, or leave the problem out with rollouts.excl
 
 
 def check_table(
-    frame: pl.DataFrame, schema: pa.DataFrameSchema, where: str, fix: str = _REPAIR
+    frame: pl.DataFrame, contract: Contract, where: str, fix: str = _REPAIR
 ) -> pl.DataFrame:
-    """Return `frame` if it keeps `schema`.
+    """Return `frame` if it keeps `contract`.
 
     Args:
         frame: candidate table.
-        schema: one of this package's contracts.
+        contract: one of this package's.
         where: what the table was made from, for the message.
         fix: what to do about a fault.
 
     Raises:
         SchemaError: lists every fault, each with up to five offending values.
     """
+    from pandera.errors import SchemaErrors
+
     try:
-        checked: pl.DataFrame = schema.validate(frame, lazy=True)
+        checked: pl.DataFrame = _schema(contract).validate(frame, lazy=True)
     except SchemaErrors as error:
         raise SchemaError(
-            f"table {schema.name!r} breaks its contract",
+            f"table {contract.name!r} breaks its contract",
             where,
             fix,
             _faults(error.failure_cases),
         ) from None
     return checked
+
+
+@cache
+def _schema(contract: Contract) -> pa.DataFrameSchema:
+    import pandera.polars as pa
+
+    def check(bounds: Range) -> pa.Check:
+        if bounds == FINITE:
+            return pa.Check(
+                lambda data: data.lazyframe.select(pl.col(data.key).is_finite()),
+                name="finite",
+                error="finite",
+            )
+        return pa.Check.ge(bounds.low) if bounds.high == inf else pa.Check.in_range(*bounds)
+
+    columns = {
+        name: pa.Column(
+            each.dtype,
+            checks=[check(bounds) for bounds in each.ranges],
+            nullable=each.nullable,
+            regex=each.is_pattern,
+            required=not each.is_pattern,
+            name=name,
+        )
+        for name, each in contract.columns.items()
+    }
+    is_ordered = not any(each.is_pattern for each in contract.columns.values())
+    return pa.DataFrameSchema(
+        columns,
+        strict=True,
+        ordered=is_ordered,
+        unique=list(contract.unique) or None,
+        name=contract.name,
+    )
 
 
 def _faults(cases: pl.DataFrame) -> list[str]:

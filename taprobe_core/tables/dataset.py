@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pandera.polars as pa
 import polars as pl
 
-from taprobe_core.tables.contract import SENTENCE_KEY, at_least, column, within
+from taprobe_core.tables.contract import SENTENCE_KEY, Contract, at_least, column, within
 
 LABEL_STATUS = ("measured", "no_dissimilar", "equal_rates", "missing_rollouts", "last_sentence")
 """Why a counterfactual importance is what it is; a zero has the four causes after `measured`."""
 
-PROBLEMS = pa.DataFrameSchema(
+PROBLEMS = Contract(
     {
         "problem_id": column(pl.Int64, at_least(0)),
         "problem": column(pl.String),
@@ -27,14 +26,12 @@ PROBLEMS = pa.DataFrameSchema(
         "n_sentences": column(pl.Int64, at_least(1)),
         "text_sha256": column(pl.String),
     },
-    strict=True,
-    ordered=True,
     unique=["problem_id"],
     name="problems",
 )
 """One row per problem. `base_text` is prompt + completion; thinking is base_text[start:end]."""
 
-SENTENCES = pa.DataFrameSchema(
+SENTENCES = Contract(
     {
         **SENTENCE_KEY,
         "sentence": column(pl.String),
@@ -52,8 +49,6 @@ SENTENCES = pa.DataFrameSchema(
         "summary": column(pl.String, nullable=True),
         "true_importance": column(pl.Float64, within(-1, 1), nullable=True),
     },
-    strict=True,
-    ordered=True,
     unique=["problem_id", "sentence_idx"],
     name="sentences",
 )
@@ -62,7 +57,7 @@ SENTENCES = pa.DataFrameSchema(
 `true_importance` is the counterfactual importance (accuracy) that infinitely many rollouts would
 give; only the demo worlds know it."""
 
-SKIPPED = pa.DataFrameSchema(
+SKIPPED = Contract(
     {
         "problem_id": column(pl.Int64, at_least(0)),
         "stage": column(pl.String),
@@ -71,23 +66,19 @@ SKIPPED = pa.DataFrameSchema(
         "where": column(pl.String, nullable=True),
         "fix": column(pl.String, nullable=True),
     },
-    strict=True,
-    ordered=True,
     unique=["problem_id"],
     name="skipped",
 )
 """Problems left out, each with its reason."""
 
-NOTES = pa.DataFrameSchema(
+NOTES = Contract(
     {"problem_id": column(pl.Int64, at_least(0)), "note": column(pl.String)},
-    strict=True,
-    ordered=True,
     name="notes",
 )
 """Values of the dataset's files that no stage reads and that are null in the tables, because they
 are not usable: one row per value, with file, place, what was found and what was wanted."""
 
-LABELS = pa.DataFrameSchema(
+LABELS = Contract(
     {
         **SENTENCE_KEY,
         "n_sentences": column(pl.Int64, at_least(1)),
@@ -104,8 +95,6 @@ LABELS = pa.DataFrameSchema(
         "true_importance": column(pl.Float64, within(-1, 1), nullable=True),
         "is_true_anchor": column(pl.Boolean, nullable=True),
     },
-    strict=True,
-    ordered=True,
     unique=["problem_id", "sentence_idx"],
     name="labels",
 )
@@ -113,7 +102,7 @@ LABELS = pa.DataFrameSchema(
 
 The last two are null for rollouts whose truth nobody knows, which is all but the demo's."""
 
-TEXTS = pa.DataFrameSchema(
+TEXTS = Contract(
     {
         "problem_id": column(pl.Int64, at_least(0)),
         "text": column(pl.String),
@@ -123,8 +112,6 @@ TEXTS = pa.DataFrameSchema(
         "bos_token_id": column(pl.Int64, at_least(0), nullable=True),
         "input_sha256": column(pl.String),
     },
-    strict=True,
-    ordered=True,
     unique=["problem_id"],
     name="texts",
 )
@@ -133,7 +120,7 @@ TEXTS = pa.DataFrameSchema(
 
 `input_sha256` identifies token ids and spans together: equal hash, equal activations."""
 
-SPANS = pa.DataFrameSchema(
+SPANS = Contract(
     {
         **SENTENCE_KEY,
         "start_char": column(pl.Int64, at_least(0)),
@@ -142,8 +129,6 @@ SPANS = pa.DataFrameSchema(
         "end_token": column(pl.Int64, at_least(1)),
         "n_tokens": column(pl.Int64, at_least(1)),
     },
-    strict=True,
-    ordered=True,
     unique=["problem_id", "sentence_idx"],
     name="spans",
 )

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import pandera.polars as pa
 import polars as pl
 
-from taprobe_core.tables.contract import FINITE, at_least, column
+from taprobe_core.tables.contract import FINITE, Contract, at_least, column
 
-ATTENTION_SHARDS = pa.DataFrameSchema(
+ATTENTION_SHARDS = Contract(
     {
         "problem_id": column(pl.Int64, at_least(0)),
         "shard_fingerprint": column(pl.String),
     },
-    strict=True,
-    ordered=True,
     unique=["problem_id"],
     name="attention_shards",
 )
 """One row per problem: the shard of its vertical attention at one layer."""
 
-ACTIVATION_SHARDS = pa.DataFrameSchema(
+ACTIVATION_SHARDS = Contract(
     {
         **ATTENTION_SHARDS.columns,
         "dtype": column(pl.String),
         "max_abs": column(pl.Float64, at_least(0), FINITE),
     },
-    strict=True,
-    ordered=True,
     unique=["problem_id"],
     name="activation_shards",
 )
 """One row per problem: the shard of its activations at one layer, the number type that it is stored
 in, and the largest magnitude before the cast."""
 
-FITS = pa.DataFrameSchema(
+FITS = Contract(
     {
         "recipe": column(pl.String),
         "target": column(pl.String, nullable=True),
@@ -41,8 +36,6 @@ FITS = pa.DataFrameSchema(
         "fit": column(pl.String),
         "fit_fingerprint": column(pl.String),
     },
-    strict=True,
-    ordered=True,
     unique=["recipe"],
     name="fits",
 )

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import pandera.polars as pa
 import polars as pl
 
-from taprobe_core.tables.contract import FINITE, SENTENCE_KEY, at_least, column, within
+from taprobe_core.tables.contract import (
+    FINITE,
+    SENTENCE_KEY,
+    Column,
+    Contract,
+    Range,
+    at_least,
+    column,
+    within,
+)
 
 SPLITS = ("train", "val", "test")
 PROTOCOLS = ("holdout", "lopo")
@@ -19,7 +27,7 @@ OBJECTIVES = ("budget", "error")
 NULL_KINDS = ("circular_shift", "position_stratified")
 DECISIONS_ON_SENTENCE = ("accept_negative", "accept_positive", "defer")
 
-SCORES = pa.DataFrameSchema(
+SCORES = Contract(
     {
         **SENTENCE_KEY,
         "recipe": column(pl.String),
@@ -30,8 +38,6 @@ SCORES = pa.DataFrameSchema(
         "target_value": column(pl.Float64, FINITE, nullable=True),
         "is_positive": column(pl.Boolean, nullable=True),
     },
-    strict=True,
-    ordered=True,
     unique=["recipe", "protocol", "fold", "problem_id", "sentence_idx"],
     name="scores",
 )
@@ -47,15 +53,12 @@ _METRIC = f"(primary|{_OF_TARGET})"
 """Names of metrics, as a pattern."""
 
 
-def _each(pattern: str, dtype: Any, *checks: pa.Check) -> dict[str, pa.Column]:
+def _each(pattern: str, dtype: Any, *ranges: Range) -> dict[str, Column]:
     """The columns whose whole name is a pattern, any number of them, null where not defined."""
-    found = pa.Column(
-        dtype, checks=list(checks), nullable=True, regex=True, required=False, name=f"^{pattern}$"
-    )
-    return {f"^{pattern}$": found}
+    return {f"^{pattern}$": Column(dtype, ranges, nullable=True, is_pattern=True)}
 
 
-METRICS = pa.DataFrameSchema(
+METRICS = Contract(
     {
         "recipe": column(pl.String),
         "protocol": column(pl.Enum(PROTOCOLS)),
@@ -71,14 +74,13 @@ METRICS = pa.DataFrameSchema(
         **_each(f"{_METRIC}_std", pl.Float64, at_least(0), FINITE),
         **_each(f"n_undefined_{_METRIC}", pl.Int64, at_least(0)),
     },
-    strict=True,
     unique=["recipe", "protocol", "split"],
     name="metrics",
 )
 """One row per recipe × protocol × split; per metric its mean over problems, the deviation of that
 mean over seeds, and how many problems do not define it (`evaluation.EvaluationTables`)."""
 
-PROBLEM_METRICS = pa.DataFrameSchema(
+PROBLEM_METRICS = Contract(
     {
         "recipe": column(pl.String),
         "protocol": column(pl.Enum(PROTOCOLS)),
@@ -90,7 +92,6 @@ PROBLEM_METRICS = pa.DataFrameSchema(
         "n_anchors": column(pl.Int64, at_least(0), nullable=True),
         **_each(_METRIC, pl.Float64, within(-1, 1)),
     },
-    strict=True,
     unique=["recipe", "protocol", "split", "fold", "seed", "problem_id"],
     name="problem_metrics",
 )
@@ -104,7 +105,7 @@ _TESTS = {
     "interval_note": column(pl.String, nullable=True),
 }
 
-DELTAS = pa.DataFrameSchema(
+DELTAS = Contract(
     {
         "recipe": column(pl.String),
         "baseline": column(pl.String),
@@ -117,8 +118,6 @@ DELTAS = pa.DataFrameSchema(
         "delta_high": column(pl.Float64, nullable=True),
         **_TESTS,
     },
-    strict=True,
-    ordered=True,
     unique=["recipe", "baseline", "protocol"],
     name="deltas",
 )
@@ -129,7 +128,7 @@ Both recipes are judged by the recipe's target (`CONTRASTS`)."""
 
 _RECIPE = {"recipe": column(pl.String), "protocol": column(pl.Enum(PROTOCOLS))}
 
-CONTRASTS = pa.DataFrameSchema(
+CONTRASTS = Contract(
     {
         "recipe": column(pl.String),
         "baseline": column(pl.String),
@@ -139,15 +138,13 @@ CONTRASTS = pa.DataFrameSchema(
         "value": column(pl.Float64, nullable=True),
         "baseline_value": column(pl.Float64, nullable=True),
     },
-    strict=True,
-    ordered=True,
     unique=["recipe", "baseline", "protocol", "fold", "problem_id"],
     name="contrasts",
 )
 """One row per recipe × baseline × test problem: both judged by the recipe's own target with its
 primary metric, seeds averaged. A recipe that is a baseline stands beside itself too."""
 
-NULLS = pa.DataFrameSchema(
+NULLS = Contract(
     {
         **_RECIPE,
         "metric": column(pl.String),
@@ -162,8 +159,6 @@ NULLS = pa.DataFrameSchema(
         "p_null": column(pl.Float64, within(0, 1), nullable=True),
         "draws": column(pl.List(pl.Float32)),
     },
-    strict=True,
-    ordered=True,
     unique=["recipe", "protocol", "null"],
     name="nulls",
 )
@@ -172,7 +167,7 @@ distribution under relabelling. `null_low` to `null_high` hold 95 % of the draws
 alike in every recipe, layer and protocol of one model and setting, so the best over them can be
 taken draw by draw; no draws where the metric is undefined."""
 
-POSITION_BINS = pa.DataFrameSchema(
+POSITION_BINS = Contract(
     {
         **_RECIPE,
         "metric": column(pl.String),
@@ -182,15 +177,13 @@ POSITION_BINS = pa.DataFrameSchema(
         "n_problems": column(pl.Int64, at_least(0)),
         "n_defined": column(pl.Int64, at_least(0)),
     },
-    strict=True,
-    ordered=True,
     unique=["recipe", "protocol", "bin"],
     name="position_bins",
 )
 """One row per recipe × protocol × fifth of the trace, on test: the primary metric among the
 sentences of that fifth, mean over the `n_defined` problems where it is defined."""
 
-CALIBRATION = pa.DataFrameSchema(
+CALIBRATION = Contract(
     {
         **_RECIPE,
         "n_scores": column(pl.Int64, at_least(1)),
@@ -206,15 +199,13 @@ CALIBRATION = pa.DataFrameSchema(
         "slope": column(pl.Float64, nullable=True),
         "intercept": column(pl.Float64, nullable=True),
     },
-    strict=True,
-    ordered=True,
     unique=["recipe", "protocol"],
     name="calibration",
 )
 """One row per recipe × protocol whose scores are probabilities, over its test sentences and seeds.
 brier = reliability - resolution + uncertainty + within_bins."""
 
-RELIABILITY_BINS = pa.DataFrameSchema(
+RELIABILITY_BINS = Contract(
     {
         **_RECIPE,
         "bin": column(pl.Int64, at_least(0)),
@@ -222,14 +213,12 @@ RELIABILITY_BINS = pa.DataFrameSchema(
         "mean_score": column(pl.Float64, within(0, 1)),
         "share_positive": column(pl.Float64, within(0, 1)),
     },
-    strict=True,
-    ordered=True,
     unique=["recipe", "protocol", "bin"],
     name="reliability_bins",
 )
 """One row per bin of about equally many scores, from the lowest; equal scores share a bin."""
 
-BEST_SEEDS = pa.DataFrameSchema(
+BEST_SEEDS = Contract(
     {
         **_RECIPE,
         "metric": column(pl.String),
@@ -242,8 +231,6 @@ BEST_SEEDS = pa.DataFrameSchema(
         "best_seed": column(pl.Float64, nullable=True),
         "seeds": column(pl.List(pl.Int64)),
     },
-    strict=True,
-    ordered=True,
     unique=["recipe", "protocol"],
     name="best_seeds",
 )
@@ -251,7 +238,7 @@ BEST_SEEDS = pa.DataFrameSchema(
 the fold's validation problems, and of the best one; `seeds` lists every fold's best, in fold order.
 The deviation is over the k seeds, folds averaged."""
 
-SELECTIVITY = pa.DataFrameSchema(
+SELECTIVITY = Contract(
     {
         **_RECIPE,
         "metric": column(pl.String),
@@ -267,8 +254,6 @@ SELECTIVITY = pa.DataFrameSchema(
         "selectivity_high": column(pl.Float64, nullable=True),
         **_TESTS,
     },
-    strict=True,
-    ordered=True,
     unique=["recipe", "protocol"],
     name="selectivity",
 )
@@ -283,7 +268,7 @@ _PLAN_KEY = {
     "objective_value": column(pl.Float64, within(0, 1)),
 }
 
-PLANS = pa.DataFrameSchema(
+PLANS = Contract(
     {
         **_PLAN_KEY,
         "n_folds": column(pl.Int64, at_least(1)),
@@ -309,23 +294,19 @@ PLANS = pa.DataFrameSchema(
         "t_positive": column(pl.List(pl.Float32)),
         "guarantee": column(pl.String),
     },
-    strict=True,
-    ordered=True,
     unique=list(_PLAN_KEY),
     name="plans",
 )
 """One row per recipe × protocol × objective: val-tuned thresholds (one per fold), test counts."""
 
-PLANS_OF_SEEDS = pa.DataFrameSchema(
+PLANS_OF_SEEDS = Contract(
     {**PLANS.columns, "seed": column(pl.Int64, at_least(0))},
-    strict=True,
-    ordered=True,
     unique=[*_PLAN_KEY, "seed"],
     name="plans_of_seeds",
 )
 """`PLANS` of all seeds."""
 
-DECISIONS = pa.DataFrameSchema(
+DECISIONS = Contract(
     {
         **SENTENCE_KEY,
         **_PLAN_KEY,
@@ -333,15 +314,13 @@ DECISIONS = pa.DataFrameSchema(
         "score": column(pl.Float32, FINITE),
         "decision": column(pl.Enum(DECISIONS_ON_SENTENCE)),
     },
-    strict=True,
-    ordered=True,
     unique=["problem_id", "sentence_idx", *_PLAN_KEY, "fold"],
     name="decisions",
 )
 """One row per test sentence × plan."""
 
 
-LEADERBOARD = pa.DataFrameSchema(
+LEADERBOARD = Contract(
     {
         "setting": column(pl.String),
         "protocol": column(pl.Enum(PROTOCOLS)),
@@ -373,7 +352,6 @@ LEADERBOARD = pa.DataFrameSchema(
         **_each(r"interval_note_.+", pl.String),
         **_each(f"({_OF_TARGET})", pl.Float64, within(-1, 1)),
     },
-    strict=True,
     unique=["setting", "protocol", "model", "layer", "recipe"],
     name="leaderboard",
 )
@@ -381,10 +359,10 @@ LEADERBOARD = pa.DataFrameSchema(
 (`leaderboard.build_leaderboard`)."""
 
 
-def schema_of(contract: pa.DataFrameSchema) -> pl.Schema:
+def schema_of(contract: Contract) -> pl.Schema:
     """Return the columns and types that a contract asks for, to build a table with.
 
     Args:
         contract: one of this package's.
     """
-    return pl.Schema({name: column.dtype.type for name, column in contract.columns.items()})
+    return pl.Schema({name: column.dtype for name, column in contract.columns.items()})

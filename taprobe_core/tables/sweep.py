@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from math import inf
 
-import pandera.polars as pa
 import polars as pl
 
 from taprobe_core.study.targets import target_settings
-from taprobe_core.tables.contract import FINITE, at_least, column, within
+from taprobe_core.tables.contract import FINITE, Contract, at_least, column, within
 from taprobe_core.tables.results import PROTOCOLS
 
 SWEEP_STAGES = ("stage1", "stage2", "stage3")
@@ -53,7 +52,7 @@ _NUMBER = column(pl.Float64, FINITE, nullable=True)
 _P = column(pl.Float64, within(0, 1), nullable=True)
 _N = column(pl.Int64, at_least(0))
 
-SWEEP_CONFIGURATIONS = pa.DataFrameSchema(
+SWEEP_CONFIGURATIONS = Contract(
     {
         **_ID,
         **_FACTORS,
@@ -62,15 +61,13 @@ SWEEP_CONFIGURATIONS = pa.DataFrameSchema(
         "factors": column(pl.String),
         "duplicate_of": column(pl.String, nullable=True),
     },
-    strict=True,
-    ordered=True,
     unique=["config_id"],
     name="sweep_configurations",
 )
 """One row per configuration, in the order of expansion; `factors` is the canonical JSON that the id
 is a hash of. `duplicate_of` is an earlier one of the stage that is judged by the same fits."""
 
-SWEEP_RECIPES = pa.DataFrameSchema(
+SWEEP_RECIPES = Contract(
     {
         **_ID,
         **_PLACE,
@@ -81,15 +78,13 @@ SWEEP_RECIPES = pa.DataFrameSchema(
         "reads_site": column(pl.Boolean),
         "is_stochastic": column(pl.Boolean),
     },
-    strict=True,
-    ordered=True,
     unique=["config_id", "recipe"],
     name="sweep_recipes",
 )
 """One row per configuration and recipe that it asks for; `recipe` is the name of the fit, equal for
 equal content. What does not read the site is fitted once for all layers."""
 
-SWEEP_RESULTS = pa.DataFrameSchema(
+SWEEP_RESULTS = Contract(
     {
         **_PLACE,
         "recipe": column(pl.String),
@@ -104,8 +99,6 @@ SWEEP_RESULTS = pa.DataFrameSchema(
         "n_sentences": column(pl.Int64, at_least(1)),
         "n_positives": _N,
     },
-    strict=True,
-    ordered=True,
     unique=[
         "model",
         "layer",
@@ -123,21 +116,19 @@ SWEEP_RESULTS = pa.DataFrameSchema(
 stands here once for each site, not once for each configuration. `ceiling` is what labelling again
 would reach; null stands for 1. A recipe that does not depend on the seed may have one seed."""
 
-SWEEP_STATUS = pa.DataFrameSchema(
+SWEEP_STATUS = Contract(
     {
         **_ID,
         "status": column(pl.Enum(SWEEP_STATUS_NAMES)),
         "n_fits": _N,
         "n_present": _N,
     },
-    strict=True,
-    ordered=True,
     unique=["config_id"],
     name="sweep_status",
 )
 """One row per configuration: how many of its fits are there, read off what is there."""
 
-SWEEP_LEADERBOARD = pa.DataFrameSchema(
+SWEEP_LEADERBOARD = Contract(
     {
         "stage": _ID["stage"],
         "target": column(pl.String),
@@ -165,8 +156,6 @@ SWEEP_LEADERBOARD = pa.DataFrameSchema(
         "factors": column(pl.String),
         "duplicate_of": column(pl.String, nullable=True),
     },
-    strict=True,
-    ordered=True,
     unique=["config_id"],
     name="sweep_leaderboard",
 )
@@ -174,7 +163,7 @@ SWEEP_LEADERBOARD = pa.DataFrameSchema(
 what is missing, undefined or a duplicate, and these stand last. `kind` is the one of `n_kinds`
 candidates that validation prefers; `n_tried` counts the configurations that have a rank."""
 
-SWEEP_SHORTLIST = pa.DataFrameSchema(
+SWEEP_SHORTLIST = Contract(
     {
         "rank": column(pl.Int64, at_least(1)),
         **_ID,
@@ -189,15 +178,13 @@ SWEEP_SHORTLIST = pa.DataFrameSchema(
         "factors": column(pl.String),
         "reason": column(pl.String),
     },
-    strict=True,
-    ordered=True,
     unique=["config_id"],
     name="sweep_shortlist",
 )
 """One row per configuration that goes on, in order. `n_tried` had a rank for the target, and
 `n_missing` were not there to be ranked."""
 
-SWEEP_DELTAS = pa.DataFrameSchema(
+SWEEP_DELTAS = Contract(
     {
         **_ID,
         "target": column(pl.String),
@@ -220,8 +207,6 @@ SWEEP_DELTAS = pa.DataFrameSchema(
         "p_holm": _P,
         "q_bh": _P,
     },
-    strict=True,
-    ordered=True,
     unique=["config_id", "recipe", "baseline"],
     name="sweep_deltas",
 )
@@ -229,7 +214,7 @@ SWEEP_DELTAS = pa.DataFrameSchema(
 A fit to residuals is compared with `chance` too: position may say nothing of what position left.
 The `n_tests` distinct comparisons of a stage are one family."""
 
-SWEEP_STABILITY = pa.DataFrameSchema(
+SWEEP_STABILITY = Contract(
     {
         "stage": _ID["stage"],
         "target": column(pl.String),
@@ -244,8 +229,6 @@ SWEEP_STABILITY = pa.DataFrameSchema(
         "n_winners": column(pl.Int64, at_least(1), nullable=True),
         "mean_sd": _NUMBER,
     },
-    strict=True,
-    ordered=True,
     unique=["stage", "target", "source"],
     name="sweep_stability",
 )
@@ -253,7 +236,7 @@ SWEEP_STABILITY = pa.DataFrameSchema(
 the same configurations (mean, least and greatest over `n_comparisons`), and how often they have
 different winners. `mean_sd` is the mean over configurations of the standard deviation of skill."""
 
-SWEEP_CHOICES = pa.DataFrameSchema(
+SWEEP_CHOICES = Contract(
     {
         "stage": _ID["stage"],
         "target": column(pl.String),
@@ -267,8 +250,6 @@ SWEEP_CHOICES = pa.DataFrameSchema(
         "best_skill": _NUMBER,
         "n_problems": _N,
     },
-    strict=True,
-    ordered=True,
     unique=["stage", "target", "setting"],
     name="sweep_choices",
 )

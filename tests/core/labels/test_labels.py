@@ -112,7 +112,7 @@ def sentence(index: int, problem_id: int = 1, **changes: Any) -> dict[str, Any]:
 
 
 def frame(*rows: dict[str, Any]) -> pl.DataFrame:
-    types = {name: column.type for name, column in tables.SENTENCES.dtypes.items()}
+    types = tables.schema_of(tables.SENTENCES)
     return tables.check_table(pl.DataFrame(rows, schema=types), tables.SENTENCES, "test")
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandera.polars as pa
 import polars as pl
 import pytest
 
@@ -23,7 +22,7 @@ def test_a_stage_stands_after_what_it_reads_and_its_tables_have_contracts(stage:
     order = list(STAGES)
     assert all(order.index(parent) < order.index(stage.name) for parent in stage.reads)
     contracts = {name: getattr(tables, contract) for name, contract in stage.tables.items()}
-    assert all(isinstance(each, pa.DataFrameSchema) for each in contracts.values())
+    assert all(isinstance(each, tables.Contract) for each in contracts.values())
     assert STAGES[stage.name] is stage
     assert set(stage.grid) <= {"model", "setting", "site", "trial"}
     assert stage.title.endswith(".")

@@ -56,7 +56,7 @@ from taprobe_core.study import (
     TokenProbe,
 )
 from taprobe_core.study.controls import control_of
-from taprobe_core.tables import LABEL_STATUS, LABELS, SCORES, check_table
+from taprobe_core.tables import LABEL_STATUS, LABELS, SCORES, check_table, schema_of
 
 WORDS = np.array(
     ["so", "we", "add", "carry", "then", "check", "whether", "seven", "eight", "=", "x"]
@@ -121,7 +121,7 @@ def _labels(problem_id: np.ndarray, index: np.ndarray, signed: np.ndarray) -> pl
         "true_importance": None,
         "is_true_anchor": None,
     }
-    schema = {name: each.dtype.type for name, each in LABELS.columns.items()}
+    schema = schema_of(LABELS)
     frame = pl.DataFrame(columns).with_columns(pl.col("label_status").cast(pl.Enum(LABEL_STATUS)))
     return check_table(frame.cast(schema), LABELS, "test")
 

@@ -55,7 +55,7 @@ from taprobe_core.study.targets import (
 )
 from taprobe_core.sweep import configuration_table, count_fits, recipe_table, sweep_space, uses_of
 from taprobe_core.sweep.space import grid
-from taprobe_core.tables import LABEL_STATUS, LABELS, check_table
+from taprobe_core.tables import LABEL_STATUS, LABELS, check_table, schema_of
 
 # What a new target is: an entry, and how labels become its values.
 
@@ -185,7 +185,7 @@ def data_of(n_problems: int = 6, n_sentences: int = 8) -> ProbeData:
             "true_importance": None,
             "is_true_anchor": None,
         }
-    ).cast({name: each.dtype.type for name, each in LABELS.columns.items()})
+    ).cast(schema_of(LABELS))
     position = np.column_stack([index, index / (n_sentences - 1)]).astype(np.float32)
     return ProbeData(
         labels=check_table(labels, LABELS, "test"),
