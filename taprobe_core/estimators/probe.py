@@ -164,8 +164,8 @@ class Probe(BaseEstimator):  # type: ignore[misc] # scikit-learn is untyped
         """Fit one probe.
 
         Args:
-            X: [row, feature] array or DataFrame; or token sets: `RaggedTokens`, [token, d] arrays in
-                a list, or one [row, token, d] array. Token probes read [row, feature] as one token
+            X: [row, feature] array or DataFrame; or token sets: `RaggedTokens`, a list of
+                [token, d] arrays, or one [row, token, d] array. Token probes read [row, feature] as one token
                 a row.
             y: [row] two classes, or values; a Series or a DataFrame of one column will do.
             sample_weight: [row], at least 0; default 1.
