@@ -193,7 +193,8 @@ class _Problem:
 @dataclass(eq=False)
 class _State:
     """Where columns stand: w (column, feature), intercept b (column, 1), z = X w (column, row), r and
-    h the derivatives at z + b, all float64; g (column, feature) the gradient by w, rounded."""
+    h the derivatives at z + b, all float64; g (column, feature) the gradient by w, rounded.
+    """
 
     w: Tensor
     b: Tensor
@@ -223,9 +224,7 @@ class _Solver:
         self.dtype = torch.float64 if is_small else torch.float32
         self.lengths = matrix.shared_lengths().sqrt()
 
-    def fit(
-        self, columns: FitRequest, C: NDArray[np.float64], group: NDArray[np.int64]
-    ) -> _Fit:
+    def fit(self, columns: FitRequest, C: NDArray[np.float64], group: NDArray[np.int64]) -> _Fit:
         device = self.matrix.device
         sign = torch.where(as_rows(columns.y, device) > 0.5, 1.0, -1.0).double()
         penalty = torch.as_tensor(1 / C, device=device)[:, None]
@@ -424,7 +423,9 @@ def _search(problem: _Problem, state: _State, moved: Tensor, direction: Tensor) 
         mean = share.sum(1, keepdim=True) / total
         rest = state.r.sum(1, keepdim=True)
         along = (state.r * moved).sum(1, keepdim=True) + slope + length * curvature
-        d_length = (mean * rest - along) / ((share * (moved - mean)).sum(1, keepdim=True) + curvature)
+        d_length = (mean * rest - along) / (
+            (share * (moved - mean)).sum(1, keepdim=True) + curvature
+        )
         d_b = -rest / total - mean * d_length
         damping = _damping((d_length * moved + d_b).abs().amax(1, keepdim=True))
         length, state.b = length + damping * d_length, state.b + damping * d_b
