@@ -55,7 +55,7 @@ from taprobe_core.study.targets import (
 )
 from taprobe_core.sweep.boards import configuration_table, recipe_table
 from taprobe_core.sweep.space import grid, sweep_space, uses_of
-from taprobe_core.tables import LABEL_STATUS, LABELS, check_table
+from taprobe_core.tables import LABEL_STATUS, LABELS, check_table, schema_of
 
 # What a new target is: an entry, and how labels become its values.
 
