@@ -136,6 +136,20 @@ def test_a_layer_is_read_and_checked_without_the_rest(built: Any, own: Plan) -> 
     assert of_text(plan, problem_id)[0].manifest.files == artifact.manifest.files
 
 
+def test_what_was_found_damaged_is_not_read_again_by_the_layer_that_was_made_anew(
+    built: Any, own: Plan
+) -> None:
+    (artifact,) = of_text(own, problems(own)[1])
+    means = read_activations(own, SECOND, CORRECT)
+    flip(artifact, "L01.mean")
+    with pytest.raises(CorruptArtifactError):
+        read_activations(own, SECOND, CORRECT)
+    plan = open_plan(built.study, own.data_root)
+    run(plan, SECOND)
+    again = read_activations(plan, SECOND, CORRECT)
+    assert all(np.array_equal(again[each], means[each]) for each in means)
+
+
 def test_a_damaged_header_is_a_damaged_artifact(own: Plan) -> None:
     (artifact,) = of_text(own, problems(own)[0])
     path = artifact.path / FILE
