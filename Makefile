@@ -4,13 +4,20 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test ui check schema architectures clean
+.PHONY: demo test test-slow coverage ui check schema architectures clean
 
 demo: $(READY)  ## materialize the embedded demo through Dagster; print leaderboard and report path
 	$(BIN)/taprobe demo
 
-test: $(READY)  ## run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
+test: $(READY)  ## run the test suite
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+test-slow: $(READY)  ## run the tests of a minute: kills at random times, whole commands, twenty seeds
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow
+
+coverage: $(READY)  ## run both, and measure branches; tracing adds half to their time
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow" \
+		--cov --cov-report=term:skip-covered --cov-fail-under=90
 
 ui: $(READY)  ## open the Dagster UI of the demo on the loopback address
 	$(BIN)/taprobe ui

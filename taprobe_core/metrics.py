@@ -66,10 +66,6 @@ def recall_at_k(importance_abs: ArrayLike, score: ArrayLike, k: int) -> float:
     Args:
         importance_abs: [row] absolute importance.
         score: [row] finite.
-        k: at least 1; cut to the number of rows. Among ties the earlier row comes first.
-
-    Returns:
-        Value in [0, 1]; NaN without rows.
     """
     importance, scores = np.asarray(importance_abs), np.asarray(score)
     k = min(k, len(scores))

@@ -8,8 +8,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -52,6 +53,41 @@ def _folder(variable: str, default: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"{variable} is not set and there is no such folder beside the checkout")
     return folder.resolve()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def encode_png() -> Iterator[Callable[..., bytes]]:
+    """Let stages store one dot for every figure: drawing is a fifth of a small study's time.
+
+    Returns what draws them, for the tests of figures.
+    """
+    from taprobe_core.report import canvas, plots
+
+    drawn = canvas.encode_png
+    dot = drawn(canvas.Figure(figsize=(0.01, 0.01)))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (canvas, plots):
+            patch.setattr(module, "encode_png", lambda _figure: dot)
+        yield drawn
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_world_is_written_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Copy a policy's world where a test of this process has written the same one before."""
+    from taprobe_core.pipeline import demo_data
+
+    written = tmp_path_factory.mktemp("worlds")
+    draw = demo_data.write_policy_world
+
+    def copy(folder: Path, *of: Any) -> None:
+        kept = written / sha256(repr(of).encode()).hexdigest()
+        if not kept.exists():
+            draw(kept, *of)
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_data, "write_policy_world", copy)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "core" / "pipeline" / "stage_modules.json"
 STAGE_FILES = "taprobe_core.pipeline.stages"
 
-_COMPUTING = ("extract", "fit", "fit_rows", "inputs", "stages.sweep_results")
+_COMPUTING = ("extract", "fit", "fit_rows", "inputs")
 """Modules of `pipeline` that compute for stages, beside each stage's own file: another stage's file
 stands in the fingerprint as upstream."""
 

@@ -45,7 +45,7 @@ from taprobe_core.probes import Design, Fit, fit_batches
 from taprobe_core.probes.features import ProbeData, TokenSets
 from taprobe_core.splits import make_folds
 from taprobe_core.study import Precision, Study, load_study
-from taprobe_core.sweep import count_fits, recipes_at, sweep_space
+from taprobe_core.sweep.space import recipes_of, sweep_space, uses_of
 from taprobe_core.tables import LABELS, schema_of
 
 Floats = NDArray[np.float64]
@@ -140,7 +140,7 @@ def lay_out(study: Study, n_seeds: int) -> tuple[list[Kind], int]:
     place = (site.model, site.layer, setting)
     slice_ = [each for each in space.stage1() if (each.model, each.layer, each.setting) == place]
     kinds: dict[tuple[str, View], list[Fit]] = defaultdict(list)
-    for swept in recipes_at(space, slice_)[place]:
+    for swept in recipes_of(space, slice_).values():
         for wanted in wanted_fits(study, swept):
             if wanted.seed in study.seeds[:n_seeds]:
                 fit = Fit(wanted.recipe, wanted.seed)
@@ -253,7 +253,8 @@ def summary(
     assert study.sweep is not None
     space = sweep_space(study.sweep, study)
     every = space.stage1()
-    counts = count_fits(space, every, n_folds=options.problems, n_seeds=len(study.seeds))
+    n_loop = sum(len(uses_of(space, each)) for each in every)
+    n_loop *= options.problems * len(study.seeds)
     n_places = len({(each.model, each.layer, each.setting) for each in every})
     stochastic = {recipe.name for recipe in study.probes.recipes if recipe.is_stochastic}
     by_name: dict[str, list[Ran]] = defaultdict(list)
@@ -279,7 +280,7 @@ def summary(
     print(
         f"\nslice: {of_all}, {n_models:,} models, {sum(each.seconds for each in ran):.0f} s, "
         f"{n_models / sum(each.seconds for each in ran):.1f} models a second\n"
-        f"a loop would fit {counts.n_loop:,} models in all; distinct are {counts.n_distinct:,}\n"
+        f"a loop over configurations would fit {n_loop:,} models in all\n"
         f"all of stage 1 at this rate, {n_places} pairs of setting and layer: "
         f"{hours:.2f} h; {hours / 2:.2f} h where forced answers repeat the plain ones"
     )

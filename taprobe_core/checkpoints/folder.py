@@ -47,16 +47,7 @@ _KINDS = {
 
 
 def check_regular(path: Path, remedy: str) -> int:
-    """Return a file's size in bytes; it is not opened.
-
-    Args:
-        path: the file, or a link to it.
-        remedy: what repairs a missing or damaged one.
-
-    Raises:
-        ModelMissingError: no such file.
-        ModelError: not a regular file.
-    """
+    """Return a file's size in bytes; it is not opened."""
     try:
         found = path.stat()
     except FileNotFoundError as error:
@@ -106,10 +97,6 @@ def refuse_pointer(head: bytes, path: Path) -> None:
 
     Args:
         head: the file's first bytes.
-        path: the file.
-
-    Raises:
-        ModelError: it is one.
     """
     if head.startswith(_LFS_POINTER):
         raise ModelError(
@@ -142,17 +129,7 @@ _FIX = "correct it, or fetch the checkpoint's own config.json again"
 
 
 def check_config(config: Mapping[str, Any], where: Path) -> None:
-    """Refuse a configuration that no model can be built from.
-
-    Args:
-        config: of a `config.json`.
-        where: the file, for messages.
-
-    Raises:
-        ModelError: a size that is not a whole number from 1 to what its kind may be, key-value
-            heads that do not divide the heads, a dtype that is none, or weights under a name of
-            the configuration's own choice.
-    """
+    """Refuse a configuration that no model can be built from."""
     for path, part in _parts(config):
         for name, found in part.items():
             field = f"{path}{name}"
@@ -260,13 +237,7 @@ def stated_number(config: Mapping[str, Any], *names: str) -> int | None:
 
 
 def read_config(path: Path, remedy: str) -> Mapping[str, Any]:
-    """Return a folder's `config.json`, which must name no code and be of a model that can exist.
-
-    Raises:
-        UnsafeModelError: it names code.
-        ModelMissingError: no such file.
-        ModelError: not a JSON object, or a number or a dtype in it that no model has.
-    """
+    """Return a folder's `config.json`, which must name no code and be of a model that can exist."""
     config = read_json(path / CONFIG, remedy)
     refuse_code(config, path / CONFIG)
     check_config(config, path / CONFIG)
@@ -281,16 +252,6 @@ def files_to_load(
     The configuration, and `model.safetensors` or else the index with the shards that it names: the
     choice that transformers makes. Second copies of the weights (`consolidated.safetensors`,
     `original/`, `onnx/`, pickles) are none of them.
-
-    Args:
-        path: the folder; of the files named only the index is read.
-        remedy: what repairs missing or damaged files.
-        listed: names that the folder's origin holds besides.
-
-    Raises:
-        UnsafeModelError: weights as pickles only, or a shard that is no file of this folder.
-        ModelMissingError: neither weights nor an index.
-        ModelError: the index cannot be read.
     """
     names = {file.name for file in path.iterdir()} | set(listed)
     if WEIGHTS in names:
@@ -303,18 +264,7 @@ def files_to_load(
 def inspect_folder(
     path: Path, remedy: str, listed: Collection[str] = frozenset()
 ) -> CheckpointFolder:
-    """Return the checkpoint of a folder if it is whole and safe to load.
-
-    Args:
-        path: the folder.
-        remedy: what repairs missing or damaged files.
-        listed: names that the folder's origin holds besides.
-
-    Raises:
-        UnsafeModelError: loading would run code or read outside the folder.
-        ModelMissingError: a file is missing.
-        ModelError: a file is not what its name says.
-    """
+    """Return the checkpoint of a folder if it is whole and safe to load."""
     config = read_config(path, remedy)
     if (path / "adapter_config.json").exists():
         raise ModelError(
@@ -339,12 +289,7 @@ def inspect_folder(
 
 
 def folder_digest(folder: CheckpointFolder, hashes: Mapping[str, str] | None = None) -> str:
-    """Return the sha256 over names and contents of the files that decide the model.
-
-    Args:
-        folder: the folder.
-        hashes: sha256 of each of its files, by name; None reads them, once per process.
-    """
+    """Return the sha256 over names and contents of the files that decide the model."""
     if hashes is None:
         hashes = {name: file_sha256(folder.path / name) for name in folder.files}
     listed = "".join(f"{hashes[name]}  {name}\n" for name in folder.files)
@@ -352,12 +297,7 @@ def folder_digest(folder: CheckpointFolder, hashes: Mapping[str, str] | None = N
 
 
 def refuse_code(config: Mapping[str, Any], where: Path) -> None:
-    """Refuse a configuration that names code to run.
-
-    Raises:
-        UnsafeModelError: `auto_map` names Python files, or an `*_implementation` a hub repository
-            of kernels.
-    """
+    """Refuse a configuration that names code to run."""
     for key, value in _entries(config):
         names_kernels = "_implementation" in key and isinstance(value, str) and "/" in value
         if key == "auto_map" or names_kernels:

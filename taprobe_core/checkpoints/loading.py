@@ -100,11 +100,7 @@ _REASONS = (
 
 
 def stored_tensors(paths: Sequence[Path]) -> dict[str, Stored]:
-    """Return what safetensors files hold, from their headers alone.
-
-    Args:
-        paths: files that are whole.
-    """
+    """Return what safetensors files hold, from their headers alone."""
     found = {}
     for path in paths:
         with safe_open(path, framework="numpy") as weights:
@@ -121,19 +117,7 @@ def refuse_unread(
     prefix: str,
     where: str,
 ) -> None:
-    """Refuse a checkpoint of which loading left out what belongs to the decoder.
-
-    Args:
-        unexpected: names of the tensors that found no place.
-        stored: all tensors of the checkpoint.
-        config: its `config.json`.
-        prefix: the name that the architecture puts before the names of its base model.
-        where: the checkpoint, for messages.
-
-    Raises:
-        ModelMismatchError: a tensor is no head, no other part and no known buffer; two tensors are
-            for the same place; or integers stand where the configuration tells of no quantisation.
-    """
+    """Refuse a checkpoint of which loading left out what belongs to the decoder."""
     unread = sorted(name for name in unexpected if not _may_be_left_out(name, stored, config))
     if unread:
         reason, fix = _why(unread[0], config)
@@ -340,12 +324,7 @@ def _room(device: torch.device) -> float:
 
 
 def weight_bytes(files: CheckpointFiles, dtype: torch.dtype) -> int:
-    """Return the bytes that a checkpoint's weights take in a dtype, from the files' headers alone.
-
-    Args:
-        files: from `resolve_checkpoint`.
-        dtype: what they are loaded as.
-    """
+    """Return the bytes of a checkpoint's weights in a dtype, from the files' headers alone."""
     sizes = (math.prod(tensor.shape) for tensor in _stored(files).values())
     return sum(sizes) * dtype.itemsize
 

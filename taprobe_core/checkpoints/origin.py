@@ -72,14 +72,6 @@ class HubRepository:
 
         Nothing is asked of the network if nothing is lacking. A file that the repository is known
         not to hold is not lacking: whoever needs it says so.
-
-        Args:
-            names: files that are needed.
-            optional: files that are fetched where they are to be had.
-
-        Raises:
-            ModelMissingError: not in the cache, and offline, cut off, unknown or not accessible.
-            DiskFullError: no space left for the cache.
         """
         with _translated(self.repo, self.revision):
             lacking = self._lacking((*names, *optional))
@@ -145,33 +137,14 @@ Origin = LocalFolder | HubRepository
 
 
 def checkpoint_origin(checkpoint: PretrainedCheckpoint | DemoCheckpoint, model: str) -> Origin:
-    """Find a checkpoint that is not built on this machine.
-
-    Args:
-        checkpoint: of the study.
-        model: the model's rollouts folder, for messages.
-
-    Raises:
-        ConfigError: as `locate`.
-        ModelMissingError: as `locate`.
-    """
+    """Find a checkpoint that is not built on this machine."""
     if isinstance(checkpoint, DemoCheckpoint):
         return LocalFolder(BUNDLE / checkpoint.name)
     return locate(checkpoint.path, checkpoint.revision, f"model {model}, checkpoint")
 
 
 def locate(name: str, revision: str | None, where: str) -> Origin:
-    """Find out what a study's `path` or `tokenizer` means.
-
-    Args:
-        name: an existing folder, or `org/name`, or `org/name@sha`.
-        revision: commit sha of a hub repository; None resolves the main branch, once per process.
-        where: the key of the study, for messages.
-
-    Raises:
-        ConfigError: a revision for a local folder, or two of them.
-        ModelMissingError: neither a folder nor a hub id, or its revision cannot be resolved.
-    """
+    """Find out what a study's `path` or `tokenizer` means."""
     folder = resolve_folder(name)
     if folder.is_dir():
         if revision is not None:
@@ -253,12 +226,7 @@ def _remedy(repo: str, revision: str, names: Sequence[str] = ()) -> str:
 
 
 def pinned_origin(origin: Origin, noun: str) -> PinnedSource:
-    """Return what is pinned of a folder or of a hub repository's commit.
-
-    Args:
-        origin: where the files are.
-        noun: checkpoint or tokenizer.
-    """
+    """Return what is pinned of a folder or of a hub repository's commit."""
     if isinstance(origin, HubRepository):
         return PinnedSource(
             noun,

@@ -36,12 +36,7 @@ def embedding_rows(n_vocabulary: int) -> int:
 
 
 def stand_in_identity(spec: StandInCheckpoint, rows: int) -> dict[str, str]:
-    """Return what decides a stand-in's weights.
-
-    Args:
-        spec: the checkpoint of the study.
-        rows: embedding rows.
-    """
+    """Return what decides a stand-in's weights."""
     return {
         **{name: str(value) for name, value in spec.model_dump().items()},
         "embedding_rows": str(rows),
@@ -61,15 +56,6 @@ def build_stand_in(spec: StandInCheckpoint, rows: int, build_root: Path) -> Path
     """Return a stand-in's folder, building it if it is not there.
 
     The random state of the process stays as it is.
-
-    Args:
-        spec: the checkpoint of the study.
-        rows: embedding rows.
-        build_root: folder of all stand-ins.
-
-    Raises:
-        DiskFullError: no space left.
-        ModelError: the folder cannot be written, or the memory does not suffice.
     """
     folder = stand_in_folder(spec, rows, build_root)
     if folder.is_dir():

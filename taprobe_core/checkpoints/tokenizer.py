@@ -114,13 +114,7 @@ def special_tokens(model: Model) -> str:
 
 
 def vocabulary_size(model: Model) -> int:
-    """Return the largest token id of a model's tokenizer plus one.
-
-    Raises:
-        ConfigError: a stand-in checkpoint without `tokenizer`.
-        ModelMissingError: no `tokenizer.json`.
-        ModelError: a `tokenizer.json` without a vocabulary.
-    """
+    """Return the largest token id of a model's tokenizer plus one."""
     found = find_tokenizer(model)
     return _largest_id(found.path, found.remedy, file_sha256(found.path)) + 1
 

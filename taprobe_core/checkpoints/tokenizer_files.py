@@ -44,15 +44,7 @@ _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix", "prefix", "suffix
 
 
 def check_growth(content: Mapping[str, Any], path: Path) -> None:
-    """Refuse a tokenizer that may make a text longer by more than `MOST_GROWTH` times.
-
-    Args:
-        content: of a `tokenizer.json`.
-        path: the file, for messages.
-
-    Raises:
-        ModelError: it does, or its normaliser is not what the format describes.
-    """
+    """Refuse a tokenizer that may make a text longer by more than `MOST_GROWTH` times."""
     growth = 1.0
     try:
         for step in _steps(content.get("normalizer")):
@@ -130,17 +122,7 @@ class TokenizerFiles:
 
 
 def find_tokenizer(model: Model) -> TokenizerFiles:
-    """Find a model's tokenizer, and fetch it if it is of a hub.
-
-    Args:
-        model: the model of the study.
-
-    Raises:
-        ConfigError: a stand-in checkpoint without `tokenizer`.
-        ModelMissingError: no `tokenizer.json`.
-        ModelMismatchError: a slow tokenizer only.
-        ModelError: `tokenizer.json` is no regular file.
-    """
+    """Find a model's tokenizer, and fetch it if it is of a hub."""
     origin = tokenizer_origin(model)
     folder, listing = origin.fetch((_VOCABULARY,), optional=_SETTINGS), origin.listing()
     present = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
@@ -163,15 +145,7 @@ def find_tokenizer(model: Model) -> TokenizerFiles:
 
 
 def token_ids(path: Path, remedy: str) -> dict[str, int]:
-    """Return the id of each token of a `tokenizer.json`, added ones included.
-
-    Args:
-        path: the file.
-        remedy: what repairs a damaged one.
-
-    Raises:
-        ModelError: it has no vocabulary.
-    """
+    """Return the id of each token of a `tokenizer.json`, added ones included."""
     return _ids(read_json(path, remedy), path, remedy)
 
 
@@ -180,16 +154,6 @@ def read_special_tokens(files: TokenizerFiles) -> dict[str, str]:
 
     `tokenizer_config.json` comes before `special_tokens_map.json`. Where neither names a BOS token,
     it is the token that the template of `tokenizer.json` puts before a text.
-
-    Args:
-        files: from `find_tokenizer`.
-
-    Raises:
-        ModelMismatchError: the BOS token is not in the vocabulary; the template puts several before
-            a text; or no file says whether there is one.
-        ModelMissingError: the file that says so has not been fetched.
-        UnsafeModelError: a file names code.
-        ModelError: a file cannot be read, or the tokenizer makes texts grow without bound.
     """
     content = read_json(files.path, files.remedy)
     ids = _ids(content, files.path, files.remedy)
@@ -232,11 +196,7 @@ def read_special_tokens(files: TokenizerFiles) -> dict[str, str]:
 
 
 def tokenizer_origin(model: Model) -> Origin:
-    """Return where a model's tokenizer comes from.
-
-    Raises:
-        ConfigError: a stand-in checkpoint without `tokenizer`.
-    """
+    """Return where a model's tokenizer comes from."""
     where = f"model {model.rollouts_dir}"
     if model.tokenizer is not None:
         return locate(model.tokenizer, None, f"{where}, tokenizer")
@@ -311,17 +271,7 @@ _FIX = "give the model its own tokenizer: set tokenizer to null, or to the right
 
 
 def check_match(files: TokenizerFiles, checkpoint: Path) -> None:
-    """Refuse a tokenizer that is not the checkpoint's.
-
-    Args:
-        files: the tokenizer.
-        checkpoint: folder with the checkpoint's `config.json`.
-
-    Raises:
-        ModelMismatchError: an id beyond the embedding, an embedding much larger than the
-            vocabulary, an id in the configuration that the tokenizer lacks, or another vocabulary
-            than the one beside the weights.
-    """
+    """Refuse a tokenizer that is not the checkpoint's."""
     given = token_ids(files.path, files.remedy)
     largest = max(given.values())
     config = read_config(checkpoint, "fetch the checkpoint again")

@@ -6,7 +6,6 @@ no traceback); 3 an artifact is unsound or a check failed; 130 interrupted.
 
 from taprobe_core.cli.app import EXIT_FIXABLE, EXIT_INTERRUPTED, EXIT_UNSOUND, app, guarded
 from taprobe_core.cli.deferral import plan_
-from taprobe_core.cli.demo import demo_build
 from taprobe_core.cli.rollout_audit import audit_rollouts_
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "EXIT_UNSOUND",
     "app",
     "audit_rollouts_",
-    "demo_build",
     "guarded",
     "plan_",
 ]

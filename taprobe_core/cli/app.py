@@ -307,11 +307,7 @@ def verify(
 
 
 def _on_disk(study: Path | None) -> Plan:
-    """Open a plan on a data folder that has to be there; show progress on it.
-
-    Raises:
-        ConfigError: it is not there, or is a file.
-    """
+    """Open a plan on a data folder that has to be there; show progress on it."""
     from taprobe_core.pipeline import open_plan
 
     plan = open_plan(study)
@@ -404,11 +400,7 @@ def export(
 
 
 def checked_cell(plan: Plan, stage: str, keys: Sequence[str]) -> Cell:
-    """Return the cell of these partition keys.
-
-    Raises:
-        ConfigError: the study has no such stage or key, or the stage takes another number of keys.
-    """
+    """Return the cell of these partition keys."""
     from taprobe_core.pipeline import STAGES, check_stage, dimension_keys
 
     wanted = STAGES[check_stage(plan.study, stage)].grid

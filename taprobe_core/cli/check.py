@@ -25,13 +25,7 @@ from taprobe_core.study import Activations, Attention
 
 
 def render_skips(skipped: pl.DataFrame, shown: int, *, is_fatal: bool = False) -> Iterator[str]:
-    """Yield a heading and a line per problem; nothing where none is left out.
-
-    Args:
-        skipped: `tables.SKIPPED` with model and setting.
-        shown: the most problems to name; the others are counted.
-        is_fatal: whether the study stops at such a problem.
-    """
+    """Yield a heading and a line per problem; nothing where none is left out."""
     if skipped.is_empty():
         return
     what = (
@@ -87,14 +81,7 @@ _UNKNOWN = "not known without the checkpoints"
 def render_check(
     models: Sequence[Row], rows: pl.DataFrame, speed: Speed, assumptions: Assumptions
 ) -> Iterator[RenderableType]:
-    """Yield what `check` says of the models: each with its cost by setting, then all together.
-
-    Args:
-        models: `plan_summary(plan)["models"]`.
-        rows: from `forecast`.
-        speed: from `measure_speed`.
-        assumptions: that the rows were made with.
-    """
+    """Yield what `check` says of the models: each with its cost by setting, then all together."""
     columns: dict[str, Cell] = {
         "texts": lambda row: f"{row['n_problems']:,}",
         "tokens": lambda row: f"{_mark(row)}{row['n_tokens']:,}",
@@ -123,14 +110,7 @@ def render_check(
 def render_storage(
     rows: pl.DataFrame, activations: Activations, attention: Attention, assumptions: Assumptions
 ) -> Iterator[RenderableType]:
-    """Yield what `storage` says: for each model the disk use by setting and by what is kept.
-
-    Args:
-        rows: from `forecast`.
-        activations: of the study.
-        attention: of the study.
-        assumptions: that the rows were made with.
-    """
+    """Yield what `storage` says: for each model the disk use by setting and by what is kept."""
     kept = ", ".join(activations.poolings)
     attended = "" if attention.mode == "off" else f"; attention, {attention.mode}"
     yield f"storage forecast: {kept}{attended}\n"

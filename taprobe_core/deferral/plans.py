@@ -119,9 +119,6 @@ def pair_grid(score: NDArray[np.float32], is_anchor: NDArray[np.bool_]) -> PairG
     Args:
         score: scores to tune on, [sentence], float32, finite, at least one.
         is_anchor: labels, [sentence].
-
-    Returns:
-        The grid, at most 5,356 pairs.
     """
     order = np.argsort(score, kind="stable")
     ranked = score[order]
@@ -154,13 +151,6 @@ def choose(grid: PairGrid, objective: Objective) -> Thresholds:
     deferral, negative, positive). Error: among pairs at or below the error, the minimum of
     (deferral, error, negative, positive). Where no pair meets the error, the pair with the minimum
     of (error, deferral, negative, positive) stands in and `meets_objective` is false.
-
-    Args:
-        grid: from `pair_grid`.
-        objective: budget or error.
-
-    Returns:
-        The thresholds.
     """
     deferral, error = grid.deferral, grid.error
     if objective.kind == "budget":
@@ -195,8 +185,6 @@ def decide(
 
     Args:
         score: [sentence], float32.
-        negative: accept as no anchor at or below it.
-        positive: accept as anchor at or above it; wins where both hold.
 
     Returns:
         [sentence], index into `tables.DECISIONS_ON_SENTENCE`.
@@ -362,8 +350,6 @@ def _tuned(
 
     Args:
         score: of the validation sentences, float32.
-        is_anchor: of the same, bool.
-        objectives: in order.
     """
     grid = pair_grid(np.frombuffer(score, np.float32), np.frombuffer(is_anchor, np.bool_))
     return tuple(choose(grid, objective) for objective in objectives)

@@ -7,11 +7,7 @@
     truth      true importances; which problems to take; published measures
 
     tokenizer  byte-level BPE trained on the policy's traces
-    training   the policy's traces -> weights; has it learned what it was taught?
-    sampling   weights -> texts, the same on every device
-    build      all of this, from one seed
-    bundle     what a build leaves behind, and what comes with the library
-    audit      a bundle -> is it what its build made?
+    bundle     what comes with the library: weights, texts, truth; `tools/demo` makes it
 
     writer     files in the dataset's own layout; a copy with every kind of damage
     world      the bundled world, and the policy's at any size

@@ -53,15 +53,7 @@ class Record(NamedTuple):
 
 
 def read_records(folder: Path, reasoner: str) -> Iterator[Record]:
-    """Read what was sampled from one reasoner, in file order.
-
-    Args:
-        folder: a bundle.
-        reasoner: one of its reasoners.
-
-    Raises:
-        DataError: the file is missing, or a line is not what was written.
-    """
+    """Read what was sampled from one reasoner, in file order."""
     path = folder / reasoner / ROLLOUTS
     try:
         with lzma.open(path, "rt", encoding="utf-8") as lines:
@@ -73,12 +65,7 @@ def read_records(folder: Path, reasoner: str) -> Iterator[Record]:
 
 
 def write_records(path: Path, records: Iterator[Record]) -> None:
-    """Write `rollouts.jsonl.xz`.
-
-    Args:
-        path: the file; the caller publishes it.
-        records: in the order of the lines.
-    """
+    """Write `rollouts.jsonl.xz`."""
     with lzma.open(path, "wt", encoding="utf-8", newline="\n", preset=9) as lines:
         for record in records:
             lines.write(json.dumps(_row(record)) + "\n")

@@ -73,11 +73,7 @@ class Policy:
             yield branch, "\n\n" if rng.random() < KINDS[state.stage].paragraph else " "
 
     def replay(self, sentences: Sequence[str]) -> list[State]:
-        """Return the states before each of `sentences` and, last, the state after them.
-
-        Raises:
-            DataError: the policy could not have said this.
-        """
+        """Return the states before each of `sentences` and, last, the state after them."""
         states = [State()]
         for index, text in enumerate(sentences):
             after = next((b.after for b in self.branches(states[-1]) if b.text == text), None)
@@ -111,16 +107,7 @@ def drawn_trace(problem: Problem, rng: random.Random) -> Trace:
 
 
 def told_trace(problem: Problem, texts: Sequence[str], separators: Sequence[str]) -> Trace:
-    """Return the trace of these sentences, with the tag and the uses of each.
-
-    Args:
-        problem: the problem.
-        texts: a whole solution, sentence by sentence.
-        separators: what stands before each sentence.
-
-    Raises:
-        DataError: the policy could not have said this, or it does not end in an answer.
-    """
+    """Return the trace of these sentences, with the tag and the uses of each."""
     states = policy(problem).replay(texts)
     if states[-1].stage != "answer":
         raise DataError(
@@ -146,9 +133,6 @@ def drawn_rollouts(
 
     A rest begins with a blank, as after a prompt that ends in a sentence, unless `prefix` is
     empty.
-
-    Raises:
-        DataError: the policy could not have said `prefix`.
     """
     solver = policy(problem)
     state = solver.replay(prefix)[-1]
@@ -170,11 +154,7 @@ def _continuation(solver: Policy, state: State, lead: str, rng: random.Random) -
 def drawn_answers(
     problem: Problem, prefix: Sequence[str], n: int, rng: random.Random
 ) -> list[Continuation]:
-    """Draw `n` answers that are forced after `prefix`: those of rests that remain unsaid.
-
-    Raises:
-        DataError: the policy could not have said `prefix`.
-    """
+    """Draw `n` answers that are forced after `prefix`: those of rests that remain unsaid."""
     rests = drawn_rollouts(problem, prefix, n, rng)
     return [Continuation(f"{rest.answer}}}.", "", rest.answer, rest.is_correct) for rest in rests]
 
@@ -197,11 +177,7 @@ _BOXED = re.compile(r"\\boxed\{\s*([^{}\s][^{}]*)\}")
 
 
 def split_sentences(thinking: str) -> tuple[list[str], list[str], str]:
-    """Split after each closing mark that whitespace or the end follows.
-
-    Returns:
-        The sentences, what stands before each of them, and what is left after the last mark.
-    """
+    """Split after each closing mark that whitespace or the end follows."""
     texts, separators, end = [], [], 0
     for match in _SENTENCE.finditer(thinking):
         separators.append(match[1])
@@ -217,12 +193,7 @@ def boxed(text: str) -> str:
 
 
 def read_trace(problem: Problem, solution: str) -> Trace | None:
-    """Read a whole solution; None if the policy could not have written it.
-
-    Args:
-        problem: the problem.
-        solution: everything after the prompt.
-    """
+    """Read a whole solution; None if the policy could not have written it."""
     thinking, tag, rest = solution.partition(THINK_END)
     texts, separators, left = split_sentences(thinking)
     if not tag or left or not texts or separators[0] or set(separators[1:]) - {" ", "\n\n"}:
@@ -235,12 +206,7 @@ def read_trace(problem: Problem, solution: str) -> Trace | None:
 
 
 def read_continuation(problem: Problem, text: str) -> Continuation:
-    """Read a resampled rest.
-
-    Args:
-        problem: the problem.
-        text: everything after the prefix.
-    """
+    """Read a resampled rest."""
     thinking, _, _ = text.partition(THINK_END)
     match = _SENTENCE.match(thinking)
     first = match[2] if match else thinking.strip()
@@ -249,11 +215,6 @@ def read_continuation(problem: Problem, text: str) -> Continuation:
 
 
 def read_answer(problem: Problem, text: str) -> Continuation:
-    """Read an answer that was forced: what follows an opened box.
-
-    Args:
-        problem: the problem.
-        text: everything after the opening brace.
-    """
+    """Read an answer that was forced: what follows an opened box."""
     answer = text.partition("}")[0].strip() if "}" in text else ""
     return Continuation(text, "", answer, answer == str(problem.answer))

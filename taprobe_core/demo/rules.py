@@ -75,11 +75,7 @@ class Move(NamedTuple):
 
 
 def moves(problem: Problem, state: State) -> list[Move]:
-    """Return what may follow `state`; probabilities sum to 1.
-
-    Raises:
-        KeyError: `state` is the end: stage "answer" has no rule.
-    """
+    """Return what may follow `state`; probabilities sum to 1."""
     return _RULES[state.stage](problem, state)
 
 

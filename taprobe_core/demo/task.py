@@ -82,14 +82,7 @@ class Problem(NamedTuple):
 
 
 def problem(problem_id: int) -> Problem:
-    """Return the problem with this id.
-
-    Args:
-        problem_id: 0 to `N_TASKS` - 1: the operands and the verb as digits of a mixed-radix number.
-
-    Raises:
-        IndexError: no such problem.
-    """
+    """Return the problem with this id."""
     if not 0 <= problem_id < N_TASKS:
         raise IndexError(f"problem ids are 0 to {N_TASKS - 1}, not {problem_id}")
     rest, operands = problem_id, []

@@ -35,8 +35,6 @@ def train_tokenizer(folder: Path, seed: int, *, vocab_size: int = VOCAB_SIZE) ->
     """Train on traces of the policy; write `tokenizer.json` and `tokenizer_config.json`.
 
     Args:
-        folder: where the two files go; created if absent.
-        seed: decides the training traces.
         vocab_size: at most this many tokens, special tokens and all 256 bytes included.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -60,11 +58,7 @@ def train_tokenizer(folder: Path, seed: int, *, vocab_size: int = VOCAB_SIZE) ->
 
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
-    """Return the id of a special token.
-
-    Raises:
-        KeyError: the tokenizer is not the demo's.
-    """
+    """Return the id of a special token."""
     found = tokenizer.token_to_id(token)
     if found is None:
         raise KeyError(token)

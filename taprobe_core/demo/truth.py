@@ -68,16 +68,7 @@ class Rates(NamedTuple):
 def exact_rates(
     of: Problem, sentences: Sequence[str], is_dissimilar: Callable[[str, str], bool]
 ) -> list[Rates]:
-    """Return the rates of each sentence.
-
-    Args:
-        of: the problem.
-        sentences: a trace that the policy wrote.
-        is_dissimilar: takes the removed and the resampled sentence.
-
-    Raises:
-        DataError: the policy could not have said `sentences`.
-    """
+    """Return the rates of each sentence."""
     solver = policy(of)
     states = solver.replay(sentences)
     rates = []
@@ -118,12 +109,6 @@ def simulated_importance(
     The number of dissimilar rollouts, of right ones among them and of right ones at the next
     sentence are binomial; a label is 0 without dissimilar rollouts, and for the last sentence.
 
-    Args:
-        rates: from `exact_rates`.
-        n_rollouts: per sentence.
-        n_draws: labels per sentence.
-        rng: of the draws.
-
     Returns:
         [draw, sentence] in [-1, 1].
     """
@@ -141,11 +126,7 @@ TRUE_IMPORTANCE = "true_importance"
 
 
 def measures(reasoned: Reasoned) -> list[dict[str, float]]:
-    """Compute the measures of each sentence, forced ones included, in the dataset's key order.
-
-    Args:
-        reasoned: one problem. Forced measures are left out where nothing was forced.
-    """
+    """Compute the measures of each sentence, forced ones included, in the dataset's key order."""
     texts = reasoned.texts
     measured = published_measures(texts, _rollouts(reasoned.rollouts), trigram_masked_dissimilar)
     if not any(reasoned.forced):
@@ -172,11 +153,7 @@ _FIRST = (
 
 
 def exact_importance(reasoned: Reasoned) -> list[float]:
-    """Return the policy's exact counterfactual importance of each sentence.
-
-    Raises:
-        DataError: the policy could not have said the base trace.
-    """
+    """Return the policy's exact counterfactual importance of each sentence."""
     return true_importance(reasoned.problem, reasoned.texts, trigram_masked_dissimilar)
 
 

@@ -265,12 +265,7 @@ _PROVIDES = {
 
 
 def dependencies(kinds: Sequence[str]) -> list[tuple[int, ...]]:
-    """Return, per sentence, the ascending indices of the earlier sentences that it uses.
-
-    Args:
-        kinds: the kinds of a trace's sentences, in order. Of each thing used, only the latest
-            earlier sentence counts: a redone step replaces the first attempt.
-    """
+    """Return, per sentence, the ascending indices of the earlier sentences that it uses."""
     latest: dict[str, int] = {}
     found = []
     for index, kind in enumerate(kinds):

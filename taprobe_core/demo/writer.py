@@ -54,13 +54,7 @@ class Entry(NamedTuple):
 
 
 def write_rollouts(folder: Path, sampling: str, entries: Iterable[Entry]) -> None:
-    """Write entries into the empty folder `folder`.
-
-    Args:
-        folder: existing empty folder, or one to create.
-        sampling: sampling folder.
-        entries: each (model, setting, problem) once.
-    """
+    """Write entries into the empty folder `folder`."""
     for model_dir, setting, reasoned in entries:
         below = folder / model_dir / sampling
         name = f"problem_{reasoned.problem.id}"
@@ -205,19 +199,6 @@ def write_dirty_copy(clean: Path, folder: Path, seed: int = 0) -> list[Damage]:
 
     Each damage is in a problem of its own (in one model and setting) and, while there are enough
     problems, under an id of its own.
-
-    Args:
-        clean: rollouts in the dataset's layout, with labels made by the demo; the rollouts folder
-            itself, such as `DemoWorld.rollouts_folder`.
-        folder: existing empty folder, or one to create, outside `clean`.
-        seed: of where and what is damaged.
-
-    Returns:
-        What `damage.json` lists, in the order of the damages' paths.
-
-    Raises:
-        ConfigError: `folder` is not empty, or lies in `clean`.
-        NotEnoughDataError: `clean` has too few problems that a damage needs.
     """
     _check_target(clean, folder)
     shutil.copytree(clean, folder, copy_function=shutil.copyfile, dirs_exist_ok=True)

@@ -17,7 +17,7 @@ Source: Hewitt and Liang (2019), Designing and interpreting probes with control 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,35 +92,43 @@ def contrast_values(
 
 
 def paired_deltas(
-    contrasts: pl.DataFrame, evaluation: Evaluation, targets: Mapping[str, Target]
+    contrasts: pl.DataFrame,
+    evaluation: Evaluation,
+    targets: Mapping[str, Target],
+    place: Sequence[str] = (),
 ) -> pl.DataFrame:
     """Compare every recipe with every baseline over test problems.
 
     Args:
-        contrasts: `tables.CONTRASTS`.
+        contrasts: `tables.CONTRASTS`, behind the columns of `place`.
         evaluation: bootstrap settings.
-        targets: recipe -> what its scores predict.
+        targets: recipe -> what its scores predict. A baseline without one, such as chance, may
+            stand beside any recipe.
+        place: columns that tell sites and settings apart where the table holds many.
 
     Returns:
-        `tables.DELTAS`: one row per recipe × baseline (another one) × protocol.
+        `place`, then `tables.DELTAS`: one row per recipe × baseline (another one) × protocol.
     """
     rows = []
+    key = [*place, "recipe", "baseline", "protocol"]
     groups = (
         contrasts.filter(pl.col("recipe") != pl.col("baseline"))
-        .group_by("recipe", "baseline", "protocol", "problem_id", maintain_order=True)
+        .group_by(*key, "problem_id", maintain_order=True)
         .agg(pl.col("value", "baseline_value").mean())
-        .group_by("recipe", "baseline", "protocol", maintain_order=True)
+        .group_by(key, maintain_order=True)
     )
-    for (recipe, baseline, protocol), pair in groups:
-        ours, theirs = targets[str(recipe)], targets[str(baseline)]
+    for values, pair in groups:
+        named: dict[str, Any] = dict(zip(key, values, strict=True))
+        ours = targets[named["recipe"]]
+        theirs = targets.get(named["baseline"], ours)
         if _is_comparable(ours, theirs):
             other = pair.select("problem_id", pl.col("baseline_value").alias("value"))
             found = compare_values(pair.select("problem_id", "value"), other, evaluation)
         else:
             found = no_comparison(f"{ours} and {theirs} have no order in common")
-        key = {"recipe": recipe, "baseline": baseline, "protocol": protocol}
-        rows.append({**key, "metric": primary_metric(ours), **found._asdict()})
-    return pl.DataFrame(rows, schema_of(DELTAS)).sort("recipe", "protocol", "baseline")
+        rows.append({**named, "metric": primary_metric(ours), **found._asdict()})
+    schema = {name: contrasts.schema[name] for name in place} | schema_of(DELTAS)
+    return pl.DataFrame(rows, schema).sort(*place, "recipe", "protocol", "baseline")
 
 
 def _is_comparable(target: Target, other: Target) -> bool:

@@ -34,7 +34,7 @@ from taprobe_core.evaluation.contrasts import (
 )
 from taprobe_core.evaluation.intervals import compare_values
 from taprobe_core.evaluation.nulls import null_distributions
-from taprobe_core.evaluation.summary import best_seeds, summarise
+from taprobe_core.evaluation.summary import ROW, best_seeds, pooled_pr_auc, summarise
 from taprobe_core.evaluation.units import measure_units, position_metrics
 from taprobe_core.metrics import metric_names, primary_metric
 from taprobe_core.study.config import Evaluation, Target
@@ -138,12 +138,19 @@ def evaluate(
         "target": own,
         "residualize": {name: taken.get(name, "none") for name in own},
     }
+    said = [pl.col("recipe").replace_strict(dict(text)).alias(at) for at, text in about.items()]
     names = ["primary", *metric_names(evaluation.recall_at, scored.has_truth)]
+    head, tail = [*ROW, *about], ["pooled_pr_auc", "chance_pr_auc"]
+    metrics = (
+        summarise(per_problem, names)
+        .join(pooled_pr_auc(scored), on=ROW, how="left", maintain_order="left")
+        .with_columns(said)
+    )
     contrasts = contrast_values(scored, per_problem, evaluation.baselines, own)
     controls = control_values(controls_by_seed or {}, labels)
     calibration, bins = calibrate(scored, own, evaluation.calibration_bins)
     return EvaluationTables(
-        metrics=summarise(per_problem, scored, names, about),
+        metrics=metrics.select(*head, pl.exclude(*head, *tail), *tail),
         problem_metrics=per_problem,
         deltas=paired_deltas(contrasts, evaluation, own),
         contrasts=contrasts,

@@ -64,30 +64,21 @@ def holm(p: ArrayLike) -> Doubles:
     Source:
         Holm (1979), A simple sequentially rejective multiple test procedure.
     """
-    ranked, order, out = _ranked(p)
-    out[order] = np.minimum(np.maximum.accumulate(ranked * np.arange(len(ranked), 0, -1)), 1.0)
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values, kind="stable")[: np.isfinite(values).sum()]  # NaN stands last
+    out = np.full(values.shape, np.nan)
+    scaled = values[order] * np.arange(len(order), 0, -1)
+    out[order] = np.minimum(np.maximum.accumulate(scaled), 1.0)
     return out
 
 
 def benjamini_hochberg(p: ArrayLike) -> Doubles:
-    """Adjust so that the expected share of false rejections stays below the level.
-
-    The i-th smallest of m values is multiplied by m / i; adjusted values never fall along the
-    order. Valid for tests that are independent or positively dependent.
-
-    Args:
-        p: [test], in [0, 1] or NaN.
-
-    Returns:
-        [test] float64.
-
-    Source:
-        Benjamini and Hochberg (1995), Controlling the false discovery rate.
-    """
-    ranked, order, out = _ranked(p)
-    scaled = ranked * len(ranked) / np.arange(1, len(ranked) + 1)
-    out[order] = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1.0)
-    return out
+    """Adjust by Benjamini and Hochberg (1995); SciPy's, where p [test] is not NaN."""
+    adjusted = np.array(p, dtype=np.float64)
+    is_test = ~np.isnan(adjusted)
+    if is_test.any():
+        adjusted[is_test] = stats.false_discovery_control(adjusted[is_test])
+    return adjusted
 
 
 def max_t(observed: ArrayLike, draws: NDArray[np.floating]) -> Doubles:
@@ -119,14 +110,6 @@ def max_t(observed: ArrayLike, draws: NDArray[np.floating]) -> Doubles:
     n_above = best.size - np.searchsorted(np.sort(best), statistic - _ROUNDING, side="left")
     out[counts] = (1 + n_above) / (1 + best.size)
     return out
-
-
-def _ranked(p: ArrayLike) -> tuple[Doubles, NDArray[np.int64], Doubles]:
-    """Return the defined values in rising order, where they stand, and a NaN for every test."""
-    values = np.asarray(p, dtype=np.float64)
-    defined = np.flatnonzero(~np.isnan(values))
-    order = defined[np.argsort(values[defined], kind="stable")]
-    return values[order], order, np.full(values.shape, np.nan)
 
 
 MIN_PROBLEMS = 6

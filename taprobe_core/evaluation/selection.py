@@ -25,7 +25,7 @@ from taprobe_core.study.evaluation import ANY_ACTIVATION_PROBE
 from taprobe_core.study.targets import target_settings
 from taprobe_core.tables import PROTOCOLS
 
-__all__ = ["ANY_ACTIVATION_PROBE", "Cell", "chosen_values", "select_on_validation"]
+__all__ = ["ANY_ACTIVATION_PROBE", "Cell", "choose", "chosen_values", "select_on_validation"]
 
 Cell = tuple[Site, str, EvaluationTables]
 """A site, a setting, and their evaluation."""
@@ -131,6 +131,28 @@ def chosen_values(
     return _picked(_units(cells), names, joint).drop("split")
 
 
+def choose(
+    candidates: pl.DataFrame, group: Sequence[str], by: str, ties: Sequence[str]
+) -> pl.DataFrame:
+    """Choose one candidate of each group.
+
+    Args:
+        candidates: `group`, `by`, `ties` and any other columns.
+        group: what each choice is made for.
+        by: the highest is chosen, undefined ones (null) last.
+        ties: the lowest of equal ones.
+
+    Returns:
+        The chosen rows, in order of `group`, with n_candidates.
+    """
+    order = [*group, by, *ties]
+    return (
+        candidates.sort(order, descending=[name == by for name in order], nulls_last=True)
+        .group_by(group, maintain_order=True)
+        .agg(pl.all().first(), pl.len().cast(pl.Int64).alias("n_candidates"))
+    )
+
+
 def _activation_recipes(cells: Sequence[Cell], recipes: Sequence[ProbeRecipe]) -> set[str]:
     reading = {recipe.name for recipe in recipes if recipe.reads_activations}
     return reading & {name for *_, tables in cells for name in tables.metrics["recipe"].unique()}
@@ -211,14 +233,8 @@ def _choose(units: pl.DataFrame, joint: Collection[str]) -> pl.DataFrame:
         pl.lit(ANY_ACTIVATION_PROBE).alias("recipe")
     )
     group = [*_PLACE, "recipe", "fold"]
-    order = [*group, "val_value", "layer", "candidate"]
-    falling = [name == "val_value" for name in order]
-    return (
-        pl.concat([own, together])
-        .sort(order, descending=falling, nulls_last=True)
-        .group_by(group, maintain_order=True)
-        .agg(pl.col("candidate", "layer").first(), pl.len().cast(pl.Int64).alias("n_candidates"))
-    )
+    chosen = choose(pl.concat([own, together]), group, "val_value", ["layer", "candidate"])
+    return chosen.select(*group, "candidate", "layer", "n_candidates")
 
 
 def _paired(

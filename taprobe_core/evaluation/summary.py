@@ -106,23 +106,20 @@ def problem_values(per_problem: pl.DataFrame, metric: str = "primary") -> pl.Dat
 
 
 def summarise(
-    per_problem: pl.DataFrame,
-    scored: ScoreBlocks,
-    names: Sequence[str],
-    about: Mapping[str, Mapping[str, str]],
+    per_problem: pl.DataFrame, names: Sequence[str], by: Sequence[str] = ROW
 ) -> pl.DataFrame:
-    """Summarise problems to one row per recipe × protocol × split.
+    """Summarise problems to one row of each key.
 
     Args:
-        per_problem: `EvaluationTables.problem_metrics`.
-        scored: from `make_blocks`, for the pooled PR-AUC.
+        per_problem: `EvaluationTables.problem_metrics`, or a part of its columns.
         names: metric columns.
-        about: what to say of each recipe: column -> recipe -> text.
+        by: the key; seeds, and folds that it does not name, are averaged inside a problem.
 
     Returns:
-        `EvaluationTables.metrics`.
+        `by`, n_problems, n_seeds, per metric `<m>`, `<m>_std` and `n_undefined_<m>`, then
+        chance_pr_auc; sorted.
     """
-    in_problem = per_problem.group_by(*ROW, "problem_id", maintain_order=True).agg(
+    in_problem = per_problem.group_by(*by, "problem_id", maintain_order=True).agg(
         pl.col(*names).mean(),
         pl.col("n_sentences", "n_anchors").first(),
         pl.col("seed").n_unique().alias("n_seeds"),
@@ -131,7 +128,7 @@ def summarise(
     chance = pl.Series("chance_pr_auc", chance_levels(*sizes)).fill_nan(None)
     means = (
         in_problem.with_columns(chance)
-        .group_by(ROW, maintain_order=True)
+        .group_by(by, maintain_order=True)
         .agg(
             pl.len().cast(pl.Int64).alias("n_problems"),
             pl.col("n_seeds").max().cast(pl.Int64),
@@ -140,24 +137,18 @@ def summarise(
         )
     )
     columns = [part for name in names for part in (name, f"{name}_std", f"n_undefined_{name}")]
-    said = [pl.col("recipe").replace_strict(dict(text)).alias(at) for at, text in about.items()]
     return (
-        means.join(_spread(per_problem, names), on=ROW)
-        .join(_pooled(scored), on=ROW, how="left")
-        .with_columns(said)
-        .select(
-            *(*ROW, *about, "n_problems", "n_seeds"),
-            *(*columns, "pooled_pr_auc", "chance_pr_auc"),
-        )
-        .sort(ROW)
+        means.join(_spread(per_problem, names, by), on=by)
+        .select(*by, "n_problems", "n_seeds", *columns, "chance_pr_auc")
+        .sort(by)
     )
 
 
-def _spread(per_problem: pl.DataFrame, names: Sequence[str]) -> pl.DataFrame:
+def _spread(per_problem: pl.DataFrame, names: Sequence[str], by: Sequence[str]) -> pl.DataFrame:
     # Folds inside a problem first, so that each seed's mean weighs problems as the mean does.
-    in_problem = _means(per_problem, [*ROW, "seed", "problem_id"], names)
-    by_seed = _means(in_problem, [*ROW, "seed"], names)
-    return by_seed.group_by(ROW).agg(pl.col(*names).std(ddof=1).name.suffix("_std"))
+    in_problem = _means(per_problem, [*by, "seed", "problem_id"], names)
+    by_seed = _means(in_problem, [*by, "seed"], names)
+    return by_seed.group_by(by).agg(pl.col(*names).std(ddof=1).name.suffix("_std"))
 
 
 def _means(frame: pl.DataFrame, key: Sequence[str], names: Sequence[str]) -> pl.DataFrame:
@@ -165,7 +156,7 @@ def _means(frame: pl.DataFrame, key: Sequence[str], names: Sequence[str]) -> pl.
     return frame.group_by(key, maintain_order=True).agg(pl.col(*names).mean())
 
 
-def _pooled(scored: ScoreBlocks) -> pl.DataFrame:
+def pooled_pr_auc(scored: ScoreBlocks) -> pl.DataFrame:
     """PR-AUC over the test sentences of all problems together, mean over seeds.
 
     Problems weigh by their anchors, and scores of different folds are compared as if they shared

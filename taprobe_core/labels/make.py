@@ -123,8 +123,8 @@ def unlabelled(sentences: pl.DataFrame, labels: Labels) -> pl.DataFrame:
         }
         for problem_id, indices, n in missing.iter_rows()
     ]
-    types = tables.schema_of(tables.SKIPPED)
-    return tables.check_table(pl.DataFrame(rows, schema=types), tables.SKIPPED, "labels")
+    frame = pl.DataFrame(rows, schema=tables.schema_of(tables.SKIPPED))
+    return tables.check_table(frame, tables.SKIPPED, "labels")
 
 
 def anchors(
@@ -143,8 +143,6 @@ def anchors(
 
     Args:
         importance_abs: [sentence] of one problem in sentence order, finite, >= 0.
-        percentile: in (0, 100).
-        tie_rule: `rank` or `legacy`.
 
     Returns:
         bool [sentence].

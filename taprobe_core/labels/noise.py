@@ -87,7 +87,6 @@ def reconstruct_counts(
         duplicate_share: `overdeterminedness`, [sentence]; NaN puts no constraint on n.
         importance: `counterfactual_importance_accuracy`, [sentence], NaN unknown.
         next_accuracy: accuracy of the successor, [sentence], NaN where there is none.
-        n_max: most rollouts a sentence can have.
 
     Returns:
         Counts, each [sentence].
@@ -151,17 +150,7 @@ def resampling_se(counts: Counts, next_counts: Counts) -> FloatArray:
 def verify_resampling_identity(
     sentences: pl.DataFrame, tolerance: float = IDENTITY_TOLERANCE
 ) -> pl.DataFrame:
-    """Check per sentence that resampling importance is the next accuracy minus the own.
-
-    Args:
-        sentences: `tables.SENTENCES`.
-        tolerance: largest absolute residual that counts as exact.
-
-    Returns:
-        problem_id, sentence_idx, `residual` = accuracy of the next sentence - accuracy -
-        resampling_importance_accuracy, and `is_exact`; both null at a problem's last sentence and
-        where one of the three is null.
-    """
+    """Check per sentence that resampling importance is the next accuracy minus the own."""
     following = pl.col("accuracy").shift(-1).over("problem_id")
     residual = following - pl.col("accuracy") - pl.col("resampling_importance_accuracy")
     return (

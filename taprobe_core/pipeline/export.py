@@ -313,7 +313,6 @@ def _rows_of(table: ExportedTable, schema: pl.Schema) -> Iterator[str]:
             if key == name or (each.is_pattern and re.match(key, name))
         )
         values = list(getattr(asked.dtype, "categories", []))
-        ranges = [each for each in asked.ranges if each != FINITE]
-        values += [f"{each.low:g} to {each.high:g}" for each in ranges]
+        values += [rule.name for rule in asked.rules if rule is not FINITE]
         null = "yes" if asked.nullable else "no"
         yield f"| {name} | {dtype} | {null} | {', '.join(values)} | {unit_of(name)} |"

@@ -78,14 +78,7 @@ def to_data_uri(png: bytes) -> str:
 
 
 def new_axes(title: str, x: str, y: str, height: float = 2.9) -> tuple[Figure, Axes]:
-    """Return a figure with one empty pair of axes.
-
-    Args:
-        title: heading, at the left edge of the figure.
-        x: label of the horizontal axis.
-        y: label of the vertical axis.
-        height: inches; the width is 6.6.
-    """
+    """Return a figure with one empty pair of axes."""
     figure = Figure(figsize=(6.6, height), dpi=_DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -100,12 +93,7 @@ def new_axes(title: str, x: str, y: str, height: float = 2.9) -> tuple[Figure, A
 
 
 def plain(text: str, longest: int = LONGEST_TITLE) -> str:
-    """Keep matplotlib from reading formulas in names, draw what its font holds, cut what is long.
-
-    Args:
-        text: a name or a heading.
-        longest: characters kept; the last one becomes an ellipsis where more are given.
-    """
+    """Keep matplotlib from reading formulas in names; draw what its font holds; cut the rest."""
     held = _glyphs()
     drawn = "".join(char if ord(char) in held else "\ufffd" for char in text)
     cut = drawn if len(drawn) <= longest else f"{drawn[: longest - 1]}…"
@@ -118,31 +106,18 @@ def _glyphs() -> frozenset[int]:
 
 
 def legend_beside(axes: Axes) -> None:
-    """Put the legend at the right of the axes, if anything has a label.
-
-    Args:
-        axes: where lines or bars were drawn.
-    """
+    """Put the legend at the right of the axes, if anything has a label."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.02))
 
 
 def bar_height(n_bars: int) -> float:
-    """Return the height in inches of a figure with horizontal bars.
-
-    Args:
-        n_bars: how many.
-    """
+    """Return the height in inches of a figure with horizontal bars."""
     return 1.0 + 0.3 * max(n_bars, 2)
 
 
 def name_bars(axes: Axes, names: list[str]) -> None:
-    """Name horizontal bars at 0, 1, ... from the top; a long name breaks at its first " · ".
-
-    Args:
-        axes: where the bars were drawn.
-        names: one per bar.
-    """
+    """Name horizontal bars at 0, 1, ... from the top; a long name breaks at its first " · "."""
     axes.set_yticks(range(len(names)), [_broken(name) for name in names])
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -150,14 +125,7 @@ def name_bars(axes: Axes, names: list[str]) -> None:
 
 
 def encode_png(figure: Figure) -> bytes:
-    """Draw a figure and encode it.
-
-    Args:
-        figure: from `new_axes`.
-
-    Returns:
-        PNG of at most `MAX_BYTES`: fewer colours, then fewer pixels, where it is crowded.
-    """
+    """Draw a figure and encode it."""
     raw = io.BytesIO()
     figure.savefig(raw, format="rgba", dpi=_DPI)
     size = figure.canvas.get_width_height()
@@ -194,11 +162,6 @@ def kurtosis_map(kurtosis: NDArray[np.float64], layers: Sequence[int], *, title:
 
     Args:
         kurtosis: [layer, head]; not finite where undefined.
-        layers: the model's layer of each row, ascending.
-        title: heading.
-
-    Returns:
-        PNG.
     """
     names = ("head", "layer (block output, from 0)", "kurtosis")
     return _map(kurtosis, names, title, rows=[str(layer) for layer in layers])
@@ -209,11 +172,6 @@ def attention_map(attention: NDArray[np.float64], *, y: str, title: str) -> byte
 
     Args:
         attention: [query, sentence]; blank where it is not above 0.
-        y: what a row stands for.
-        title: heading.
-
-    Returns:
-        PNG.
     """
     log = np.full(attention.shape, np.nan)
     np.log10(attention, out=log, where=attention > 0)

@@ -176,24 +176,13 @@ def main_protocol(rows: pl.DataFrame) -> str | None:
 
 
 def headline_rows(selected: pl.DataFrame) -> pl.DataFrame:
-    """Return the comparisons that the findings speak of, in table order.
-
-    Args:
-        selected: from `selection.select_on_validation`.
-    """
+    """Return the comparisons that the findings speak of, in table order."""
     rows = selected.filter(pl.col("recipe") == ANY_ACTIVATION_PROBE)
     return rows.filter(pl.col("protocol").cast(pl.String) == pl.lit(main_protocol(rows)))
 
 
 def findings(selected: pl.DataFrame) -> list[Finding]:
-    """Say what the comparisons show.
-
-    Args:
-        selected: from `selection.select_on_validation`.
-
-    Returns:
-        One finding per setting × model, in table order; empty without activation probes.
-    """
+    """Say what the comparisons show."""
     shown = headline_rows(selected)
     return [
         _finding(str(setting), str(model), group.to_dicts())
@@ -202,11 +191,7 @@ def findings(selected: pl.DataFrame) -> list[Finding]:
 
 
 def verdict_of(row: Mapping[str, Any]) -> Verdict:
-    """Return what one comparison shows.
-
-    Args:
-        row: with delta_low and delta_high, None where there is no interval, and p_adjusted.
-    """
+    """Return what one comparison shows."""
     low, high, p = row["delta_low"], row["delta_high"], row["p_adjusted"]
     if low is None or high is None:
         return "cannot say"
@@ -216,11 +201,7 @@ def verdict_of(row: Mapping[str, Any]) -> Verdict:
 
 
 def interval_text(row: Mapping[str, Any]) -> str:
-    """Write a difference with its interval, or without one, and its corrected test.
-
-    Args:
-        row: with delta, delta_low, delta_high and p_adjusted.
-    """
+    """Write a difference with its interval, or without one, and its corrected test."""
     if row["delta"] is None:
         return "undefined"
     if row["delta_low"] is None:
@@ -230,11 +211,7 @@ def interval_text(row: Mapping[str, Any]) -> str:
 
 
 def p_text(p: float | None) -> str:
-    """Write a p-value: three digits, or that it is below them.
-
-    Args:
-        p: in [0, 1], or None.
-    """
+    """Write a p-value: three digits, or that it is below them."""
     if p is None:
         return "p undefined"
     return "p < 0.001" if p < 0.001 else f"p {p:.3f}"

@@ -60,17 +60,7 @@ _MAX_BARS = 20
 def metric_by_layer(
     rows: pl.DataFrame, *, metric: str, levels: Mapping[str, float | None], title: str
 ) -> bytes:
-    """Draw a metric over layers: one line per recipe, levels as horizontal lines.
-
-    Args:
-        rows: recipe, layer, value (null where undefined).
-        metric: label of the value axis.
-        levels: name -> value, such as the baselines and chance; null ones are left out.
-        title: heading.
-
-    Returns:
-        PNG.
-    """
+    """Draw a metric over layers: one line per recipe, levels as horizontal lines."""
     figure, axes = new_axes(title, "layer (block output, from 0)", metric)
     drawn = {name: value for name, value in levels.items() if value is not None}
     for index, (name, level) in enumerate(drawn.items()):
@@ -107,15 +97,7 @@ def metric_by_layer(
 
 
 def importance_by_position(labels: pl.DataFrame, *, title: str) -> bytes:
-    """Draw mean absolute importance and anchor share along the trace, in 20 bins.
-
-    Args:
-        labels: `tables.LABELS`; position is sentence_idx / (n_sentences - 1).
-        title: heading.
-
-    Returns:
-        PNG.
-    """
+    """Draw mean absolute importance and anchor share along the trace, in 20 bins."""
     last = (pl.col("n_sentences") - 1).clip(1)
     bins = (pl.col("sentence_idx") / last * _N_POSITION_BINS).floor().clip(0, _N_POSITION_BINS - 1)
     profile = (
@@ -138,15 +120,7 @@ def importance_by_position(labels: pl.DataFrame, *, title: str) -> bytes:
 
 
 def importance_histogram(labels: pl.DataFrame, *, title: str) -> bytes:
-    """Draw the distribution of signed importance on a log count axis, exact zeros apart.
-
-    Args:
-        labels: `tables.LABELS`.
-        title: heading, to which the share of exact zeros is added.
-
-    Returns:
-        PNG.
-    """
+    """Draw the distribution of signed importance on a log count axis, exact zeros apart."""
     signed = labels["importance_signed"].to_numpy()
     zeros = float((signed == 0).mean()) if signed.size else 0.0
     heading = f"{title} · {zeros:.0%} exactly zero, not drawn"
@@ -159,16 +133,7 @@ def importance_histogram(labels: pl.DataFrame, *, title: str) -> bytes:
 
 
 def deferral_bars(plans: pl.DataFrame, *, title: str) -> bytes:
-    """Draw the share deferred and the error among the accepted on test, per plan.
-
-    Args:
-        plans: `tables.PLANS` of one protocol; the first 20 are drawn.
-        title: heading.
-
-    Returns:
-        PNG. A black tick marks what the plan was told to keep to; a plan that accepts nothing has
-        no error bar.
-    """
+    """Draw the share deferred and the error among the accepted on test, per plan."""
     shown = plans.head(_MAX_BARS)
     names = [
         f"{recipe} · {objective} {value:g}"
@@ -198,10 +163,6 @@ def activation_norms(norms: NDArray[np.float64], *, title: str) -> bytes:
 
     Args:
         norms: Euclidean norm, [sentence], model units; non-finite ones leave a gap.
-        title: heading.
-
-    Returns:
-        PNG.
     """
     figure, axes = new_axes(title, "sentence", "activation norm")
     axes.plot(np.arange(norms.size), norms, color=BLUE, linewidth=1.2)
@@ -214,10 +175,6 @@ def span_lengths(n_tokens: NDArray[np.int64], *, title: str) -> bytes:
 
     Args:
         n_tokens: [sentence].
-        title: heading, to which the median is added.
-
-    Returns:
-        PNG. Lengths beyond the 99.5th percentile share the last bin.
     """
     heading = f"{title} · median {np.median(n_tokens):g}" if n_tokens.size else title
     figure, axes = new_axes(heading, "tokens in the sentence", "sentences")
@@ -230,18 +187,7 @@ def span_lengths(n_tokens: NDArray[np.int64], *, title: str) -> bytes:
 
 
 def leaderboard_bars(rows: pl.DataFrame, *, metric: str, chance: float | None, title: str) -> bytes:
-    """Draw the first rows of a ranking as bars, with intervals where the rows carry them.
-
-    Args:
-        rows: label, value, and optionally value_low, value_high; null where undefined. At most 20
-            are drawn, first on top.
-        metric: label of the value axis.
-        chance: level drawn as a dashed line; None for none.
-        title: heading.
-
-    Returns:
-        PNG.
-    """
+    """Draw the first rows of a ranking as bars, with intervals where the rows carry them."""
     shown = rows.head(_MAX_BARS)
     figure, axes = new_axes(title, metric, "", height=bar_height(shown.height))
     values = shown["value"].cast(pl.Float64).fill_null(0.0).to_numpy()
@@ -260,17 +206,7 @@ def leaderboard_bars(rows: pl.DataFrame, *, metric: str, chance: float | None, t
 
 
 def delta_intervals(rows: pl.DataFrame, *, metric: str, title: str) -> bytes:
-    """Draw paired differences as points with their intervals around zero.
-
-    Args:
-        rows: label, delta, delta_low, delta_high; a null interval leaves a hollow point, a null
-            delta no point. At most 20 are drawn, first on top.
-        metric: what the difference is of.
-        title: heading.
-
-    Returns:
-        PNG.
-    """
+    """Draw paired differences as points with their intervals around zero."""
     shown = rows.head(_MAX_BARS)
     figure, axes = new_axes(title, f"difference in {metric}", "", height=bar_height(shown.height))
     delta, low, high = (

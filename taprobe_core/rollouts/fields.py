@@ -284,11 +284,7 @@ def shown(value: Any) -> str:
 
 
 def raise_faults(faults: Sequence[str], path: Path) -> None:
-    """Raise one error for all faults of one file; do nothing where there is none.
-
-    Raises:
-        SchemaError: lists the first twenty faults and counts the others.
-    """
+    """Raise one error for all faults of one file; do nothing where there is none."""
     if not faults:
         return
     more = len(faults) - _LISTED

@@ -69,11 +69,7 @@ class HubRollouts:
 
     @cached_property
     def revision(self) -> str:
-        """The commit that everything is read at.
-
-        Raises:
-            SourceUnavailableError: offline or cut off, and no earlier resolution in the cache.
-        """
+        """The commit that everything is read at."""
         if self._pinned is not None:
             return self._pinned
         with self._translated("resolve the main branch", self._download_command("main", "*")):

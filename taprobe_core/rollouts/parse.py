@@ -59,11 +59,6 @@ def find_thinking(text: str, n_prompt: int, sentences: Sequence[str]) -> Thinkin
     closing tag or with the text. Tags may be in capitals. The first place that the sentences fill
     is taken; where they fill none, the first place, to the last closing tag, so that whoever places
     the sentences can say where they differ.
-
-    Args:
-        text: prompt and completion.
-        n_prompt: characters of the prompt.
-        sentences: all sentences of the reasoning, in order.
     """
     starts = list(_starts(text, n_prompt))
     expected = "".join("".join(sentences).split())

@@ -318,8 +318,9 @@ def _in_threads(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _table(rows: list[dict[str, Any]], schema: tables.Contract, where: str) -> pl.DataFrame:
-    return tables.check_table(pl.DataFrame(rows, schema=tables.schema_of(schema)), schema, where)
+def _table(rows: list[dict[str, Any]], contract: tables.Contract, where: str) -> pl.DataFrame:
+    frame = pl.DataFrame(rows, schema=tables.schema_of(contract))
+    return tables.check_table(frame, contract, where)
 
 
 def _skipped_row(problem_id: int, error: DataError) -> dict[str, Any]:

@@ -123,11 +123,7 @@ def max_rollouts(rollouts: Rollouts) -> int:
 
 
 def checked_path(part: str) -> str:
-    """Return `part` in normal form if it is a relative path that stays below its root.
-
-    Raises:
-        ConfigError: it is empty or absolute, or holds `..`, a backslash or a NUL.
-    """
+    """Return `part` in normal form if it is a relative path that stays below its root."""
     path = PurePosixPath(part)
     leaves = path.is_absolute() or bool(PureWindowsPath(part).anchor) or ".." in path.parts
     if leaves or not path.parts or "\\" in part or "\0" in part:
@@ -168,13 +164,7 @@ def absent_file(problem_id: int, name: str, where: str) -> DataError:
 def missing_level(
     parts: Sequence[str], folders: Callable[[PurePosixPath], Sequence[str] | None], root: str
 ) -> DataError:
-    """Return the error that says which of a source's folders is missing, and what stands there.
-
-    Args:
-        parts: rollouts_dir, sampling and setting, in this order.
-        folders: lists the folders at a path below the root; None where there is no folder.
-        root: the source's root, for the message.
-    """
+    """Return the error that says which of a source's folders is missing, and what stands there."""
     path = PurePosixPath()
     there = folders(path)
     if there is None:

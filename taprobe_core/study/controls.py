@@ -48,12 +48,7 @@ class ControlRecipe(ProbeRecipe):
 
 
 def control_of(recipe: ProbeRecipe, seed: int) -> ControlRecipe:
-    """Return a recipe's control: equal in everything but its labels.
-
-    Args:
-        recipe: of anchors, with its target filled in.
-        seed: of the labels.
-    """
+    """Return a recipe's control: equal in everything but its labels."""
     settings: dict[str, Any] = {**dict(recipe), "control_seed": seed}
     settings["name"] = recipe.name[: _LONGEST - len(_SUFFIX)] + _SUFFIX
     return ControlRecipe(**settings)
@@ -62,12 +57,7 @@ def control_of(recipe: ProbeRecipe, seed: int) -> ControlRecipe:
 def controls_of(
     selectivity: Selectivity, recipes: Sequence[ProbeRecipe]
 ) -> dict[str, ControlRecipe]:
-    """Return the control of every recipe that gets one, by the name of the recipe.
-
-    Args:
-        selectivity: which.
-        recipes: the study's, with their targets filled in.
-    """
+    """Return the control of every recipe that gets one, by the name of the recipe."""
     asked = set(selectivity.recipes)
     return {
         recipe.name: control_of(recipe, selectivity.seed)
@@ -79,12 +69,7 @@ def controls_of(
 def control_fault(
     selectivity: Selectivity, recipes: Sequence[ProbeRecipe]
 ) -> PydanticCustomError | None:
-    """Return what is wrong with the recipes that are named; None if nothing is.
-
-    Args:
-        selectivity: which.
-        recipes: the study's, with their targets filled in.
-    """
+    """Return what is wrong with the recipes that are named; None if nothing is."""
     at = ("evaluation", "selectivity", "recipes")
     able = [recipe.name for recipe in recipes if _has_control(recipe)]
     groups = (ANY_LINEAR_PROBE, ANY_ANCHOR_PROBE)

@@ -65,12 +65,7 @@ def shown(value: Any, limit: int = 80) -> str:
 
 
 def fault_error(faults: Sequence[Fault], where: str) -> ConfigError:
-    """Return the one error that says every fault, in the order of the file.
-
-    Args:
-        faults: at least one.
-        where: the file, for the message.
-    """
+    """Return the one error that says every fault, in the order of the file."""
     ordered = sorted(faults, key=lambda fault: fault.line or 0)
     if len(ordered) == 1:
         (fault,) = ordered
@@ -120,18 +115,6 @@ def is_secret(name: str) -> bool:
 
 def expand(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
     """Expand the variables of a text.
-
-    Args:
-        text: any text.
-        environ: values of the variables.
-
-    Returns:
-        The expanded text, and the names of variables that have neither value nor default, in the
-        order met; an unset one is replaced by nothing.
-
-    Raises:
-        ExpansionError: `${` without `}`, something else than a name between them, or more than ten
-            levels.
 
     Example:
         >>> expand("${ROOT:-/data}/rollouts", {})
@@ -262,20 +245,7 @@ class Document:
 
 
 def read_document(text: str, where: str, environ: Mapping[str, str]) -> Document:
-    """Read a study's text.
-
-    Args:
-        text: YAML.
-        where: the file, for messages.
-        environ: environment variables for `${VAR}` in locations.
-
-    Returns:
-        Values with their lines; faults that leave the rest readable are collected in it.
-
-    Raises:
-        ConfigError: not YAML, empty, not a mapping, too large, too deep, or aliases that expand
-            beyond 10,000 values.
-    """
+    """Read a study's text."""
     if len(text) > MAX_CHARACTERS:
         raise fault_error(
             [_whole(f"{len(text):,} characters", "a study has at most 1,000,000")], where

@@ -67,13 +67,7 @@ class NameOf:
 
 
 def study_fault(what: str, fix: str, at: tuple[str | int, ...] = ()) -> PydanticCustomError:
-    """Return a fault that keeps its remedy; `study.wording` reads both from the context.
-
-    Args:
-        what: what was found, in one sentence without a full stop.
-        fix: the edit to make.
-        at: keys and indices from the validated part down to the value in question.
-    """
+    """Return a fault that keeps its remedy; `study.wording` reads both from the context."""
     return PydanticCustomError("study", "{what}: {fix}", {"what": what, "fix": fix, "at": at})
 
 

@@ -211,16 +211,7 @@ def sweep_fault(
     protocols: Sequence[str],
     drops_last_sentence: bool,
 ) -> PydanticCustomError | None:
-    """Return the first fault of a sweep beside the rest of its study, or None.
-
-    Args:
-        sweep: the part.
-        recipes: the study's `probes.recipes`, as written.
-        poolings: the study's `activations.poolings`.
-        attention: the study's.
-        protocols: the study's `splits.protocols`.
-        drops_last_sentence: the study's `labels.drop_last_sentence`.
-    """
+    """Return the first fault of a sweep beside the rest of its study, or None."""
     checks = (
         _fixed_factors(recipes),
         _twins(recipes),

@@ -66,12 +66,7 @@ class Waiver(StudyPart):
 def waiver_fault(
     waivers: Sequence[Waiver], keys: Mapping[str, tuple[str, ...]]
 ) -> PydanticCustomError | None:
-    """Return what is wrong with a study's waivers, or None.
-
-    Args:
-        waivers: of the study.
-        keys: the study's keys of each dimension: model, setting, site, trial.
-    """
+    """Return what is wrong with a study's waivers, or None."""
     seen = set()
     for index, waiver in enumerate(waivers):
         first, second = checked_dimensions(waiver.check)

@@ -46,12 +46,7 @@ _LAYERS = "all, quartiles, mid, or a list of block indices such as [8, 16]"
 
 
 def value_faults(error: ValidationError, document: Document) -> Iterator[Fault]:
-    """Yield the faults that validation found, less those under a fault of the document itself.
-
-    Args:
-        error: raised by `Study`.
-        document: what was validated.
-    """
+    """Yield the faults that validation found, less those under a fault of the document itself."""
     found = [
         (details, _path_in_file(details, document.values))
         for details in error.errors(include_url=False)

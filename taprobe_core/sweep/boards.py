@@ -1,50 +1,52 @@
 """Every configuration of a sweep, ranked beside those that predict the same target.
 
-Validation chooses among a configuration's candidates, and ranks configurations; test values stand
-beside them and decide nothing, unless the study asks for the earlier rule. The status of a
-configuration is read off what is there, so it cannot go stale.
+Recipes are measured and compared by `evaluation`, once at each site and setting; here these tables
+are joined to the configurations that ask for the recipes. Validation chooses among a
+configuration's candidates, and ranks configurations; test values stand beside them and decide
+nothing, unless the study asks for the earlier rule.
 
-Candidates are compared with the baselines of their own configuration, problem by problem: a plain
-fit with position and text on the same target; a fit to residuals with what those baselines say
-about the same residuals, where that was measured, and with chance.
+    skill = (mean value - mean chance) / (1 - mean chance)
 
-What does not belong here: who goes on (`shortlist`), what a value is worth (`values`), statistics
-and corrections of differences (`evaluation.intervals`).
+over the problems where the value is defined. Chance moves with the base rate and the metric, so
+skill may be compared across percentiles where the value may not. What does not belong here: who
+goes on (`shortlist`), values and differences of recipes (`evaluation.summary`, `.contrasts`).
 
 Invariants: what is missing, undefined or a duplicate has no rank and stands below everything that
-has one; ties are broken by skill on validation, then by id. Both sides of a difference are judged
-by one target on the same problem, and a fit that many configurations share is one test.
+has one; ties are broken by skill on validation, then by id. A fit that many configurations share is
+one test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
 
-from taprobe_core.evaluation.intervals import Comparison, benjamini_hochberg, compare_values, holm
+from taprobe_core.evaluation.contrasts import paired_deltas
+from taprobe_core.evaluation.intervals import benjamini_hochberg, holm
+from taprobe_core.evaluation.selection import choose
+from taprobe_core.evaluation.summary import chance_levels, normalised_skill, summarise
+from taprobe_core.metrics import primary_metric
 from taprobe_core.store.fingerprint import canonical_json
 from taprobe_core.study.evaluation import Evaluation
 from taprobe_core.study.sweep import RankBy
 from taprobe_core.study.targets import target_settings
 from taprobe_core.sweep.recipes import FACTORS, Configuration
 from taprobe_core.sweep.space import SweepSpace, duplicates, uses_of
-from taprobe_core.sweep.values import PLACE, over_seeds, problem_values, recipe_values
-from taprobe_core.tables.contract import Contract, check_table
-from taprobe_core.tables.results import PROTOCOLS, schema_of
+from taprobe_core.tables.contract import Contract, check_table, schema_of
+from taprobe_core.tables.results import PROTOCOLS
 from taprobe_core.tables.sweep import (
     SWEEP_CONFIGURATIONS,
     SWEEP_DELTAS,
     SWEEP_LEADERBOARD,
     SWEEP_RECIPES,
-    SWEEP_STATUS,
     SWEEP_STATUS_NAMES,
 )
 
-FIT = ("model", "layer", "setting", "recipe", "seed")
-"""What names a fit; `layer` is null where the recipe does not read the site, `seed` where it does
-not depend on it."""
+PLACE = ("model", "layer", "setting")
+FIT = (*PLACE, "recipe")
+"""What names the fits of a recipe, of all seeds."""
 
 
 def configuration_table(space: SweepSpace, configurations: Sequence[Configuration]) -> pl.DataFrame:
@@ -69,15 +71,12 @@ def recipe_table(space: SweepSpace, configurations: Sequence[Configuration]) -> 
         {
             "stage": each.stage,
             "config_id": each.id,
-            "model": each.model,
-            "layer": each.layer,
-            "setting": each.setting,
+            **{name: getattr(each, name) for name in PLACE},
             "kind": use.kind,
             "role": use.role,
+            "target": each.target,
             "residualize": use.swept.template.residualize,
             "recipe": use.swept.name,
-            "reads_site": use.swept.template.reads_activations,
-            "is_stochastic": use.swept.template.is_stochastic,
         }
         for each in configurations
         for use in uses_of(space, each)
@@ -85,67 +84,58 @@ def recipe_table(space: SweepSpace, configurations: Sequence[Configuration]) -> 
     return _checked(rows, SWEEP_RECIPES)
 
 
-def wanted_fits(recipes: pl.DataFrame, seeds: Iterable[int]) -> pl.DataFrame:
-    """Return every fit that configurations need.
-
-    Args:
-        recipes: `tables.SWEEP_RECIPES`.
-        seeds: of the study.
-
-    Returns:
-        stage, config_id, then `FIT`; a fit that many configurations need stands once for each.
-    """
-    each_seed = pl.Series("seed", list(seeds), pl.Int64)
-    none = pl.Series("seed", [None], pl.Int64)
-    parts = [
-        recipes.filter(pl.col("is_stochastic") == is_stochastic).join(
-            own.to_frame(), how="cross", maintain_order="left_right"
-        )
-        for is_stochastic, own in ((False, none), (True, each_seed))
-    ]
-    layer = pl.when(pl.col("reads_site")).then(pl.col("layer")).alias("layer")
-    return pl.concat(parts).with_columns(layer).select("stage", "config_id", *FIT)
-
-
-def status_table(wanted: pl.DataFrame, present: pl.DataFrame) -> pl.DataFrame:
-    """Say of each configuration whether all its fits are there.
-
-    Args:
-        wanted: from `wanted_fits`.
-        present: the columns `FIT` of the fits that the store has; others do no harm.
-
-    Returns:
-        `tables.SWEEP_STATUS`, in the order of `wanted`.
-    """
-    known = present.select(FIT).unique().with_columns(pl.lit(1, pl.Int64).alias("is_present"))
-    found = (
-        wanted.join(known, on=FIT, how="left", nulls_equal=True, maintain_order="left")
-        .group_by("stage", "config_id", maintain_order=True)
-        .agg(
-            pl.len().cast(pl.Int64).alias("n_fits"),
-            pl.col("is_present").sum().alias("n_present"),
-        )
-    )
-    return check_table(with_status(found, "n_fits", "n_present"), SWEEP_STATUS, "the store")
-
-
-def with_status(frame: pl.DataFrame, wanted: str, present: str) -> pl.DataFrame:
-    """Add `status` behind the id: done where the two counts are equal; renames them."""
-    is_done = pl.col(wanted) == pl.col(present)
-    status = pl.when(is_done).then(pl.lit("done")).otherwise(pl.lit("missing"))
-    return frame.select(
-        "stage",
-        "config_id",
-        status.cast(pl.Enum(SWEEP_STATUS_NAMES)).alias("status"),
-        pl.col(wanted).alias("n_fits"),
-        pl.col(present).alias("n_present"),
-    )
-
-
 def _checked(rows: list[dict[str, Any]], contract: Contract) -> pl.DataFrame:
     return check_table(
         pl.DataFrame(rows, schema_of(contract)), contract, "the expansion of a sweep"
     )
+
+
+def measured(units: pl.DataFrame, recipes: pl.DataFrame, protocol: str) -> pl.DataFrame:
+    """Take the units of one protocol and say what chance would have been worth there.
+
+    `units` are `PLACE`, then `tables.PROBLEM_METRICS` with the primary metric; a fit that two
+    stages ask for may stand there twice, and recipes that nobody asks for are ignored. Metric and
+    chance are added; primary and chance are null where it is not defined.
+    """
+    target = dict(recipes.select("recipe", "target").unique().iter_rows())
+    metric = {name: primary_metric(each) for name, each in target.items()}
+    mine = units.filter(pl.col("protocol") == protocol, pl.col("recipe").is_in(list(metric)))
+    mine = mine.unique([*FIT, "split", "fold", "seed", "problem_id"], maintain_order=True)
+    sizes = mine.select(pl.col("n_sentences", "n_anchors").fill_null(0)).to_numpy().T
+    level = pl.Series("chance", chance_levels(*sizes))
+    known = mine.with_columns(
+        level,
+        pl.col("primary").fill_nan(None),
+        pl.col("recipe").replace_strict(metric, return_dtype=pl.String).alias("metric"),
+    )
+    chance = pl.when(pl.col("metric") == "pr_auc").then("chance").otherwise(0.0)
+    return known.with_columns(pl.when(pl.col("primary").is_not_null()).then(chance).alias("chance"))
+
+
+def recipe_values(values: pl.DataFrame) -> pl.DataFrame:
+    """Summarise each recipe at each place on validation and on test, null on an absent side."""
+    chance = pl.when(pl.col("metric") == "pr_auc").then("chance_pr_auc").otherwise(0.0)
+    summary = summarise(values, ["primary"], [*FIT, "metric", "split"]).with_columns(
+        normalised_skill(pl.col("primary"), chance).alias("skill"), chance.alias("chance")
+    )
+    on_val, on_test = (summary.filter(split=split) for split in ("val", "test"))
+    sides = on_val.select(
+        *FIT, "metric", val_value="primary", val_skill="skill", has_val=pl.lit(value=True)
+    ).join(
+        on_test.select(
+            *(*FIT, "metric", "n_problems", "n_seeds"),
+            test_value="primary",
+            test_skill="skill",
+            test_chance="chance",
+            test_seed_sd="primary_std",
+            n_undefined="n_undefined_primary",
+        ),
+        on=[*FIT, "metric"],
+        how="full",
+        coalesce=True,
+    )
+    is_whole = pl.all_horizontal(pl.col("has_val", "n_problems").is_not_null())
+    return sides.with_columns(is_whole.alias("is_whole")).drop("has_val")
 
 
 _ALIKE = [
@@ -158,30 +148,24 @@ _ALIKE = [
 def sweep_leaderboard(
     configurations: pl.DataFrame,
     recipes: pl.DataFrame,
-    results: pl.DataFrame,
+    units: pl.DataFrame,
     *,
     protocol: str,
     rank_by: RankBy = "validation_skill",
 ) -> pl.DataFrame:
-    """Rank configurations of any number of stages.
+    """Rank configurations of any number of stages, as `tables.SWEEP_LEADERBOARD`.
 
     Args:
-        configurations: `tables.SWEEP_CONFIGURATIONS`, stages one after another.
+        configurations: `tables.SWEEP_CONFIGURATIONS`.
         recipes: `tables.SWEEP_RECIPES` of the same.
-        results: `tables.SWEEP_RESULTS`; recipes that no configuration asks for are ignored.
+        units: see `measured`.
         protocol: whose folds decide.
         rank_by: see `study.sweep.Shortlists`.
-
-    Returns:
-        `tables.SWEEP_LEADERBOARD`.
-
-    Raises:
-        DataError: the results cannot be used (`problem_values`).
     """
-    known = recipe_values(problem_values(results, protocol))
+    known = recipe_values(measured(units, recipes, protocol))
     board = (
         configurations.drop("kind")
-        .join(_status(recipes, known), on=["stage", "config_id"], how="left")
+        .join(_status(recipes, known), on="config_id", how="left")
         .join(_chosen(recipes, known, rank_by), on="config_id", how="left")
         .with_columns(pl.col("n_kinds").fill_null(0), _score(rank_by).alias("score"))
     )
@@ -207,29 +191,23 @@ def sweep_leaderboard(
 
 
 def _status(recipes: pl.DataFrame, known: pl.DataFrame) -> pl.DataFrame:
-    there = known.filter("is_whole").select(*PLACE, "recipe", pl.lit(1, pl.Int64).alias("is_there"))
-    found = (
-        recipes.join(there, on=[*PLACE, "recipe"], how="left", maintain_order="left")
-        .group_by("stage", "config_id", maintain_order=True)
-        .agg(pl.len().cast(pl.Int64).alias("n"), pl.col("is_there").sum().alias("n_there"))
+    """Done where every recipe of a configuration has both sides."""
+    there = known.select(*FIT, "is_whole")
+    is_done = pl.col("is_whole").fill_null(value=False).all()
+    status = pl.when(is_done).then(pl.lit("done")).otherwise(pl.lit("missing"))
+    return (
+        recipes.join(there, on=FIT, how="left")
+        .group_by("config_id")
+        .agg(status.cast(pl.Enum(SWEEP_STATUS_NAMES)).alias("status"))
     )
-    return with_status(found, "n", "n_there").select("stage", "config_id", "status")
 
 
 def _chosen(recipes: pl.DataFrame, known: pl.DataFrame, rank_by: RankBy) -> pl.DataFrame:
     """The candidate of each configuration that validation (or the earlier rule) prefers."""
+    candidates = recipes.filter(role="candidate").select("config_id", *FIT, "kind")
     by = "test_value" if rank_by == "test_primary" else "val_skill"
-    return (
-        recipes.filter(pl.col("role") == "candidate")
-        .select("config_id", *PLACE, "kind", "recipe")
-        .join(known, on=[*PLACE, "recipe"], how="left")
-        .sort(["config_id", by, "kind"], descending=[False, True, False], nulls_last=True)
-        .group_by("config_id", maintain_order=True)
-        .agg(
-            pl.all().exclude("config_id", *PLACE).first(),
-            pl.len().cast(pl.Int64).alias("n_kinds"),
-        )
-    )
+    chosen = choose(candidates.join(known, on=FIT, how="left"), ["config_id"], by, ["kind"])
+    return chosen.drop(*PLACE).rename({"n_candidates": "n_kinds"})
 
 
 def _score(rank_by: RankBy) -> pl.Expr:
@@ -248,125 +226,68 @@ def _score(rank_by: RankBy) -> pl.Expr:
 CHANCE = "chance"
 """Stands for a random ranking among the baselines."""
 
-_PAIR = [*PLACE, "recipe", "against"]
-_TEST = ["stage", *_PAIR]
+_PAIR = [*FIT, "baseline"]
 
 
 def sweep_paired_deltas(
     configurations: pl.DataFrame,
     recipes: pl.DataFrame,
-    results: pl.DataFrame,
+    units: pl.DataFrame,
+    contrasts: pl.DataFrame,
     *,
     protocol: str,
     evaluation: Evaluation,
-    contrasts: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
     """Compare every candidate that has results with the baselines of its configuration.
 
-    Args:
-        configurations: `tables.SWEEP_CONFIGURATIONS`; duplicates are left out.
-        recipes: `tables.SWEEP_RECIPES` of the same.
-        results: `tables.SWEEP_RESULTS`.
-        protocol: whose test problems to take.
-        evaluation: bootstrap and interval.
-        contrasts: `tables.CONTRASTS` behind model, layer and setting: what a baseline says about
-            the residuals that a recipe was fitted to. Without it such fits have chance alone.
-
-    Returns:
-        `tables.SWEEP_DELTAS`, in the order of `configurations`; `p_holm` and `q_bh` are over all
-        distinct tests of a stage.
+    Both sides are judged by the candidate's target (`evaluation.contrasts`): beside a fit to
+    residuals, a baseline is asked what it says about the same residuals. Such a fit stands beside
+    chance too: position may say nothing of what position left. `contrasts` are `PLACE`, then
+    `tables.CONTRASTS`. The result is `tables.SWEEP_DELTAS`, in the order of `configurations`.
     """
-    values = over_seeds(problem_values(results, protocol)).filter(pl.col("split") == "test")
-    judged = _judged(values, recipes, contrasts, protocol)
     pairs = _pairs(configurations, recipes)
-    tests = _tests(pairs.select(_TEST).unique(maintain_order=True), judged, evaluation)
-    found = pairs.join(tests, on=_TEST, maintain_order="left").with_columns(
-        pl.lit(protocol, pl.Enum(PROTOCOLS)).alias("protocol")
+    residual = recipes.filter(pl.col("role") == "candidate", pl.col("residualize") != "none")
+    beside_chance = (
+        measured(units, recipes, protocol)
+        .filter(split="test")
+        .join(residual, on=FIT, how="semi")
+        .group_by(*FIT, "protocol", "fold", "problem_id", maintain_order=True)
+        .agg(value=pl.col("primary").mean(), baseline_value=pl.col("chance").mean())
+        .with_columns(baseline=pl.lit(CHANCE))
     )
+    judged = (
+        pl.concat([contrasts, beside_chance.select(contrasts.columns)])
+        .filter(pl.col("protocol") == protocol)
+        .join(pairs, on=_PAIR, how="semi", maintain_order="left")
+        .unique([*_PAIR, "fold", "problem_id"], maintain_order=True)
+    )
+    target = dict(recipes.select("recipe", "target").unique().iter_rows())
+    deltas = paired_deltas(judged, evaluation, target, PLACE)
+    distinct = pairs.select("stage", *_PAIR).unique(maintain_order=True)
+    tests = distinct.join(deltas, on=_PAIR, maintain_order="left")
+    by_stage = [_corrected(own) for _, own in tests.group_by("stage", maintain_order=True)]
+    corrected = pl.concat([_corrected(tests.clear()), *by_stage])
+    found = pairs.join(corrected, on=["stage", *_PAIR], maintain_order="left")
     return check_table(
-        found.select(*SWEEP_DELTAS.columns), SWEEP_DELTAS, "results of a sweep and its baselines"
+        found.drop("baseline").rename({"baseline_kind": "baseline"}).select(*SWEEP_DELTAS.columns),
+        SWEEP_DELTAS,
+        "results of a sweep and its baselines",
     )
 
 
 def _pairs(configurations: pl.DataFrame, recipes: pl.DataFrame) -> pl.DataFrame:
-    """Every candidate of every configuration beside what it is compared with."""
-    own = configurations.filter(pl.col("duplicate_of").is_null()).select("config_id", "target")
-    mine = own.join(recipes, on="config_id", maintain_order="left_right")
-    candidates = mine.filter(pl.col("role") == "candidate")
+    """Every candidate of every configuration beside the recipes that it is compared with."""
+    own = configurations.filter(pl.col("duplicate_of").is_null()).select("config_id")
+    mine = own.with_row_index("order").join(recipes, on="config_id")
+    candidates = mine.filter(role="candidate")
     baselines = mine.filter(role="baseline", residualize="none").select(
-        "config_id", pl.col("kind").alias("baseline"), pl.col("recipe").alias("against")
+        "config_id", baseline_kind="kind", baseline="recipe"
     )
-    by_chance = candidates.filter(pl.col("residualize") != "none").with_columns(
-        pl.lit(CHANCE).alias("baseline"), pl.lit(CHANCE).alias("against")
+    chance = candidates.filter(pl.col("residualize") != "none").with_columns(
+        baseline_kind=pl.lit(CHANCE), baseline=pl.lit(CHANCE)
     )
-    by_baseline = candidates.join(baselines, on="config_id", maintain_order="left_right")
-    order = configurations.with_row_index("order").select("config_id", "order")
-    return (
-        pl.concat([by_baseline, by_chance], how="diagonal")
-        .join(order, on="config_id", maintain_order="left")
-        .sort("order", "kind", "recipe", "baseline")
-        .drop("order")
-    )
-
-
-def _judged(
-    values: pl.DataFrame, recipes: pl.DataFrame, contrasts: pl.DataFrame | None, protocol: str
-) -> pl.DataFrame:
-    """Value and other value of every recipe beside each baseline: `_PAIR`, metric, problem_id."""
-    key = [*PLACE, "recipe"]
-    level = recipes.select(*key, "residualize", "role").unique(maintain_order=True)
-    levelled = values.join(level, on=key, maintain_order="left")
-    plain = levelled.filter(role="candidate", residualize="none")
-    baselines = levelled.filter(role="baseline", residualize="none").select(
-        *PLACE,
-        "problem_id",
-        "metric",
-        pl.col("recipe").alias("against"),
-        pl.col("value").alias("other"),
-    )
-    columns = [*_PAIR, "metric", "problem_id", "value", "other"]
-    residual = levelled.filter((pl.col("role") == "candidate") & (pl.col("residualize") != "none"))
-    parts = [
-        plain.join(
-            baselines, on=[*PLACE, "problem_id", "metric"], maintain_order="left_right"
-        ).select(columns),
-        residual.with_columns(
-            pl.lit(CHANCE).alias("against"),
-            (pl.col("value") - pl.col("value_above_chance")).alias("other"),
-        ).select(columns),
-    ]
-    if contrasts is not None:
-        said = (
-            contrasts.filter(pl.col("protocol") == protocol)
-            .group_by(*key, "baseline", "problem_id", maintain_order=True)
-            .agg(pl.col("baseline_value").mean().alias("other"))
-            .rename({"baseline": "against"})
-        )
-        parts.append(
-            residual.join(said, on=[*key, "problem_id"], maintain_order="left_right").select(
-                columns
-            )
-        )
-    return pl.concat(parts)
-
-
-def _tests(pairs: pl.DataFrame, judged: pl.DataFrame, evaluation: Evaluation) -> pl.DataFrame:
-    """Compare each distinct pair once, and correct within a stage."""
-    wanted = judged.join(pairs.select(_PAIR).unique(), on=_PAIR, how="semi", maintain_order="left")
-    rows: list[dict[str, Any]] = []
-    for key, pair in wanted.group_by(*_PAIR, "metric", maintain_order=True):
-        found = compare_values(
-            pair.select("problem_id", "value"),
-            pair.select("problem_id", pl.col("other").alias("value")),
-            evaluation,
-        )
-        rows.append({**dict(zip([*_PAIR, "metric"], key, strict=True)), **found._asdict()})
-    schema = schema_of(SWEEP_DELTAS)
-    kinds = {name: judged.schema[name] for name in [*_PAIR, "metric"]}
-    kinds |= {name: schema[name] for name in Comparison._fields}
-    tests = pairs.join(pl.DataFrame(rows, kinds), on=_PAIR, maintain_order="left")
-    stages = [_corrected(own) for _, own in tests.group_by("stage", maintain_order=True)]
-    return pl.concat(stages or [_corrected(tests)])
+    pairs = pl.concat([candidates.join(baselines, on="config_id"), chance])
+    return pairs.sort("order", "kind", "recipe", "baseline_kind").drop("order")
 
 
 def _corrected(tests: pl.DataFrame) -> pl.DataFrame:

@@ -29,14 +29,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 def configuration_id(stage: Stage, factors: Mapping[str, Any]) -> str:
-    """Return the stage and the first 12 hex of the sha256 of stage and factors.
-
-    The hash is of `stage:` followed by the canonical JSON of the factors, so neither the order of
-    factors nor the way that a configuration was reached changes it.
-
-    Args:
-        stage: of the sweep.
-        factors: JSON values.
+    """Return the stage and the first 12 hex of the sha256 of `stage:` + canonical JSON of factors.
 
     Example:
         >>> configuration_id("stage1", {"layer": 4, "target": "importance_abs"})
@@ -50,20 +43,8 @@ def configuration_id(stage: Stage, factors: Mapping[str, Any]) -> str:
 class Configuration(TargetConfiguration):
     """One configuration. None stands for a factor that the stage or the target does not have.
 
-    The settings of its target are those of `TargetConfiguration`.
-
-    Attributes:
-        stage: the stage that crosses these factors.
-        model: key of the study's model.
-        layer: block index.
-        setting: the study's setting.
-        target: what is predicted.
-        drop_last_sentence: whether the last sentence of a problem is left out.
-        pooling: what is read of a sentence's states.
-        residualize: what is first taken from the target.
-        attention: label of an attention variant; from stage 2 on.
-        kind: the recipe that is tuned; stage 3.
-        tuning: its settings as canonical JSON; stage 3.
+    From stage 2 on it has the label of an attention variant; in stage 3 the kind that is tuned, and
+    its settings as canonical JSON. The settings of its target are those of `TargetConfiguration`.
     """
 
     stage: Stage
@@ -96,11 +77,7 @@ class Configuration(TargetConfiguration):
 
     @classmethod
     def of(cls, stage: str, factors: str) -> Self:
-        """Read a configuration back from its stage and the canonical JSON of its factors.
-
-        Raises:
-            DataError: there is no such stage, or no such factor.
-        """
+        """Read a configuration back from its stage and the canonical JSON of its factors."""
         values = json.loads(factors)
         unknown = sorted(set(values) - set(FACTORS))
         if stage not in STAGES or unknown:
@@ -117,7 +94,6 @@ FACTORS = (*SWEEP_FACTORS, "kind", "tuning")
 
 
 Role = Literal["baseline", "candidate", "companion"]
-ROLES: tuple[Role, ...] = ("baseline", "candidate", "companion")
 
 _SHORT = {
     "text": "text",
@@ -134,12 +110,9 @@ _LONGEST_STEM = 51
 class SweptRecipe:
     """A recipe of a sweep, with what a recipe of the study leaves to the rest of it.
 
-    Attributes:
-        template: the recipe, target filled in, under the name of its kind.
-        drop_last_sentence: whether the last sentence of each problem is left out of fitting and
-            scoring, and of the ranking that makes anchors.
-        attention: how vertical attention is scored, where the recipe reads it.
-        attention_mode: mode of the study's attention.
+    `template` has its target filled in and the name of its kind. Without the last sentence of each
+    problem, fitting, scoring and the ranking that makes anchors do without it. `attention` says how
+    vertical attention is scored, where the recipe reads it.
     """
 
     template: ProbeRecipe
@@ -171,14 +144,11 @@ class SweptRecipe:
 
 
 class RecipeUse(NamedTuple):
-    """A recipe that a configuration asks for.
+    """A recipe that a configuration asks for, made of the study's recipe `kind`.
 
-    Attributes:
-        kind: name of the study's recipe that it is made of.
-        role: `candidate` reads what the configuration varies and is what it is judged by;
-            `baseline` is what candidates are compared with; `companion` is fitted beside them, as
-            the earlier script system did, and shared with other configurations.
-        swept: the recipe.
+    A `candidate` reads what the configuration varies and is what it is judged by; a `baseline` is
+    what candidates are compared with; a `companion` is fitted beside them, as the earlier script
+    system did, and shared with other configurations.
     """
 
     kind: str

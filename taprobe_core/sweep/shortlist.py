@@ -3,7 +3,8 @@
 The best of many configurations on test is optimistic, and so is a shortlist's, whose validation
 problems are test problems of other folds. What a sweep is worth is therefore measured fold by fold:
 each fold chooses by its own validation problems alone, and the choice is read on its test problems.
-Ranking belongs in `boards`, what the next stage makes of a list in `space`.
+Ranking belongs in `boards`, the rule of choosing in `evaluation.selection`, what the next stage
+makes of a list in `space`.
 
 Invariants: nothing without a rank goes on, and values of different targets are never compared,
 unless the study asks for the rule of the earlier script system. No test value influences a fold's
@@ -12,70 +13,35 @@ choice, and no fold sees another's validation values.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
 import polars as pl
 
 from taprobe_core.errors import NotEnoughDataError
+from taprobe_core.evaluation.selection import choose
+from taprobe_core.evaluation.summary import normalised_skill
 from taprobe_core.study.sweep import Shortlists
+from taprobe_core.sweep.boards import FIT, PLACE, measured
 from taprobe_core.sweep.recipes import Stage
-from taprobe_core.sweep.values import (
-    PLACE,
-    SkillMatrix,
-    over_seeds,
-    problem_values,
-    skill_matrix,
-    winner,
-)
 from taprobe_core.tables.contract import check_table
-from taprobe_core.tables.results import PROTOCOLS, schema_of
+from taprobe_core.tables.results import PROTOCOLS
 from taprobe_core.tables.sweep import SWEEP_CHOICES, SWEEP_SHORTLIST
 
 
-def shortlist_stage2(board: pl.DataFrame, shortlists: Shortlists) -> pl.DataFrame:
-    """Return the best `to_stage2` configurations of stage 1 for each target.
+def shortlist(board: pl.DataFrame, stage: Stage, rule: Shortlists) -> pl.DataFrame:
+    """Choose the configurations of a stage of a leaderboard that go on.
 
-    Args:
-        board: `tables.SWEEP_LEADERBOARD`, ranked by `shortlists.rank_by`.
-        shortlists: the rule.
-
-    Returns:
-        `tables.SWEEP_SHORTLIST`: the best of every target first, then the second, and so on.
-
-    Raises:
-        NotEnoughDataError: no configuration of stage 1 has a rank.
-    """
-    ranked = _ranked(board, "stage1").filter(pl.col("target_rank") <= shortlists.to_stage2)
-    return _listed(ranked.sort("target_rank", "target"), shortlists)
-
-
-def shortlist_stage3(board: pl.DataFrame, shortlists: Shortlists) -> pl.DataFrame:
-    """Return the best `to_stage3` configurations of stage 2.
-
-    Targets take turns: the best of each, then the second of each. Under `test_primary` all are
-    compared with one another, as the earlier script system did.
-
-    Args:
-        board: `tables.SWEEP_LEADERBOARD`, ranked by `shortlists.rank_by`.
-        shortlists: the rule.
+    Of stage 1 these are the best `to_stage2` of each target, of stage 2 the best `to_stage3` in
+    all. Targets take turns: the best of each, then the second of each. Under `test_primary` those
+    of stage 2 are compared with one another, as the earlier script system did.
 
     Returns:
         `tables.SWEEP_SHORTLIST`.
 
     Raises:
-        NotEnoughDataError: no configuration of stage 2 has a rank.
+        NotEnoughDataError: no configuration of the stage has a rank.
     """
-    ranked = _ranked(board, "stage2")
-    if shortlists.rank_by == "test_primary":
-        ranked = ranked.sort(["score", "config_id"], descending=[True, False])
-    else:
-        ranked = ranked.sort("target_rank", "target")
-    return _listed(ranked.head(shortlists.to_stage3), shortlists)
-
-
-def _ranked(board: pl.DataFrame, stage: Stage) -> pl.DataFrame:
-    mine = board.filter(pl.col("stage") == stage).with_columns(
+    mine = board.filter(stage=stage).with_columns(
         (pl.col("status") == "missing").sum().over("target").cast(pl.Int64).alias("n_missing")
     )
     ranked = mine.filter(pl.col("rank").is_not_null()).rename({"rank": "target_rank"})
@@ -85,28 +51,31 @@ def _ranked(board: pl.DataFrame, stage: Stage) -> pl.DataFrame:
             f"{stage} of the sweep",
             f"fit and evaluate {stage} first",
         )
-    return ranked
-
-
-def _listed(ranked: pl.DataFrame, shortlists: Shortlists) -> pl.DataFrame:
+    listed = ranked.sort("target_rank", "target")
+    if stage == "stage1":
+        listed = listed.filter(pl.col("target_rank") <= rule.to_stage2)
+    elif rule.rank_by == "test_primary":
+        listed = ranked.sort(["score", "config_id"], descending=[True, False]).head(rule.to_stage3)
+    else:
+        listed = listed.head(rule.to_stage3)
     reason = pl.format(
         "{} of {} by {} ({}) for {}{}",
         "target_rank",
         "n_tried",
-        pl.lit(shortlists.rank_by),
+        pl.lit(rule.rank_by),
         pl.col("score").round(4),
         "target",
         pl.when(pl.col("n_missing") > 0)
         .then(pl.format("; {} not there to compare", "n_missing"))
         .otherwise(pl.lit("")),
     )
-    listed = ranked.with_columns(
+    said = listed.with_columns(
         pl.int_range(1, pl.len() + 1).alias("rank"),
-        pl.lit(shortlists.rank_by).alias("rank_by"),
+        pl.lit(rule.rank_by).alias("rank_by"),
         reason.alias("reason"),
     )
     return check_table(
-        listed.select(*SWEEP_SHORTLIST.columns), SWEEP_SHORTLIST, "a sweep's leaderboard"
+        said.select(*SWEEP_SHORTLIST.columns), SWEEP_SHORTLIST, "a sweep's leaderboard"
     )
 
 
@@ -114,88 +83,64 @@ _GROUP = ["stage", "target", "setting"]
 
 
 def sweep_choices(
-    configurations: pl.DataFrame, recipes: pl.DataFrame, results: pl.DataFrame, *, protocol: str
+    configurations: pl.DataFrame, recipes: pl.DataFrame, units: pl.DataFrame, *, protocol: str
 ) -> pl.DataFrame:
     """Measure the choice among all candidates of a stage, target and setting.
 
     A candidate is a configuration with one of its kinds; a fold takes the one with the highest
     skill on its validation problems (ties: the lower name). Skills of different percentiles are
-    compared as they are on the leaderboard.
-
-    Args:
-        configurations: `tables.SWEEP_CONFIGURATIONS`; duplicates are left out.
-        recipes: `tables.SWEEP_RECIPES` of the same.
-        results: `tables.SWEEP_RESULTS`.
-        protocol: whose folds choose.
+    compared as they are on the leaderboard, duplicates left out.
 
     Returns:
         `tables.SWEEP_CHOICES`; without a fold that has both sides there is no row.
     """
-    own = configurations.filter(pl.col("duplicate_of").is_null()).select("config_id", "target")
+    own = configurations.filter(pl.col("duplicate_of").is_null())
     candidates = (
-        recipes.filter(pl.col("role") == "candidate")
-        .join(own, on="config_id", maintain_order="left")
+        recipes.filter(role="candidate")
+        .join(own, on="config_id", how="semi", maintain_order="left")
         .select("stage", "target", *PLACE, "recipe")
         .unique(maintain_order=True)
+        .with_columns(pl.format("{}@L{} {}", "model", "layer", "recipe").alias("candidate"))
     )
-    mine = results.filter(pl.col("protocol") == protocol)
-    folds = [
-        over_seeds(problem_values(part, protocol)).with_columns(fold=pl.lit(fold, pl.Int32))
-        for (fold,), part in mine.group_by("fold", maintain_order=True)
+    key = [*_GROUP, "candidate", "fold", "split", "problem_id"]
+    values = (
+        candidates.join(measured(units, recipes, protocol), on=FIT)
+        .group_by(key)
+        .agg(pl.col("primary", "chance").mean())
+        .sort(key)
+    )
+    test = values.filter(split="test")
+    on_val = _skill(values.filter(split="val"), [*_GROUP, "fold", "candidate"])
+    folds = on_val.join(test, on=[*_GROUP, "fold"], how="semi").drop_nulls("skill")
+    chosen = choose(folds, [*_GROUP, "fold"], "skill", ["candidate"])
+    tested = test.join(chosen, on=[*_GROUP, "fold", "candidate"], how="semi")
+    how_often = chosen.group_by(*_GROUP, "candidate").len("n")
+    alone = _skill(test, [*_GROUP, "candidate"]).group_by(_GROUP)
+    parts = [
+        _skill(tested, _GROUP),
+        alone.agg(pl.col("skill").max().alias("best_skill")),
+        tested.group_by(_GROUP).agg(pl.col("problem_id").n_unique().alias("n_problems")),
+        values.group_by(_GROUP).agg(pl.col("candidate").n_unique().alias("n_candidates")),
+        how_often.group_by(_GROUP).agg(pl.col("n").sum().alias("n_folds"), n_chosen=pl.len()),
+        choose(how_often, _GROUP, "n", ["candidate"]).select(*_GROUP, most_chosen="candidate"),
     ]
-    if not folds:
-        return schema_of(SWEEP_CHOICES).to_frame()
-    values = candidates.join(pl.concat(folds), on=[*PLACE, "recipe"]).with_columns(
-        pl.format("{}@L{} {}", "model", "layer", "recipe").alias("config_id")
-    )
-    rows = []
-    for key, part in values.sort(*_GROUP, "config_id", "fold").group_by(
-        _GROUP, maintain_order=True
-    ):
-        found = _chosen(part)
-        if found is not None:
-            about = dict(zip(_GROUP, key, strict=True)) | {"protocol": protocol}
-            rows.append(about | found)
-    frame = pl.DataFrame(rows, schema_of(SWEEP_CHOICES) | {"protocol": pl.Enum(PROTOCOLS)})
-    return check_table(frame, SWEEP_CHOICES, "results of a sweep")
-
-
-def _chosen(values: pl.DataFrame) -> dict[str, Any] | None:
-    taken: list[str] = []
-    parts = []
-    for _, own in values.group_by("fold", maintain_order=True):
-        sides = {split: own.filter(pl.col("split") == split) for split in ("val", "test")}
-        if any(side.is_empty() for side in sides.values()):
-            continue
-        matrix = skill_matrix(sides["val"])
-        best = int(winner(matrix.skill())[0])
-        if best >= 0:
-            taken.append(matrix.ids[best])
-            parts.append(sides["test"].filter(pl.col("config_id") == matrix.ids[best]))
-    if not taken:
-        return None
-    tested = pl.concat(parts).with_columns(pl.lit("the choice").alias("config_id"))
-    counted = {name: taken.count(name) for name in sorted(set(taken))}
-    test = values.filter(pl.col("split") == "test")
-    return {
-        "n_candidates": values["config_id"].n_unique(),
-        "n_folds": len(taken),
-        "n_chosen": len(counted),
-        "most_chosen": max(counted, key=lambda name: counted[name]),
-        "skill": _best(_over_folds(tested)),
-        "best_skill": _best(_over_folds(test)),
-        "n_problems": tested["problem_id"].n_unique(),
-    }
-
-
-def _over_folds(values: pl.DataFrame) -> SkillMatrix:
-    return skill_matrix(
-        values.group_by("config_id", "problem_id", maintain_order=True).agg(
-            pl.col("value_above_chance", "ceiling_above_chance").mean()
-        )
+    found = parts[0].with_columns(pl.lit(protocol, pl.Enum(PROTOCOLS)).alias("protocol"))
+    for part in parts[1:]:
+        found = found.join(part, on=_GROUP)
+    counts = pl.col("n_problems", "n_candidates", "n_folds", "n_chosen").cast(pl.Int64)
+    return check_table(
+        found.with_columns(counts).sort(_GROUP).select(*SWEEP_CHOICES.columns),
+        SWEEP_CHOICES,
+        "results of a sweep",
     )
 
 
-def _best(matrix: SkillMatrix) -> float | None:
-    skills = matrix.skill()[0]
-    return float(np.nanmax(skills)) if np.isfinite(skills).any() else None
+def _skill(values: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
+    """Skill over the problems of each key, folds averaged inside a problem."""
+    means = pl.col("primary", "chance").mean()
+    in_problem = values.group_by(*by, "problem_id", maintain_order=True).agg(means)
+    return (
+        in_problem.group_by(by, maintain_order=True)
+        .agg(means)
+        .select(*by, normalised_skill(pl.col("primary"), pl.col("chance")).alias("skill"))
+    )

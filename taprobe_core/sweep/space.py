@@ -1,4 +1,4 @@
-"""The configurations of each stage, the recipes that each asks for, and how many fits that makes.
+"""The configurations of each stage, and the recipes that each asks for.
 
 Stage 1 follows from the study alone, the later ones from the shortlist of the stage before. What is
 a candidate, a baseline or a companion is decided here alone. What a configuration and a recipe are
@@ -8,9 +8,6 @@ values in `study.estimators`.
 Invariants: expansion is a pure function; its order is that of the study, the last factor fastest.
 Two grid points of a kind are two fits. A configuration is judged by recipes that read what it
 varies, or counts as the duplicate of one that is.
-
-Source of the loop that fits are counted against: the earlier script system, which fits every recipe
-of every configuration at every fold and seed.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import polars as pl
 
@@ -59,14 +56,8 @@ def tuned(kind: ProbeRecipe, settings: Mapping[str, Any]) -> ProbeRecipe:
 class SweepSpace:
     """A sweep beside the parts of its study that decide what it expands to.
 
-    Attributes:
-        sweep: the factors.
-        kinds: the study's recipes; the sweep fills in target, pooling and residualisation.
-        baselines: kinds that others are compared with.
-        sites: model and layer.
-        settings: of the rollouts.
-        variants: attention of stage 2; holds `off` alone without kinds that read attention.
-        attention_mode: of the study.
+    Of the study's recipes, the kinds, the sweep fills in target, pooling and residualisation.
+    `variants` holds `off` alone without kinds that read attention.
     """
 
     sweep: Sweep
@@ -96,14 +87,7 @@ class SweepSpace:
         )
 
     def stage2(self, shortlist: pl.DataFrame) -> tuple[Configuration, ...]:
-        """Every configuration of stage 2: those of a shortlist of stage 1 with each variant.
-
-        Args:
-            shortlist: `tables.SWEEP_SHORTLIST`.
-
-        Raises:
-            ConfigError: it lists another stage.
-        """
+        """Every configuration of stage 2: those of a shortlist of stage 1 with each variant."""
         return tuple(
             replace(parent, stage="stage2", attention=variant.label)
             for parent, _ in _listed(shortlist, "stage1")
@@ -111,14 +95,7 @@ class SweepSpace:
         )
 
     def stage3(self, shortlist: pl.DataFrame) -> tuple[Configuration, ...]:
-        """Every configuration of stage 3: the shortlisted kind of each finalist, tuned.
-
-        Args:
-            shortlist: `tables.SWEEP_SHORTLIST`.
-
-        Raises:
-            ConfigError: it lists another stage, or a kind that the study lacks.
-        """
+        """Every configuration of stage 3: the shortlisted kind of each finalist, tuned."""
         return tuple(
             replace(parent, stage="stage3", kind=kind, tuning=canonical_json(values))
             for parent, kind in _listed(shortlist, "stage2")
@@ -180,10 +157,6 @@ def uses_of(space: SweepSpace, configuration: Configuration) -> tuple[RecipeUse,
     come along with the mean, if it is swept too. From stage 2 on, attention is judged by the kinds
     that read it, and stage 3 by the one kind that it tunes. Where a candidate is also fitted to
     residuals, that fit is judged and the plain one comes along.
-
-    Args:
-        space: the sweep.
-        configuration: one of its configurations.
     """
     variant = next((each for each in space.variants if each.label == configuration.attention), OFF)
     found = [
@@ -202,15 +175,7 @@ def uses_of(space: SweepSpace, configuration: Configuration) -> tuple[RecipeUse,
 
 
 def duplicates(space: SweepSpace, configurations: Sequence[Configuration]) -> dict[str, str]:
-    """Map each configuration that is judged by the same fits as an earlier one to that one.
-
-    Args:
-        space: the sweep.
-        configurations: of one stage.
-
-    Returns:
-        id -> id of the first that has the same candidates at the same site and setting.
-    """
+    """Map configurations of a stage that are judged by the fits of an earlier one to that one."""
     first: dict[tuple[object, ...], str] = {}
     found = {}
     for configuration in configurations:
@@ -224,24 +189,11 @@ def duplicates(space: SweepSpace, configurations: Sequence[Configuration]) -> di
     return found
 
 
-def recipes_at(
+def recipes_of(
     space: SweepSpace, configurations: Iterable[Configuration]
-) -> dict[tuple[str, int, str], tuple[SweptRecipe, ...]]:
-    """Return what is to be fitted at each place, every recipe once.
-
-    Args:
-        space: the sweep.
-        configurations: any of its configurations; duplicates do no harm.
-
-    Returns:
-        (model, layer, setting) -> recipes, in the order of expansion.
-    """
-    found: dict[tuple[str, int, str], dict[str, SweptRecipe]] = {}
-    for each in configurations:
-        here = found.setdefault((each.model, each.layer, each.setting), {})
-        for use in uses_of(space, each):
-            here.setdefault(use.swept.name, use.swept)
-    return {place: tuple(recipes.values()) for place, recipes in found.items()}
+) -> dict[str, SweptRecipe]:
+    """Return what configurations ask for by name, every recipe once, in the order of expansion."""
+    return {use.swept.name: use.swept for each in configurations for use in uses_of(space, each)}
 
 
 def _role(
@@ -302,70 +254,3 @@ def _fits(
 
 def _is_residual(use: RecipeUse) -> bool:
     return use.swept.template.residualize != "none"
-
-
-class FitCount(NamedTuple):
-    """Numbers of fits.
-
-    Attributes:
-        n_configurations: configurations.
-        n_loop: fits of a loop over configurations, recipes, folds and seeds.
-        n_distinct: of these, with different content at a different place, fold and, if they depend
-            on it, seed.
-        n_loop_deterministic: of the loop, those that do not depend on the seed.
-        n_distinct_deterministic: of the distinct ones, likewise.
-        n_loop_residual: predictions of the target from position and text that a loop makes before
-            residual fits, beside `n_loop`; they do not depend on the seed.
-        n_distinct_residual: of these, distinct: one per setting, importance, sentences and level.
-    """
-
-    n_configurations: int
-    n_loop: int
-    n_distinct: int
-    n_loop_deterministic: int
-    n_distinct_deterministic: int
-    n_loop_residual: int
-    n_distinct_residual: int
-
-
-def count_fits(
-    space: SweepSpace, configurations: Iterable[Configuration], *, n_folds: int, n_seeds: int
-) -> FitCount:
-    """Count the fits of configurations.
-
-    Args:
-        space: the sweep.
-        configurations: any of its configurations.
-        n_folds: folds of each fit.
-        n_seeds: seeds of each stochastic fit.
-    """
-    n_configurations = n_stochastic = n_deterministic = n_residual = 0
-    places: dict[tuple[object, ...], bool] = {}
-    residuals = set()
-    for each in configurations:
-        n_configurations += 1
-        for use in uses_of(space, each):
-            template = use.swept.template
-            scope = each.layer if template.reads_activations else None
-            key = (each.model, scope, each.setting, use.swept.name)
-            places[key] = template.is_stochastic
-            n_stochastic += template.is_stochastic
-            n_deterministic += not template.is_stochastic
-        if each.residualize != "none":
-            n_residual += 1
-            learned = TARGETS[TARGETS[each.target].value_of or each.target]
-            own = (getattr(each, name) for name in learned.setting_names)
-            shared = (each.model, each.setting, each.drop_last_sentence, each.residualize)
-            residuals.add((*shared, learned.name, *own))
-    n_own_stochastic = sum(places.values())
-    n_own_deterministic = len(places) - n_own_stochastic
-    per_loop = n_folds * n_seeds
-    return FitCount(
-        n_configurations=n_configurations,
-        n_loop=(n_stochastic + n_deterministic) * per_loop,
-        n_distinct=n_own_stochastic * per_loop + n_own_deterministic * n_folds,
-        n_loop_deterministic=n_deterministic * per_loop,
-        n_distinct_deterministic=n_own_deterministic * n_folds,
-        n_loop_residual=n_residual * per_loop,
-        n_distinct_residual=len(residuals) * n_folds,
-    )

@@ -1,11 +1,15 @@
 """How far a ranking of configurations depends on what it should not depend on.
 
-Seeds, problems and settings are exchanged, and rankings of the same configurations compared. What a
-configuration is worth belongs in `values`; the statistics are of the test side, and of the kind
-that validation preferred.
+Seeds, problems and settings are exchanged, and rankings of the same configurations compared. The
+statistics are of the test side, and of the kind that validation preferred. Skills under many
+weightings of the problems (resamples, halves) are had as matrix products, with v and r the value
+and the reach of a configuration above chance (1 less chance):
 
-Invariant: every comparison is between rankings of the same configurations by skill; a pair that is
-not defined is left out and not counted. No seed is a replicate of the data.
+    skill[b, i] = sum_p w[b, p] v[i, p] / sum_p w[b, p] r[i, p]
+
+Invariant: every comparison is between rankings of the same configurations by skill; a problem where
+a configuration is undefined enters neither sum, a skill that is not defined never wins, and a pair
+without any in common is left out and not counted. No seed is a replicate of the data.
 
 Source: bootstrap over problems, Efron and Tibshirani (1993); the rest is counting.
 """
@@ -21,25 +25,77 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from taprobe_core.metrics import spearman
 from taprobe_core.store.fingerprint import canonical_json
-from taprobe_core.sweep.values import (
-    PLACE,
-    Doubles,
-    SkillMatrix,
-    problem_values,
-    rank_correlation,
-    skill_matrix,
-    winner,
-)
-from taprobe_core.tables.contract import check_table
-from taprobe_core.tables.results import PROTOCOLS, schema_of
+from taprobe_core.sweep.boards import FIT, PLACE, measured
+from taprobe_core.tables.contract import check_table, schema_of
+from taprobe_core.tables.results import PROTOCOLS
 from taprobe_core.tables.sweep import SWEEP_STABILITY
+
+Doubles = NDArray[np.float64]
+
+
+class SkillMatrix(NamedTuple):
+    """Values and reach above chance, [configuration, problem]; 0 where undefined."""
+
+    ids: tuple[str, ...]
+    value: Doubles
+    reach: Doubles
+
+    def skill(self, weights: Doubles | None = None) -> Doubles:
+        """Return skills, [draw, configuration], under `weights` [draw, problem] or equal ones."""
+        if weights is None:
+            weights = np.ones((1, self.value.shape[1]))
+        value, reach = weights @ self.value.T, weights @ self.reach.T
+        return np.asarray(np.divide(value, reach, out=np.full_like(value, np.nan), where=reach > 0))
+
+
+def skill_matrix(values: pl.DataFrame) -> SkillMatrix:
+    """Lay values out by config_id and problem_id, ascending; what shares both is averaged.
+
+    Args:
+        values: config_id, problem_id, primary and chance, both null where undefined.
+    """
+    ids, problems = (values[name].unique().sort() for name in ("config_id", "problem_id"))
+    mean = (
+        values.drop_nulls("primary")
+        .group_by("config_id", "problem_id", maintain_order=True)
+        .agg(pl.col("primary", "chance").mean())
+    )
+    at = tuple(known.search_sorted(mean[known.name]).to_numpy() for known in (ids, problems))
+    value, reach = np.zeros((2, len(ids), len(problems)))
+    value[at] = (mean["primary"] - mean["chance"]).to_numpy()
+    reach[at] = (1 - mean["chance"]).to_numpy()
+    return SkillMatrix(tuple(ids), value, reach)
+
+
+def rank_correlation(left: Doubles, right: Doubles) -> float:
+    """Spearman's correlation where both are defined, [configuration]; NaN below three of these."""
+    both = np.isfinite(left) & np.isfinite(right)
+    return spearman(left[both], right[both]) if both.sum() >= 3 else float("nan")
+
+
+def winner(skills: Doubles) -> NDArray[np.int64]:
+    """Return the index of the greatest skill of each draw, [draw]; ties to the first, -1 for none.
+
+    Args:
+        skills: [draw, configuration], NaN where undefined.
+    """
+    best = np.where(np.isnan(skills), -np.inf, skills).argmax(axis=1)
+    return np.where(np.isnan(skills).all(axis=1), -1, best)
+
 
 _GROUP = ["stage", "target"]
 
 
 def sweep_stability(
-    board: pl.DataFrame, results: pl.DataFrame, *, protocol: str, n_draws: int = 200, seed: int = 0
+    board: pl.DataFrame,
+    recipes: pl.DataFrame,
+    units: pl.DataFrame,
+    *,
+    protocol: str,
+    n_draws: int = 200,
+    seed: int = 0,
 ) -> pl.DataFrame:
     """Say how stable the ranking of each stage and target is.
 
@@ -52,19 +108,18 @@ def sweep_stability(
 
     Args:
         board: `tables.SWEEP_LEADERBOARD`; what has no rank is left out.
-        results: `tables.SWEEP_RESULTS`.
+        recipes: `tables.SWEEP_RECIPES`.
+        units: see `boards.measured`.
         protocol: that of the board.
         n_draws: halves and resamples.
         seed: of both.
 
     Returns:
-        `tables.SWEEP_STABILITY`; `p_winner_changes` is the share of comparisons whose two best
-        configurations differ, `n_winners` counts the distinct best ones, and `mean_sd` is the mean
-        over configurations of the standard deviation of skill over seeds or resamples.
+        `tables.SWEEP_STABILITY`.
     """
     ranked = board.filter(pl.col("rank").is_not_null())
     values = ranked.select(*_GROUP, "config_id", "factors", *PLACE, "recipe").join(
-        problem_values(results, protocol), on=[*PLACE, "recipe"], maintain_order="left_right"
+        measured(units, recipes, protocol), on=FIT, maintain_order="left_right"
     )
     rows = []
     for key, own in values.group_by(_GROUP, maintain_order=True):
@@ -76,93 +131,64 @@ def sweep_stability(
     return check_table(frame, SWEEP_STABILITY, "a sweep's leaderboard and results")
 
 
-class _Pair(NamedTuple):
-    """Two skill vectors of the same configurations."""
-
-    left: Doubles
-    right: Doubles
-
-
 def _sources(
     values: pl.DataFrame, n_draws: int, rng: np.random.Generator
 ) -> dict[str, dict[str, Any]]:
-    matrices = {
-        split: skill_matrix(_mean(values.filter(pl.col("split") == split)))
-        for split in ("val", "test")
-    }
-    test = matrices["test"]
+    on_val, on_test = (values.filter(split=split) for split in ("val", "test"))
+    val, test = skill_matrix(on_val), skill_matrix(on_test)
     return {
-        "seeds": _of_seeds(values.filter(pl.col("split") == "test")),
+        "seeds": _of_seeds(on_test, test.ids),
         "halves": _of_halves(test, n_draws, rng),
-        "settings": _of_settings(values.filter(pl.col("split") == "test")),
-        "validation_test": _summary(
-            len(test.ids), [_Pair(matrices["val"].skill()[0], test.skill()[0])]
-        ),
+        "settings": _of_settings(on_test),
+        "validation_test": _summary(len(test.ids), [(val.skill()[0], test.skill()[0])]),
         "bootstrap": _of_bootstrap(test, n_draws, rng),
     }
 
 
-def _mean(values: pl.DataFrame) -> pl.DataFrame:
-    return values.group_by("config_id", "problem_id", maintain_order=True).agg(
-        pl.col("value_above_chance", "ceiling_above_chance").mean()
-    )
-
-
-def _of_seeds(values: pl.DataFrame) -> dict[str, Any]:
-    known = sorted(values["seed"].unique())
-    whole = values.select("config_id", "problem_id").unique(maintain_order=True)
+def _of_seeds(values: pl.DataFrame, ids: tuple[str, ...]) -> dict[str, Any]:
     by_seed = []
-    for seed in known:
-        own = values.filter(pl.col("seed") == seed)
-        # A fit that does not depend on the seed has one, which stands for all.
-        single = values.filter(pl.col("seed").n_unique().over("config_id") == 1)
-        both = pl.concat([own, single]).unique(["config_id", "problem_id"], keep="first")
-        laid = whole.join(both, on=["config_id", "problem_id"], how="left", maintain_order="left")
-        by_seed.append(skill_matrix(laid).skill()[0])
-    skills = np.stack(by_seed)
-    pairs = [_Pair(skills[i], skills[j]) for i, j in combinations(range(len(known)), 2)]
-    return _summary(skills.shape[1], pairs, winner(skills), _mean_sd(skills))
+    # A fit that does not depend on the seed has one, which stands for all.
+    is_single = pl.col("seed").n_unique().over("config_id") == 1
+    for seed in sorted(values["seed"].unique()):
+        matrix = skill_matrix(values.filter((pl.col("seed") == seed) | is_single))
+        found = dict(zip(matrix.ids, matrix.skill()[0], strict=True))
+        by_seed.append([found.get(each, np.nan) for each in ids])
+    skills = np.array(by_seed)
+    return _summary(len(ids), combinations(skills, 2), winner(skills), _mean_sd(skills))
 
 
 def _of_halves(matrix: SkillMatrix, n_draws: int, rng: np.random.Generator) -> dict[str, Any]:
-    n = len(matrix.problems)
+    n = matrix.value.shape[1]
     chosen = rng.permuted(np.tile(np.arange(n), (n_draws, 1)), axis=1) < n // 2
     left, right = (matrix.skill(mask.astype(np.float64)) for mask in (chosen, ~chosen))
     winners = np.concatenate([winner(left), winner(right)])
-    return _summary(
-        len(matrix.ids), [_Pair(*pair) for pair in zip(left, right, strict=True)], winners
-    )
+    return _summary(len(matrix.ids), zip(left, right, strict=True), winners)
 
 
 def _of_bootstrap(matrix: SkillMatrix, n_draws: int, rng: np.random.Generator) -> dict[str, Any]:
-    n = len(matrix.problems)
+    n = matrix.value.shape[1]
     weights = rng.multinomial(n, np.full(n, 1 / n), size=n_draws).astype(np.float64)
     observed, drawn = matrix.skill()[0], matrix.skill(weights)
-    pairs = [_Pair(observed, each) for each in drawn]
+    pairs = ((observed, each) for each in drawn)
     return _summary(len(matrix.ids), pairs, winner(drawn), _mean_sd(drawn))
 
 
 def _of_settings(values: pl.DataFrame) -> dict[str, Any]:
     """Compare settings over the configurations that stand in both."""
-    rest = values.select("config_id", "factors").unique(maintain_order=True)
-    alike = [_without_setting(factors) for factors in rest["factors"]]
-    named = values.join(
-        rest.select("config_id", pl.Series("alike", alike, pl.String)), on="config_id"
-    )
+    alike = {each: _without_setting(each) for each in values["factors"].unique()}
+    named = values.with_columns(pl.col("factors").replace_strict(alike).alias("config_id"))
     by_setting = {}
-    for (setting,), own in named.group_by("setting", maintain_order=True):
-        matrix = skill_matrix(
-            own.group_by(pl.col("alike").alias("config_id"), "problem_id", maintain_order=True).agg(
-                pl.col("value_above_chance", "ceiling_above_chance").mean()
-            )
-        )
+    for (setting,), own in named.group_by("setting"):
+        matrix = skill_matrix(own)
         by_setting[setting] = dict(zip(matrix.ids, matrix.skill()[0], strict=True))
     pairs, shared = [], set()
     for first, second in combinations(sorted(by_setting), 2):
         both = sorted(set(by_setting[first]) & set(by_setting[second]))
         shared |= set(both)
-        sides = ([by_setting[name][key] for key in both] for name in (first, second))
-        pairs.append(_Pair(*(np.array(side, dtype=np.float64) for side in sides)))
+        left, right = (
+            np.array([by_setting[name][key] for key in both]) for name in (first, second)
+        )
+        pairs.append((left, right))
     return _summary(len(shared), pairs)
 
 
@@ -180,29 +206,23 @@ def _mean_sd(skills: Doubles) -> float | None:
 
 def _summary(
     n_configurations: int,
-    pairs: Iterable[_Pair],
+    pairs: Iterable[tuple[Doubles, Doubles]],
     winners: NDArray[np.int64] | None = None,
     mean_sd: float | None = None,
 ) -> dict[str, Any]:
-    compared = [pair for pair in pairs if _is_comparable(pair)]
+    """Say what pairs of skills of the same configurations, [configuration] each, have in common."""
+    compared = [pair for pair in pairs if np.isfinite(pair).all(axis=0).any()]
     found = [rank_correlation(*pair) for pair in compared]
     defined = [each for each in found if np.isfinite(each)]
-    changes = [winner(np.stack(pair)) for pair in compared]
+    changes = np.array([winner(np.stack(pair)) for pair in compared]).reshape(-1, 2)
+    best = set((changes.ravel() if winners is None else winners).tolist()) - {-1}
     return {
         "n_configurations": n_configurations,
         "n_comparisons": len(compared),
         "rank_correlation": float(np.mean(defined)) if defined else None,
         "rank_correlation_low": min(defined, default=None),
         "rank_correlation_high": max(defined, default=None),
-        "p_winner_changes": float(np.mean([a != b for a, b in changes])) if changes else None,
-        "n_winners": _n_distinct(winners if winners is not None else np.array(changes).ravel()),
+        "p_winner_changes": float((changes[:, 0] != changes[:, 1]).mean()) if compared else None,
+        "n_winners": len(best) or None,
         "mean_sd": mean_sd,
     }
-
-
-def _is_comparable(pair: _Pair) -> bool:
-    return bool((np.isfinite(pair.left) & np.isfinite(pair.right)).any())
-
-
-def _n_distinct(winners: NDArray[np.int64]) -> int | None:
-    return len(set(winners.tolist()) - {-1}) or None

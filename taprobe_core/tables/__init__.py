@@ -20,7 +20,7 @@ from taprobe_core.tables.attention import (
     RECEIVER_SCORES,
     VERTICAL_SCORES,
 )
-from taprobe_core.tables.contract import Contract, check_table
+from taprobe_core.tables.contract import Contract, check_table, schema_of
 from taprobe_core.tables.dataset import (
     LABEL_STATUS,
     LABELS,
@@ -53,7 +53,6 @@ from taprobe_core.tables.results import (
     SCORES,
     SELECTIVITY,
     SPLITS,
-    schema_of,
 )
 from taprobe_core.tables.sweep import (
     SWEEP_CHOICES,
@@ -61,11 +60,9 @@ from taprobe_core.tables.sweep import (
     SWEEP_DELTAS,
     SWEEP_LEADERBOARD,
     SWEEP_RECIPES,
-    SWEEP_RESULTS,
     SWEEP_SHORTLIST,
     SWEEP_STABILITY,
     SWEEP_STAGES,
-    SWEEP_STATUS,
 )
 
 __all__ = [
@@ -110,11 +107,9 @@ __all__ = [
     "SWEEP_DELTAS",
     "SWEEP_LEADERBOARD",
     "SWEEP_RECIPES",
-    "SWEEP_RESULTS",
     "SWEEP_SHORTLIST",
     "SWEEP_STABILITY",
     "SWEEP_STAGES",
-    "SWEEP_STATUS",
     "TEXTS",
     "VERTICAL_SCORES",
     "Contract",

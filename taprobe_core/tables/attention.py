@@ -20,6 +20,7 @@ ATTENTION_SCORES = Contract(
         **SENTENCE_KEY,
         "attention_score": column(pl.Float64, at_least(0), FINITE),
     },
+    ordered=True,
     unique=["problem_id", "sentence_idx"],
     name="attention_scores",
 )
@@ -32,6 +33,7 @@ VERTICAL_SCORES = Contract(
         "sentence_idx": column(pl.Int64, at_least(0)),
         "vertical_score": column(pl.Float64, at_least(0), FINITE, nullable=True),
     },
+    ordered=True,
     unique=["problem_id", "head", "sentence_idx"],
     name="vertical_scores",
 )
@@ -51,6 +53,7 @@ ATTENTION_HEADS = Contract(
         "distance_r_squared": column(pl.Float64, nullable=True),
         "n_scores": column(pl.Int64, at_least(0)),
     },
+    ordered=True,
     unique=["problem_id", "head"],
     name="attention_heads",
 )
@@ -65,6 +68,7 @@ HEAD_KURTOSIS = Contract(
         "kurtosis": column(pl.Float64, FINITE, nullable=True),
         "spearman_with_first": column(pl.Float64, nullable=True),
     },
+    ordered=True,
     unique=["problem_id", "head", "proximity"],
     name="head_kurtosis",
 )
@@ -85,6 +89,7 @@ RECEIVER_HEADS = Contract(
         "kurtosis": column(pl.Float64, FINITE),
         "n_problems": column(pl.Int64, at_least(1)),
     },
+    ordered=True,
     unique=["protocol", "fold", "rank"],
     name="receiver_heads",
 )
@@ -98,6 +103,7 @@ RECEIVER_SCORES = Contract(
         "split": column(pl.Enum(SPLITS)),
         "receiver_score": column(pl.Float64, at_least(0), FINITE, nullable=True),
     },
+    ordered=True,
     unique=["protocol", "fold", "problem_id", "sentence_idx"],
     name="receiver_scores",
 )
@@ -114,6 +120,7 @@ RECEIVER_RELIABILITY = Contract(
         "top_heads_kept": column(pl.Float64, within(0, 1), nullable=True),
         "median_spearman": column(pl.Float64, nullable=True),
     },
+    ordered=True,
     unique=["proximity"],
     name="receiver_reliability",
 )

@@ -1,76 +1,85 @@
 """What contracts are written with, and the check of a table against one.
 
-The contracts themselves stand in the sibling modules. They are plain values: pandera, which takes
-pandas with it, is loaded where a table is checked, not where a contract is read.
+The contracts themselves stand in the sibling modules. All rules of a table are asked in one query:
+tables are many and small, so that a query a column is what a check costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 
 from taprobe_core.errors import SchemaError
 
-if TYPE_CHECKING:
-    import pandera.polars as pa
+
+class Rule(NamedTuple):
+    """What every value of a column keeps; null keeps every rule."""
+
+    name: str
+    holds: Callable[[pl.Expr], pl.Expr]
 
 
-class Range(NamedTuple):
-    """Values from `low` to `high`, both included; without bounds any finite number."""
-
-    low: float = -inf
-    high: float = inf
-
-
-FINITE = Range()
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a contract; with `is_pattern` every column whose name is the key, any number."""
+class Column(NamedTuple):
+    """One column of a contract, or all columns whose whole name is a pattern, if there are any."""
 
     dtype: Any
-    ranges: tuple[Range, ...] = ()
+    rules: tuple[Rule, ...] = ()
     nullable: bool = False
     is_pattern: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Contract:
-    """A table: its columns and no others, in this order unless some are patterns; its key."""
+    """The columns of a table, and what is unique.
+
+    Attributes:
+        columns: by name, or by the pattern of their names. A table has no others.
+        name: of the table.
+        unique: columns whose values together name one row.
+        ordered: the columns stand in this order.
+    """
 
     columns: Mapping[str, Column]
     name: str
     unique: Sequence[str] = ()
+    ordered: bool = False
 
 
-def column(dtype: Any, *ranges: Range, nullable: bool = False) -> Column:
+def column(dtype: Any, *rules: Rule, nullable: bool = False) -> Column:
     """A column of a contract."""
-    return Column(dtype, ranges, nullable)
+    return Column(dtype, rules, nullable)
 
 
-def at_least(bound: float) -> Range:
+def at_least(bound: float) -> Rule:
     """Values from `bound` up."""
-    return Range(bound)
+    return Rule(f"at least {bound}", lambda value: value >= bound)
 
 
-def within(low: float, high: float) -> Range:
+def within(low: float, high: float) -> Rule:
     """Values from `low` to `high`, both included."""
-    return Range(low, high)
+    return Rule(f"from {low} to {high}", lambda value: value.is_between(low, high))
 
+
+FINITE = Rule("finite", lambda value: value.is_finite())
+_PRESENT = Rule("not null", lambda value: value.is_not_null())
+_NUMBER = Rule("not NaN", lambda value: value.is_not_nan())
 
 SENTENCE_KEY = {
     "problem_id": column(pl.Int64, at_least(0)),
     "sentence_idx": column(pl.Int64, at_least(0)),
 }
 
-
+_N_SHOWN = 5
 _REPAIR = "repair the source record, or leave the problem out with rollouts.exclude_ids"
+
+
+def schema_of(contract: Contract) -> pl.Schema:
+    """Return the columns and types that a contract asks for, to build a table with."""
+    return pl.Schema({name: column.dtype for name, column in contract.columns.items()})
 
 
 def check_table(
@@ -87,66 +96,67 @@ def check_table(
     Raises:
         SchemaError: lists every fault, each with up to five offending values.
     """
-    from pandera.errors import SchemaErrors
-
-    try:
-        checked: pl.DataFrame = _schema(contract).validate(frame, lazy=True)
-    except SchemaErrors as error:
-        raise SchemaError(
-            f"table {contract.name!r} breaks its contract",
-            where,
-            fix,
-            _faults(error.failure_cases),
-        ) from None
-    return checked
+    faults = [*_shape_faults(frame, contract)] or [*_value_faults(frame, contract)]
+    if faults:
+        raise SchemaError(f"table {contract.name!r} breaks its contract", where, fix, faults)
+    return frame
 
 
-@cache
-def _schema(contract: Contract) -> pa.DataFrameSchema:
-    import pandera.polars as pa
+def _columns_of(contract: Contract, names: Sequence[str]) -> dict[str, Column]:
+    """The columns of a table that the contract knows."""
+    patterns = [(re.compile(n), c) for n, c in contract.columns.items() if c.is_pattern]
+    known = {n: c for n, c in contract.columns.items() if not c.is_pattern}
+    for name in names:
+        for pattern, found in patterns:
+            if name not in known and pattern.fullmatch(name):
+                known[name] = found
+    return known
 
-    def check(bounds: Range) -> pa.Check:
-        if bounds == FINITE:
-            return pa.Check(
-                lambda data: data.lazyframe.select(pl.col(data.key).is_finite()),
-                name="finite",
-                error="finite",
-            )
-        return pa.Check.ge(bounds.low) if bounds.high == inf else pa.Check.in_range(*bounds)
 
-    columns = {
-        name: pa.Column(
-            each.dtype,
-            checks=[check(bounds) for bounds in each.ranges],
-            nullable=each.nullable,
-            regex=each.is_pattern,
-            required=not each.is_pattern,
-            name=name,
+def _shape_faults(frame: pl.DataFrame, contract: Contract) -> Iterator[str]:
+    known = _columns_of(contract, frame.columns)
+    for name in known:
+        if name not in frame.columns:
+            yield f"column {name!r}: missing"
+        elif frame.schema[name] != known[name].dtype:
+            yield f"column {name!r}: want {known[name].dtype}, found {frame.schema[name]}"
+    yield from (
+        f"column {name!r}: not of this table" for name in frame.columns if name not in known
+    )
+    if contract.ordered and set(known) == set(frame.columns) and [*known] != frame.columns:
+        yield f"columns out of order: want {', '.join(known)}, found {', '.join(frame.columns)}"
+
+
+def _value_faults(frame: pl.DataFrame, contract: Contract) -> Iterator[str]:
+    asked = [
+        (name, rule)
+        for name, column in _columns_of(contract, frame.columns).items()
+        for rule in (
+            *(() if column.nullable else (_PRESENT,)),
+            # Not a number is no value: what is not defined is null.
+            *((_NUMBER,) if frame.schema[name].is_float() and FINITE not in column.rules else ()),
+            *column.rules,
         )
-        for name, each in contract.columns.items()
-    }
-    is_ordered = not any(each.is_pattern for each in contract.columns.values())
-    return pa.DataFrameSchema(
-        columns,
-        strict=True,
-        ordered=is_ordered,
-        unique=list(contract.unique) or None,
-        name=contract.name,
+    ]
+    broken = [~rule.holds(pl.col(name)).fill_null(value=True) for name, rule in asked]
+    counts = [expr.sum().alias(str(place)) for place, expr in enumerate(broken)]
+    repeated = pl.struct(contract.unique).is_duplicated() if contract.unique else pl.lit(False)
+    (found,) = frame.select(*counts, repeated.sum().alias("repeated")).rows() or [()]
+    for (name, rule), expr, n in zip(asked, broken, found, strict=False):
+        if n:
+            yield _fault(frame, f"column {name!r}: {rule.name}", pl.col(name), expr, n)
+    if found and found[-1]:
+        key = pl.struct(contract.unique)
+        yield _fault(frame, f"unique {', '.join(contract.unique)}", key, repeated, found[-1])
+
+
+def _fault(frame: pl.DataFrame, rule: str, value: pl.Expr, broken: pl.Expr, n: int) -> str:
+    rows = (
+        frame.select(value.alias("value")).with_row_index().filter(frame.select(broken).to_series())
     )
-
-
-def _faults(cases: pl.DataFrame) -> list[str]:
-    grouped = cases.group_by("column", "check", maintain_order=True).agg(
-        pl.col("failure_case").cast(pl.String).head(5).alias("found"),
-        pl.col("index").head(5).alias("rows"),
-        pl.len().alias("n"),
+    shown = rows.head(_N_SHOWN)
+    values = ", ".join(
+        "/".join(map(str, each.values())) if isinstance(each, dict) else str(each)
+        for each in shown["value"].to_list()
     )
-    return [_fault(row) for row in grouped.iter_rows(named=True)]
-
-
-def _fault(row: dict[str, Any]) -> str:
-    found = ", ".join(str(value) for value in row["found"])
-    rows = [index for index in row["rows"] if index is not None]
-    at = f" at row {', '.join(map(str, rows))}" if rows else ""
-    column = f"column {row['column']!r}: " if row["column"] else ""
-    return f"{column}{row['check']}, {row['n']} fault(s), found {found}{at}"
+    return f"{rule}, {n} fault(s), found {values} at row {', '.join(map(str, shown['index']))}"

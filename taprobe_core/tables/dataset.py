@@ -26,6 +26,7 @@ PROBLEMS = Contract(
         "n_sentences": column(pl.Int64, at_least(1)),
         "text_sha256": column(pl.String),
     },
+    ordered=True,
     unique=["problem_id"],
     name="problems",
 )
@@ -49,6 +50,7 @@ SENTENCES = Contract(
         "summary": column(pl.String, nullable=True),
         "true_importance": column(pl.Float64, within(-1, 1), nullable=True),
     },
+    ordered=True,
     unique=["problem_id", "sentence_idx"],
     name="sentences",
 )
@@ -66,6 +68,7 @@ SKIPPED = Contract(
         "where": column(pl.String, nullable=True),
         "fix": column(pl.String, nullable=True),
     },
+    ordered=True,
     unique=["problem_id"],
     name="skipped",
 )
@@ -73,6 +76,7 @@ SKIPPED = Contract(
 
 NOTES = Contract(
     {"problem_id": column(pl.Int64, at_least(0)), "note": column(pl.String)},
+    ordered=True,
     name="notes",
 )
 """Values of the dataset's files that no stage reads and that are null in the tables, because they
@@ -95,6 +99,7 @@ LABELS = Contract(
         "true_importance": column(pl.Float64, within(-1, 1), nullable=True),
         "is_true_anchor": column(pl.Boolean, nullable=True),
     },
+    ordered=True,
     unique=["problem_id", "sentence_idx"],
     name="labels",
 )
@@ -112,6 +117,7 @@ TEXTS = Contract(
         "bos_token_id": column(pl.Int64, at_least(0), nullable=True),
         "input_sha256": column(pl.String),
     },
+    ordered=True,
     unique=["problem_id"],
     name="texts",
 )
@@ -129,6 +135,7 @@ SPANS = Contract(
         "end_token": column(pl.Int64, at_least(1)),
         "n_tokens": column(pl.Int64, at_least(1)),
     },
+    ordered=True,
     unique=["problem_id", "sentence_idx"],
     name="spans",
 )

@@ -15,7 +15,7 @@ from taprobe_core.tables.contract import (
     SENTENCE_KEY,
     Column,
     Contract,
-    Range,
+    Rule,
     at_least,
     column,
     within,
@@ -38,6 +38,7 @@ SCORES = Contract(
         "target_value": column(pl.Float64, FINITE, nullable=True),
         "is_positive": column(pl.Boolean, nullable=True),
     },
+    ordered=True,
     unique=["recipe", "protocol", "fold", "problem_id", "sentence_idx"],
     name="scores",
 )
@@ -53,9 +54,9 @@ _METRIC = f"(primary|{_OF_TARGET})"
 """Names of metrics, as a pattern."""
 
 
-def _each(pattern: str, dtype: Any, *ranges: Range) -> dict[str, Column]:
+def _each(pattern: str, dtype: Any, *rules: Rule) -> dict[str, Column]:
     """The columns whose whole name is a pattern, any number of them, null where not defined."""
-    return {f"^{pattern}$": Column(dtype, ranges, nullable=True, is_pattern=True)}
+    return {f"^{pattern}$": Column(dtype, rules, nullable=True, is_pattern=True)}
 
 
 METRICS = Contract(
@@ -118,6 +119,7 @@ DELTAS = Contract(
         "delta_high": column(pl.Float64, nullable=True),
         **_TESTS,
     },
+    ordered=True,
     unique=["recipe", "baseline", "protocol"],
     name="deltas",
 )
@@ -138,6 +140,7 @@ CONTRASTS = Contract(
         "value": column(pl.Float64, nullable=True),
         "baseline_value": column(pl.Float64, nullable=True),
     },
+    ordered=True,
     unique=["recipe", "baseline", "protocol", "fold", "problem_id"],
     name="contrasts",
 )
@@ -159,6 +162,7 @@ NULLS = Contract(
         "p_null": column(pl.Float64, within(0, 1), nullable=True),
         "draws": column(pl.List(pl.Float32)),
     },
+    ordered=True,
     unique=["recipe", "protocol", "null"],
     name="nulls",
 )
@@ -177,6 +181,7 @@ POSITION_BINS = Contract(
         "n_problems": column(pl.Int64, at_least(0)),
         "n_defined": column(pl.Int64, at_least(0)),
     },
+    ordered=True,
     unique=["recipe", "protocol", "bin"],
     name="position_bins",
 )
@@ -199,6 +204,7 @@ CALIBRATION = Contract(
         "slope": column(pl.Float64, nullable=True),
         "intercept": column(pl.Float64, nullable=True),
     },
+    ordered=True,
     unique=["recipe", "protocol"],
     name="calibration",
 )
@@ -213,6 +219,7 @@ RELIABILITY_BINS = Contract(
         "mean_score": column(pl.Float64, within(0, 1)),
         "share_positive": column(pl.Float64, within(0, 1)),
     },
+    ordered=True,
     unique=["recipe", "protocol", "bin"],
     name="reliability_bins",
 )
@@ -231,6 +238,7 @@ BEST_SEEDS = Contract(
         "best_seed": column(pl.Float64, nullable=True),
         "seeds": column(pl.List(pl.Int64)),
     },
+    ordered=True,
     unique=["recipe", "protocol"],
     name="best_seeds",
 )
@@ -254,6 +262,7 @@ SELECTIVITY = Contract(
         "selectivity_high": column(pl.Float64, nullable=True),
         **_TESTS,
     },
+    ordered=True,
     unique=["recipe", "protocol"],
     name="selectivity",
 )
@@ -294,6 +303,7 @@ PLANS = Contract(
         "t_positive": column(pl.List(pl.Float32)),
         "guarantee": column(pl.String),
     },
+    ordered=True,
     unique=list(_PLAN_KEY),
     name="plans",
 )
@@ -301,6 +311,7 @@ PLANS = Contract(
 
 PLANS_OF_SEEDS = Contract(
     {**PLANS.columns, "seed": column(pl.Int64, at_least(0))},
+    ordered=True,
     unique=[*_PLAN_KEY, "seed"],
     name="plans_of_seeds",
 )
@@ -314,6 +325,7 @@ DECISIONS = Contract(
         "score": column(pl.Float32, FINITE),
         "decision": column(pl.Enum(DECISIONS_ON_SENTENCE)),
     },
+    ordered=True,
     unique=["problem_id", "sentence_idx", *_PLAN_KEY, "fold"],
     name="decisions",
 )
@@ -357,12 +369,3 @@ LEADERBOARD = Contract(
 )
 """One row per model × layer × setting × protocol × recipe on test, best first
 (`leaderboard.build_leaderboard`)."""
-
-
-def schema_of(contract: Contract) -> pl.Schema:
-    """Return the columns and types that a contract asks for, to build a table with.
-
-    Args:
-        contract: one of this package's.
-    """
-    return pl.Schema({name: column.dtype for name, column in contract.columns.items()})

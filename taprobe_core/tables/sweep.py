@@ -61,6 +61,7 @@ SWEEP_CONFIGURATIONS = Contract(
         "factors": column(pl.String),
         "duplicate_of": column(pl.String, nullable=True),
     },
+    ordered=True,
     unique=["config_id"],
     name="sweep_configurations",
 )
@@ -73,60 +74,16 @@ SWEEP_RECIPES = Contract(
         **_PLACE,
         "kind": column(pl.String),
         "role": column(pl.Enum(SWEEP_ROLES)),
+        "target": column(pl.String),
         "residualize": column(pl.String),
         "recipe": column(pl.String),
-        "reads_site": column(pl.Boolean),
-        "is_stochastic": column(pl.Boolean),
     },
+    ordered=True,
     unique=["config_id", "recipe"],
     name="sweep_recipes",
 )
 """One row per configuration and recipe that it asks for; `recipe` is the name of the fit, equal for
-equal content. What does not read the site is fitted once for all layers."""
-
-SWEEP_RESULTS = Contract(
-    {
-        **_PLACE,
-        "recipe": column(pl.String),
-        "protocol": column(pl.Enum(PROTOCOLS)),
-        "fold": column(pl.Int32, at_least(0)),
-        "split": column(pl.Enum(("val", "test"))),
-        "seed": column(pl.Int64, at_least(0)),
-        "problem_id": column(pl.Int64, at_least(0)),
-        "metric": column(pl.String),
-        "value": _NUMBER,
-        "ceiling": _NUMBER,
-        "n_sentences": column(pl.Int64, at_least(1)),
-        "n_positives": _N,
-    },
-    unique=[
-        "model",
-        "layer",
-        "setting",
-        "recipe",
-        "protocol",
-        "fold",
-        "split",
-        "seed",
-        "problem_id",
-    ],
-    name="sweep_results",
-)
-"""One row per recipe, fold, seed and problem: the recipe's primary metric, one per recipe. A recipe
-stands here once for each site, not once for each configuration. `ceiling` is what labelling again
-would reach; null stands for 1. A recipe that does not depend on the seed may have one seed."""
-
-SWEEP_STATUS = Contract(
-    {
-        **_ID,
-        "status": column(pl.Enum(SWEEP_STATUS_NAMES)),
-        "n_fits": _N,
-        "n_present": _N,
-    },
-    unique=["config_id"],
-    name="sweep_status",
-)
-"""One row per configuration: how many of its fits are there, read off what is there."""
+equal content."""
 
 SWEEP_LEADERBOARD = Contract(
     {
@@ -156,6 +113,7 @@ SWEEP_LEADERBOARD = Contract(
         "factors": column(pl.String),
         "duplicate_of": column(pl.String, nullable=True),
     },
+    ordered=True,
     unique=["config_id"],
     name="sweep_leaderboard",
 )
@@ -178,6 +136,7 @@ SWEEP_SHORTLIST = Contract(
         "factors": column(pl.String),
         "reason": column(pl.String),
     },
+    ordered=True,
     unique=["config_id"],
     name="sweep_shortlist",
 )
@@ -207,6 +166,7 @@ SWEEP_DELTAS = Contract(
         "p_holm": _P,
         "q_bh": _P,
     },
+    ordered=True,
     unique=["config_id", "recipe", "baseline"],
     name="sweep_deltas",
 )
@@ -229,12 +189,14 @@ SWEEP_STABILITY = Contract(
         "n_winners": column(pl.Int64, at_least(1), nullable=True),
         "mean_sd": _NUMBER,
     },
+    ordered=True,
     unique=["stage", "target", "source"],
     name="sweep_stability",
 )
 """One row per stage, target and source of change: Spearman's correlation between two rankings of
 the same configurations (mean, least and greatest over `n_comparisons`), and how often they have
-different winners. `mean_sd` is the mean over configurations of the standard deviation of skill."""
+different winners. `n_winners` counts the distinct best ones; `mean_sd` is the mean over
+configurations of the standard deviation of skill over seeds or resamples."""
 
 SWEEP_CHOICES = Contract(
     {
@@ -250,6 +212,7 @@ SWEEP_CHOICES = Contract(
         "best_skill": _NUMBER,
         "n_problems": _N,
     },
+    ordered=True,
     unique=["stage", "target", "setting"],
     name="sweep_choices",
 )

@@ -173,6 +173,7 @@ def test_the_sensor_gives_up_what_fails_and_goes_on_with_the_rest(
     assert "given up until a cell or its inputs change" in str(tick.skip_message)
 
 
+@pytest.mark.slow
 def test_the_command_names_what_failed_and_how_to_mend_it(
     strict: Any, taprobe: Callable[..., Any]
 ) -> None:

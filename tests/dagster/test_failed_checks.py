@@ -166,6 +166,7 @@ def test_the_sensor_does_not_launch_what_a_failed_check_stops(
     refresh_checks(fresh, site.plan)
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_what_where_and_fix_as_often_as_it_is_given(
     mirror: Any, taprobe: Callable[..., Any]
 ) -> None:

@@ -138,6 +138,7 @@ def manifests(data: Path) -> dict[str, Manifest]:
     return {str(key): store.inspect(key).manifest for key in store.keys(None)}
 
 
+@pytest.mark.slow
 def test_killed_at_many_points_nothing_finished_is_lost_or_redone(
     forks: Forks, tmp_path: Path
 ) -> None:
@@ -200,6 +201,7 @@ def stop(child: subprocess.Popen[str], data: Path, n: int, delay_s: float, how: 
     child.send_signal(how)
 
 
+@pytest.mark.slow
 def test_the_command_killed_and_interrupted_through_dagster_then_finishes(
     study: Path, tmp_path: Path
 ) -> None:
@@ -235,6 +237,7 @@ def board(plan: Plan) -> pl.DataFrame:
     return plan.read("sweep_leaderboard", (), "leaderboard")
 
 
+@pytest.mark.slow
 def test_a_campaign_killed_twice_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     study = tmp_path / "campaign.yaml"
     study.write_text(CAMPAIGN)

@@ -2,7 +2,7 @@
 
 shuffling     do held-out labels reach a probe? an exact null at a stated false-alarm rate
 memorisation  can one problem be learned by heart? or do rows or labels contradict
-rows          equal rows, copied problems, sides of a fold; what rankings that know nothing reach
+rows          equal rows, copied problems, sides of a fold
 fits          the linear probes and the network that the checks fit
 
 A tripwire that holds says that the pipeline is not broken in the way it looks at; it never says
@@ -20,7 +20,6 @@ from taprobe_core.evaluation.tripwires.rows import (
 from taprobe_core.evaluation.tripwires.shuffling import (
     Fit,
     HeldOutProblem,
-    Look,
     ShuffledLabels,
     shuffled_labels,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "Duplicates",
     "Fit",
     "HeldOutProblem",
-    "Look",
     "Memorisation",
     "ShuffledLabels",
     "duplicates_across_problems",

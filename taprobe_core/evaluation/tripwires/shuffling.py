@@ -2,10 +2,11 @@
 
 Labels are shuffled inside each problem, training and held-out problems alike, the pipeline is
 fitted on the shuffled training labels of every fold, and the held-out problems are scored against
-their own shuffled labels. Where nothing leaks these scores know nothing of those labels, so their
-PR-AUC has an exact permutation null (`rows`), and observed values become a p, a band and words.
+their own shuffled labels. Where nothing leaks these scores know nothing of those labels: every way
+of placing a problem's anchors on its sentences is equally likely, ties of the scores included, and
+drawn placements are the null of its PR-AUC, counted as the evaluation counts its nulls.
 
-Four choices keep the check exact and stable:
+Three choices keep the check sharp and its rate true:
 
 - Every (fold, shuffle) has labels of its own. Were one shuffle shared by all folds, problem p would
   be scored by a probe that learned from q and q by one that learned from p; the two values are
@@ -15,12 +16,10 @@ Four choices keep the check exact and stable:
   only n_sentences arrangements, the real one among them.
 - Two statistics share the error equally: the mean over held-out problems, against leaks that are
   everywhere and weak, and the largest excess of one problem, against a leak in one fold.
-- A look that trips at sqrt(alpha) is taken again with fresh shuffles, and only both together fail.
-  A leak trips again, an accident does not; sound pipelines pay for the second look seldom.
 
 What does not belong here: a defect that needs no fit to be seen (`rows`), and whether the *real*
-labels can be predicted, which is a finding. Invariants: a sound pipeline fails with probability at
-most alpha, whatever its features and estimator; advice is given only where the check fails.
+labels can be predicted, which is a finding. Invariants: a sound pipeline fails with probability
+alpha, whatever its features and estimator; advice is given only where the check fails.
 """
 
 from __future__ import annotations
@@ -32,14 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError, NonFiniteError, NotEnoughDataError, PlanError
-from taprobe_core.evaluation.tripwires.rows import (
-    excess_p,
-    fold_masks,
-    numbered_occurrences,
-    permuted_pr_auc,
-    two_sided_p,
-)
-from taprobe_core.metrics import pr_auc
+from taprobe_core.evaluation.intervals import max_t
+from taprobe_core.evaluation.nulls import null_p
+from taprobe_core.evaluation.tripwires.rows import fold_masks, numbered_occurrences
+from taprobe_core.metrics import pr_auc, pr_auc_at, rank_rows, tie_end_rows
 from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear.logistic import balanced_weights
 from taprobe_core.splits import Fold
@@ -52,14 +47,7 @@ _FEW = 1 / 3
 class HeldOutProblem:
     """One problem where it is tested: PR-AUC against shuffled labels, mean over shuffles.
 
-    Attributes:
-        protocol: of the fold.
-        fold: index of the fold.
-        problem_id: problem.
-        value: PR-AUC against the shuffled labels.
-        chance: mean of its null.
-        excess: value above chance, in standard deviations of the null.
-        p: of that excess, the other problems allowed for.
+    `chance` is the mean of its null, `p` that of its value, the other problems allowed for.
     """
 
     protocol: str
@@ -67,23 +55,25 @@ class HeldOutProblem:
     problem_id: int
     value: float
     chance: float
-    excess: float
     p: float
 
 
 @dataclass(frozen=True)
-class Look:
-    """One set of shuffles.
+class ShuffledLabels:
+    """Result of `shuffled_labels`.
 
     Attributes:
         p: of both statistics together, min(1, 2 min(p_mean, p_problem)).
         value: mean PR-AUC over held-out problems and shuffles.
         chance: mean of the null.
-        low: lower end of the null's band for `value`, at half the level of the look, two-sided.
+        low: lower end of the null's band for `value`, at half of alpha, two-sided.
         high: upper end.
         p_mean: two-sided, of the mean.
         p_problem: of the largest excess of one problem, the others allowed for.
         problems: one entry per fold and held-out problem that has both classes.
+        n_undefined: held-out problems of a fold left out because they have one class.
+        n_shuffles: shuffles of each fold.
+        alpha: false-alarm rate.
     """
 
     p: float
@@ -94,99 +84,36 @@ class Look:
     p_mean: float
     p_problem: float
     problems: tuple[HeldOutProblem, ...]
-
-
-def judge(values: NDArray[np.float64], units: Sequence[tuple[Fold, int]], level: float) -> Look:
-    """Judge one set of shuffles.
-
-    Args:
-        values: [1 + draw, unit] PR-AUC; the observed row, then draws of the null.
-        units: fold and held-out problem of each unit.
-        level: false-alarm rate of the look.
-    """
-    means = values.mean(axis=1)
-    chance = float(means[1:].mean())
-    reach = float(np.quantile(np.abs(means[1:] - chance), 1 - level / 2))
-    p_mean = two_sided_p(means)
-    excess, p_excess = excess_p(values)
-    p_problem = float(p_excess.min())
-    rows = np.column_stack([values[0], values[1:].mean(axis=0), excess, p_excess])
-    return Look(
-        p=min(1.0, 2 * min(p_mean, p_problem)),
-        value=float(means[0]),
-        chance=chance,
-        low=chance - reach,
-        high=chance + reach,
-        p_mean=p_mean,
-        p_problem=p_problem,
-        problems=tuple(
-            HeldOutProblem(fold.protocol, fold.index, problem, *map(float, row))
-            for (fold, problem), row in zip(units, rows, strict=True)
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class ShuffledLabels:
-    """Result of `shuffled_labels`.
-
-    Attributes:
-        first: the first set of shuffles.
-        second: a fresh set if the first has p <= sqrt(alpha), else None.
-        n_undefined: held-out problems of a fold left out because they have one class.
-        n_shuffles: shuffles of each fold and look.
-        alpha: false-alarm rate.
-    """
-
-    first: Look
-    second: Look | None
     n_undefined: int
     n_shuffles: int
     alpha: float
 
     @property
     def passes(self) -> bool:
-        """Whether not both looks have p <= sqrt(alpha)."""
-        return self.second is None or self.second.p > self.alpha**0.5
-
-    @property
-    def p(self) -> float:
-        """How surprising both looks together are.
-
-        That of the first look; with a second one the square of the larger of the two, which is
-        uniform below alpha and never too small above it.
-        """
-        return self.first.p if self.second is None else max(self.first.p, self.second.p) ** 2
-
-    @property
-    def last(self) -> Look:
-        """The look that decided."""
-        return self.second or self.first
+        """Whether p is above alpha."""
+        return self.p > self.alpha
 
     @property
     def worst(self) -> HeldOutProblem:
-        """The problem with the largest excess in the look that decided."""
-        return max(self.last.problems, key=lambda problem: problem.excess)
+        """The problem that stands out most."""
+        return min(self.problems, key=lambda each: (each.p, each.chance - each.value))
 
     @property
     def text(self) -> str:
         """What was found, and where to look if it is a fault."""
-        look = self.last
-        again = "" if self.second is None else ", second look"
         found = (
-            f"Against shuffled labels the probe reaches PR-AUC {look.value:.3f} on held-out "
-            f"problems; rankings that know nothing reach {look.low:.3f} to {look.high:.3f} "
-            f"(chance {look.chance:.3f}, p = {self.p:.2g}, {len(look.problems)} held-out problems "
-            f"x {self.n_shuffles} shuffles{again}, false alarms {self.alpha:g})."
+            f"Against shuffled labels the probe reaches PR-AUC {self.value:.3f} on held-out "
+            f"problems; rankings that know nothing reach {self.low:.3f} to {self.high:.3f} "
+            f"(chance {self.chance:.3f}, p = {self.p:.2g}, {len(self.problems)} held-out problems "
+            f"x {self.n_shuffles} shuffles, false alarms {self.alpha:g})."
         )
         if self.n_undefined:
             found += f" {self.n_undefined} held-out problems have one class and are left out."
         return found if self.passes else f"{found} {self._advice()}"
 
     def _advice(self) -> str:
-        look, level = self.last, self.alpha**0.5
-        leaking = [each for each in look.problems if each.p <= level / 2]
-        if 0 < len(leaking) <= _FEW * len(look.problems):
+        leaking = [each for each in self.problems if each.p <= self.alpha / 2]
+        if 0 < len(leaking) <= _FEW * len(self.problems):
             named = "; ".join(
                 f"problem {each.problem_id} in {each.protocol} fold {each.fold} "
                 f"({each.value:.3f}, chance {each.chance:.3f})"
@@ -196,7 +123,7 @@ class ShuffledLabels:
                 f"Held-out labels of few problems reach the probe: {named}. Look for their "
                 "sentences among the training rows of these folds, under their own id or another's."
             )
-        if look.value > look.chance:
+        if self.value > self.chance:
             return (
                 "Held-out labels reach the probe. Look for problems on both sides of a fold, for "
                 "sentences stored under a second problem, and for anything learned from labels "
@@ -229,8 +156,8 @@ def shuffled_labels(
     identity: NDArray[np.int64] | None = None,
     seed: int = 0,
     n_shuffles: int | None = None,
-    n_null: int = 999,
-    alpha: float = 1e-4,
+    n_null: int = 1999,
+    alpha: float = 1e-3,
 ) -> ShuffledLabels:
     """Check that a pipeline scores held-out problems at chance when labels are shuffled.
 
@@ -245,23 +172,22 @@ def shuffled_labels(
             a trace stored twice keeps one labelling (`row_identity`). None: problems are shuffled
             independently, and copies cannot be seen.
         seed: of the shuffles and the null.
-        n_shuffles: shuffles of each fold and look; None: `enough_shuffles`.
-        n_null: draws of the null for each look.
-        alpha: false-alarm rate of the check; each of the two looks has its square root.
+        n_shuffles: shuffles of each fold; None: `enough_shuffles`.
+        n_null: draws of the null.
+        alpha: false-alarm rate of the check.
 
     Raises:
-        PlanError: n_null draws cannot show a p of sqrt(alpha).
+        PlanError: n_null draws cannot show a p of alpha.
         NotEnoughDataError: a fold's training rows have one class, or no held-out problem has two.
         DataError: lengths differ, a fold names a problem without rows, or `fit` returns another
             shape.
         NonFiniteError: a score is NaN or infinite.
     """
-    level = alpha**0.5
-    if 2 / (n_null + 1) > level + _ROUNDING:
+    if 2 / (n_null + 1) > alpha + _ROUNDING:
         raise PlanError(
-            f"{n_null} draws of the null cannot show p = {level:g}, the square root of alpha",
+            f"{n_null} draws of the null cannot show p = {alpha:g}",
             "shuffled_labels",
-            f"ask for n_null = {int(np.ceil(2 / level - _ROUNDING)) - 1} or more",
+            f"ask for n_null = {int(np.ceil(2 / alpha - _ROUNDING)) - 1} or more",
         )
     rng = np.random.default_rng(seed)
     train, tested = fold_masks(problem_id, is_anchor, folds)
@@ -279,17 +205,33 @@ def shuffled_labels(
         )
     if n_shuffles is None:
         n_shuffles = enough_shuffles(sum(len(rows) for *_, rows in defined))
-    n_undefined = sum(map(len, tested)) - len(defined)
-    units = [(folds[fold], problem) for fold, problem, _ in defined]
-
-    def look() -> Look:
-        columns = _columns(problem_id, is_anchor, train, identity, n_shuffles, rng)
-        score = _checked(fit(train, columns), columns)
-        return judge(_values(score, columns, defined, n_null, rng), units, level)
-
-    first = look()
-    second = look() if first.p <= level else None
-    return ShuffledLabels(first, second, n_undefined, n_shuffles, alpha)
+    columns = _columns(problem_id, is_anchor, train, identity, n_shuffles, rng)
+    score = _checked(fit(train, columns), columns)
+    values = _values(score, columns, defined, n_null, rng)
+    means, null = values.mean(axis=1), values[1:].mean(axis=0)
+    chance = float(means[1:].mean())
+    distance = np.abs(means - means.mean())
+    p_mean = null_p(distance[0], distance[1:])
+    p_units = np.nan_to_num(max_t(values[0], values[1:].T), nan=1.0)
+    reach = float(np.quantile(np.abs(means[1:] - chance), 1 - alpha / 2))
+    return ShuffledLabels(
+        p=min(1.0, 2 * min(p_mean, float(p_units.min()))),
+        value=float(means[0]),
+        chance=chance,
+        low=chance - reach,
+        high=chance + reach,
+        p_mean=p_mean,
+        p_problem=float(p_units.min()),
+        problems=tuple(
+            HeldOutProblem(folds[fold].protocol, folds[fold].index, problem, *map(float, row))
+            for (fold, problem, _), row in zip(
+                defined, np.column_stack([values[0], null, p_units]), strict=True
+            )
+        ),
+        n_undefined=sum(map(len, tested)) - len(defined),
+        n_shuffles=n_shuffles,
+        alpha=alpha,
+    )
 
 
 def _values(
@@ -308,6 +250,16 @@ def _values(
             null = permuted_pr_auc(ranked, int(labels.sum()), n_null, rng)
             values[:, unit] += np.append(pr_auc(labels, ranked), null) / len(mine)
     return values
+
+
+def permuted_pr_auc(
+    score: NDArray[np.float64], n_anchors: int, n_draws: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Draw the PR-AUC of one problem's `score` [row] against anchors placed at random, [draw]."""
+    # The smallest keys of a row are a random subset; only their places matter.
+    keys = rng.random((n_draws, len(score)), dtype=np.float32)
+    places = np.argpartition(keys, n_anchors - 1, axis=1)[:, :n_anchors]
+    return pr_auc_at(tie_end_rows(rank_rows(score[None]))[0][places], len(score))
 
 
 def enough_shuffles(n_held_out: int) -> int:

@@ -145,10 +145,9 @@ def shuffled_labels_at_chance(plan: Plan, cell: Cell) -> Found:
             )
     except NotEnoughDataError as error:
         return Found(not_run=error.what)
-    look = verdict.first
     return Found(
         () if verdict.passes else (verdict.text,),
-        numbers={"p": look.p, "pr_auc": look.value, "chance": look.chance},
+        numbers={"p": verdict.p, "pr_auc": verdict.value, "chance": verdict.chance},
     )
 
 
@@ -231,9 +230,9 @@ EVALUATION = Stage(
     tables={**_EVALUATED, "plans": "PLANS_OF_SEEDS"},
     checks={
         look.__name__: Check(
-            look, reads=_reads_rows, fix=_TRIPPED, settings=_settings, looks_at=_is_looked_at
+            look, _reads_rows, _TRIPPED, settings=_settings, looks_at=_is_looked_at, version=version
         )
-        for look in (shuffled_labels_at_chance, one_problem_is_memorised)
+        for look, version in ((shuffled_labels_at_chance, "2"), (one_problem_is_memorised, "1"))
     },
     op="evaluate_probes",
 )

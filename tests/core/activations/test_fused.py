@@ -67,16 +67,23 @@ def states(
     return found
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield request.param
+    yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "threads"),
+    [
+        *((name, torch.float32, 1) for name in KINDS),
+        *((name, torch.bfloat16, 2) for name in KINDS),
+        ("qwen2", torch.float32, 2),
+    ],
+    indirect=["threads"],
+)
 @pytest.mark.usefixtures("threads")
 def test_bits_are_the_librarys_and_the_same_anywhere(name: str, dtype: torch.dtype) -> None:
     model = model_of(name, dtype)

@@ -21,7 +21,6 @@ from taprobe_core.demo import (
     choose_problems,
     write_demo_world,
 )
-from taprobe_core.demo.audit import figures, split_half
 from taprobe_core.demo.bundle import (
     ROLLOUTS,
     Record,
@@ -34,11 +33,12 @@ from taprobe_core.demo.bundle import (
 from taprobe_core.demo.policy import drawn_answers, drawn_rollouts, drawn_trace
 from taprobe_core.demo.task import Reasoned, seeded
 from taprobe_core.demo.tokenizer import train_tokenizer
-from taprobe_core.demo.training import failed_gates
 from taprobe_core.demo.truth import exact_importance, measures
 from taprobe_core.errors import ConfigError, DataError, PlanError
 from taprobe_core.labels import trigram_masked_dissimilar
 from taprobe_core.study.config import DemoSource
+from tools.demo.audit import figures, split_half
+from tools.demo.training import failed_gates
 
 REASONERS = ["tiny-qwen2", "tiny-llama"]
 CF = "counterfactual_importance_accuracy"

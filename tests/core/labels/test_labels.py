@@ -112,8 +112,8 @@ def sentence(index: int, problem_id: int = 1, **changes: Any) -> dict[str, Any]:
 
 
 def frame(*rows: dict[str, Any]) -> pl.DataFrame:
-    types = tables.schema_of(tables.SENTENCES)
-    return tables.check_table(pl.DataFrame(rows, schema=types), tables.SENTENCES, "test")
+    sentences = pl.DataFrame(rows, schema=tables.schema_of(tables.SENTENCES))
+    return tables.check_table(sentences, tables.SENTENCES, "test")
 
 
 def importance(value: float) -> dict[str, float]:

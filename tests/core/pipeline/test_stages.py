@@ -15,6 +15,7 @@ from taprobe_core import tables
 from taprobe_core.errors import SchemaError
 from taprobe_core.pipeline import STAGES, Outcome, Plan, cells_of, open_plan, run_stage
 from taprobe_core.pipeline.commit import commit_cell
+from taprobe_core.tables import Contract
 
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=lambda stage: stage.name)
@@ -22,7 +23,7 @@ def test_a_stage_stands_after_what_it_reads_and_its_tables_have_contracts(stage:
     order = list(STAGES)
     assert all(order.index(parent) < order.index(stage.name) for parent in stage.reads)
     contracts = {name: getattr(tables, contract) for name, contract in stage.tables.items()}
-    assert all(isinstance(each, tables.Contract) for each in contracts.values())
+    assert all(isinstance(each, Contract) for each in contracts.values())
     assert STAGES[stage.name] is stage
     assert set(stage.grid) <= {"model", "setting", "site", "trial"}
     assert stage.title.endswith(".")

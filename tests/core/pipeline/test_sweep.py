@@ -161,10 +161,40 @@ def test_a_dropped_last_sentence_is_neither_scored_nor_counted(plan: Plan) -> No
     for drop in (True, False):
         (config_id,) = dropped.filter(drop_last_sentence=drop, pooling="mean")["config_id"]
         uses = tables["recipes"].filter(config_id=config_id, kind="linear_probe")
-        rows = tables["results"].filter(pl.col("recipe").is_in(uses["recipe"].to_list()), layer=1)
+        rows = tables["units"].filter(pl.col("recipe").is_in(uses["recipe"].to_list()), layer=1)
         assert rows.height
         for row in rows.iter_rows(named=True):
             assert row["n_sentences"] == n_sentences[row["problem_id"]] - drop
+
+
+def test_baselines_stand_beside_fits_of_many_seeds_and_of_residuals(plan: Plan) -> None:
+    tables = read_sweep(plan, ["sweep_stage1"])
+    recipes = tables["recipes"].unique(["layer", "recipe", "role"])
+    level = recipes.select("layer", "recipe", "kind", "residualize").unique()
+    key = ["layer", "protocol", "fold", "problem_id"]
+    test = tables["units"].filter(split="test").group_by(*key, "recipe").agg(pl.mean("primary"))
+    judged = (
+        tables["contrasts"]
+        .join(level, on=["layer", "recipe"])
+        .join(test, on=[*key, "recipe"])
+        .join(test.rename({"recipe": "baseline"}), on=[*key, "baseline"], suffix="_baseline")
+    )
+    own, by_itself = judged["value"], judged["primary"]
+    assert own.equals(by_itself, null_equal=True) or (own - by_itself).abs().max() < 1e-12
+    plain = judged.filter(residualize="none")
+    assert set(plain["kind"]) == {"linear_probe", "multimax_probe"}
+    assert (plain["baseline_value"] - plain["primary_baseline"]).abs().max() < 1e-12
+    # Beside a fit to residuals, the baseline is asked about the residuals.
+    residual = judged.filter(residualize="position")
+    assert (residual["baseline_value"] - residual["primary_baseline"]).abs().max() > 0.01
+    n_seeds = tables["units"].join(level, on=["layer", "recipe"]).group_by("kind")
+    found = dict(n_seeds.agg(pl.col("seed").n_unique()).iter_rows())
+    assert found == {
+        "position_baseline": 1,
+        "text_only_baseline": 1,
+        "linear_probe": 1,
+        "multimax_probe": 2,
+    }
 
 
 def test_attention_variants_follow_from_the_stored_mass(plan: Plan) -> None:

@@ -8,6 +8,8 @@ from PIL import Image
 
 from taprobe_core.report import plots
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 RNG = np.random.default_rng(0)
 NAN = float("nan")
 LARGE = np.tri(300) * RNG.exponential(size=(300, 300)) ** 3

@@ -558,6 +558,7 @@ def test_a_validation_side_of_one_class_leaves_the_logits_uncalibrated():
     np.testing.assert_allclose(found.probability()[:, 1], expit(found.decision[:, 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_seeds_scatter_like_those_of_modules_trained_alone(pooling):
     """20 seeds beside 20 others of the modules, early stopping on, each on batches of its own.

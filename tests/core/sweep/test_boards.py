@@ -12,26 +12,40 @@ import numpy as np
 import polars as pl
 import pytest
 
-from taprobe_core.errors import DataError, NotEnoughDataError
+from taprobe_core.errors import NotEnoughDataError
 from taprobe_core.evaluation.intervals import sign_flip_p
 from taprobe_core.evaluation.summary import chance_pr_auc
+from taprobe_core.metrics import primary_metric
 from taprobe_core.study import Evaluation, load_study
 from taprobe_core.study.sweep import Shortlists
-from taprobe_core.sweep import (
-    SweepSpace,
+from taprobe_core.sweep.boards import (
     configuration_table,
+    measured,
     recipe_table,
-    shortlist_stage2,
-    shortlist_stage3,
+    recipe_values,
     sweep_leaderboard,
     sweep_paired_deltas,
-    sweep_space,
 )
-from taprobe_core.sweep.values import problem_values, recipe_values
-from taprobe_core.tables.contract import check_table
-from taprobe_core.tables.results import schema_of
-from taprobe_core.tables.sweep import SWEEP_LEADERBOARD, SWEEP_RESULTS
+from taprobe_core.sweep.shortlist import shortlist
+from taprobe_core.sweep.space import SweepSpace, sweep_space
+from taprobe_core.tables.contract import schema_of
+from taprobe_core.tables.results import CONTRASTS, PROTOCOLS
+from taprobe_core.tables.sweep import SWEEP_LEADERBOARD
 
+UNITS = {
+    "model": pl.String,
+    "layer": pl.Int64,
+    "setting": pl.String,
+    "recipe": pl.String,
+    "protocol": pl.Enum(PROTOCOLS),
+    "fold": pl.Int32,
+    "split": pl.String,
+    "seed": pl.Int64,
+    "problem_id": pl.Int64,
+    "primary": pl.Float64,
+    "n_sentences": pl.Int64,
+    "n_anchors": pl.Int64,
+}
 PLACE = ["model", "layer", "setting"]
 Level = Callable[[dict[str, Any], str], float | None]
 
@@ -51,32 +65,32 @@ def tables() -> tuple[pl.DataFrame, pl.DataFrame]:
 
 
 def fits() -> pl.DataFrame:
-    """Every recipe at its place, with the target that its configurations have."""
-    configurations, recipes = tables()
-    return recipes.join(
-        configurations.select("config_id", "target", "pooling"), on="config_id"
-    ).unique([*PLACE, "recipe"], keep="first", maintain_order=True)
+    """Every recipe at its place."""
+    return tables()[1].unique([*PLACE, "recipe"], keep="first", maintain_order=True)
 
 
 def results_of(
     recipes: pl.DataFrame, level: Level, *, n_problems: int = 8, n_seeds: int = 1, noise: float = 0
 ) -> pl.DataFrame:
-    """Results at `level(recipe, split)`; None is undefined. Fold f tests problem f."""
+    """Units whose skill is `level(recipe, split)`; None is undefined. Fold f tests problem f."""
     rng = np.random.default_rng(0)
+    chance = chance_pr_auc(20, 2)
     rows = []
     for recipe in recipes.iter_rows(named=True):
-        for seed in range(n_seeds if recipe["is_stochastic"] else 1):
+        low = chance if primary_metric(recipe["target"]) == "pr_auc" else 0
+        is_stochastic = recipe["kind"] in ("mlp_probe", "attention_probe", "multimax_probe")
+        for seed in range(n_seeds if is_stochastic else 1):
             for fold in range(n_problems):
                 for split, problem in (("val", (fold + 1) % n_problems), ("test", fold)):
                     at = level(recipe, split)
+                    skill = None if at is None else at + noise * rng.standard_normal()
                     rows.append(
                         {name: recipe[name] for name in (*PLACE, "recipe")}
                         | {"protocol": "lopo", "fold": fold, "split": split, "seed": seed}
-                        | {"problem_id": problem, "metric": "spearman", "ceiling": None}
-                        | {"value": None if at is None else at + noise * rng.standard_normal()}
-                        | {"n_sentences": 20, "n_positives": 2}
+                        | {"problem_id": problem, "n_sentences": 20, "n_anchors": 2}
+                        | {"primary": None if skill is None else low + skill * (1 - low)}
                     )
-    return check_table(pl.DataFrame(rows, schema_of(SWEEP_RESULTS)), SWEEP_RESULTS, "simulation")
+    return pl.DataFrame(rows, UNITS)
 
 
 def score(recipe: dict[str, Any]) -> float:
@@ -89,22 +103,28 @@ def board(results: pl.DataFrame, **options: Any) -> pl.DataFrame:
     return sweep_leaderboard(*tables(), results, protocol="lopo", **options)
 
 
-def test_skill_is_the_share_of_the_way_from_chance_to_the_ceiling() -> None:
+def values_of(rows: list[dict[str, Any]], target: str) -> pl.DataFrame:
+    shared = {"model": "m", "layer": 0, "setting": "s", "protocol": "lopo", "fold": 0}
+    units = pl.DataFrame([shared | row for row in rows], UNITS)
+    recipes = units.select("recipe", pl.lit(target).alias("target")).unique()
+    return recipe_values(measured(units, recipes, "lopo")).sort("recipe")
+
+
+def test_skill_is_the_share_of_the_way_from_chance_to_a_perfect_ranking() -> None:
     sizes = [(10, 1), (20, 4), (30, 3)]
-    value, ceiling = [0.5, 0.6, 0.7], [0.8, 0.9, None]
+    value = [0.5, 0.6, 0.7]
     rows = [
-        {"model": "m", "layer": 0, "setting": "s", "recipe": "r", "protocol": "lopo", "fold": i}
-        | {"split": split, "seed": seed, "problem_id": i, "metric": "pr_auc"}
-        | {"value": value[i] + shift, "ceiling": ceiling[i], "n_sentences": n, "n_positives": k}
+        {"recipe": "r", "fold": i, "split": split, "seed": seed, "problem_id": i}
+        | {"primary": value[i] + shift, "n_sentences": n, "n_anchors": k}
         for i, (n, k) in enumerate(sizes)
         for split in ("val", "test")
         for seed, shift in ((0, -0.1), (1, 0.1))
     ]
-    found = recipe_values(problem_values(pl.DataFrame(rows, schema_of(SWEEP_RESULTS)), "lopo"))
+    found = values_of(rows, "anchor_binary")
 
     chance = np.array([chance_pr_auc(n, k) for n, k in sizes])
-    reach = np.array([0.8, 0.9, 1.0]) - chance
-    assert found["test_skill"][0] == pytest.approx((np.array(value) - chance).sum() / reach.sum())
+    skill = (np.array(value) - chance).sum() / (1 - chance).sum()
+    assert found["test_skill"][0] == pytest.approx(skill)
     assert found["test_value"][0] == pytest.approx(0.6)
     assert found["test_chance"][0] == pytest.approx(chance.mean())
     assert found["test_seed_sd"][0] == pytest.approx(np.std([0.5, 0.7], ddof=1))
@@ -113,38 +133,29 @@ def test_skill_is_the_share_of_the_way_from_chance_to_the_ceiling() -> None:
 
 def test_a_random_ranking_has_no_skill_at_any_base_rate() -> None:
     rows = [
-        {"model": "m", "layer": 0, "setting": "s", "recipe": f"r{k}", "protocol": "lopo"}
-        | {"fold": 0, "split": "test", "seed": 0, "problem_id": 0, "metric": "pr_auc"}
-        | {"value": chance_pr_auc(40, k), "ceiling": None, "n_sentences": 40, "n_positives": k}
+        {"recipe": f"r{k}", "split": "test", "seed": 0, "problem_id": 0}
+        | {"primary": chance_pr_auc(40, k), "n_sentences": 40, "n_anchors": k}
         for k in (2, 4, 6)
     ]
-    found = recipe_values(problem_values(pl.DataFrame(rows, schema_of(SWEEP_RESULTS)), "lopo"))
+    found = values_of(rows, "anchor_binary")
 
     assert found["test_skill"].to_list() == pytest.approx([0, 0, 0])
     assert found["test_value"].n_unique() == 3
     assert not found["is_whole"].any()
 
 
-def test_nan_one_class_and_a_ceiling_below_chance_are_undefined_and_counted() -> None:
-    shared = {"model": "m", "layer": 0, "setting": "s", "protocol": "lopo", "split": "test"}
-    cases = {
-        "nan": (float("nan"), None, 3),
-        "one_class": (0.5, None, 0),
-        "low_ceiling": (0.5, 0.01, 3),
-        "sound": (0.5, None, 3),
-    }
-    rows = [
-        shared
-        | {"recipe": name, "fold": 0, "seed": 0, "problem_id": 0, "metric": "pr_auc"}
-        | {"value": value, "ceiling": ceiling, "n_sentences": 9, "n_positives": k}
-        for name, (value, ceiling, k) in cases.items()
-    ]
-    found = recipe_values(problem_values(pl.DataFrame(rows, schema_of(SWEEP_RESULTS)), "lopo"))
-    by_name = {row["recipe"]: row for row in found.to_dicts()}
-
-    assert [by_name[name]["test_skill"] is None for name in cases] == [True, True, True, False]
-    assert [by_name[name]["n_undefined"] for name in cases] == [1, 1, 0, 0]
-    assert by_name["low_ceiling"]["test_value"] == 0.5
+def test_values_that_are_not_defined_are_counted_and_have_no_skill() -> None:
+    cases = {"nan": float("nan"), "null": None, "sound": 0.5}
+    for target in ("anchor_binary", "importance_signed"):
+        rows = [
+            {"recipe": name, "split": "test", "seed": 0, "problem_id": 0}
+            | {"primary": value, "n_sentences": 9, "n_anchors": 3}
+            for name, value in cases.items()
+        ]
+        found = values_of(rows, target)
+        assert [each is None for each in found["test_skill"]] == [True, True, False]
+        assert found["n_undefined"].to_list() == [1, 1, 0]
+        assert found["test_value"].to_list() == [None, None, 0.5]
 
 
 def test_a_fit_that_stands_twice_counts_once() -> None:
@@ -152,19 +163,9 @@ def test_a_fit_that_stands_twice_counts_once() -> None:
     part = results.filter(pl.col("fold") < 3)
 
     assert board(pl.concat([part, results])).equals(board(results))
-    assert deltas(pl.concat([part, results])).equals(deltas(results))
-
-
-def test_two_metrics_of_one_recipe_and_unknown_metrics_are_refused() -> None:
-    one = results_of(fits().head(1), lambda *_: 0.5, n_problems=2)
-    with pytest.raises(DataError, match="has 2 metrics"):
-        recipe_values(
-            problem_values(
-                pl.concat([one, one.with_columns(pl.lit("pr_auc").alias("metric"))]), "lopo"
-            )
-        )
-    with pytest.raises(DataError, match=r"\['accuracy'\]"):
-        problem_values(one.with_columns(pl.lit("accuracy").alias("metric")), "lopo")
+    mine = contrasts_of(results)
+    twice = pl.concat([mine.filter(pl.col("fold") < 3), mine])
+    assert deltas(results, twice).equals(deltas(results))
 
 
 def test_validation_chooses_the_kind_and_the_rank_and_test_decides_nothing() -> None:
@@ -175,7 +176,7 @@ def test_validation_chooses_the_kind_and_the_rank_and_test_decides_nothing() -> 
     )
     assert sound["config_id"].to_list() == turned["config_id"].to_list()
     assert sound["kind"].to_list() == turned["kind"].to_list()
-    assert (sound["test_value"] == -turned["test_value"]).all()
+    assert sound["test_skill"].to_list() == pytest.approx((-turned["test_skill"]).to_list())
 
     configurations, recipes = tables()
     best = {
@@ -263,13 +264,12 @@ def test_undefined_values_never_outrank_in_two_hundred_boards_of_sixty_rows() ->
         *("stage", "config_id", *PLACE),
         pl.lit("linear_probe").alias("kind"),
         pl.lit("candidate").alias("role"),
+        pl.lit("importance_signed").alias("target"),
         pl.lit("none").alias("residualize"),
         pl.concat_str(pl.lit("r"), "config_id").alias("recipe"),
-        pl.lit(True).alias("reads_site"),
-        pl.lit(False).alias("is_stochastic"),
     )
     said = pl.Series("value", value).to_frame().with_columns(pl.Series("fate", fate))
-    sides = pl.DataFrame({"split": ["val", "test"]}, {"split": schema_of(SWEEP_RESULTS)["split"]})
+    sides = pl.DataFrame({"split": ["val", "test"]})
     results = (
         pl.concat([recipes, said], how="horizontal")
         .filter(pl.col("fate") != "missing")
@@ -278,19 +278,17 @@ def test_undefined_values_never_outrank_in_two_hundred_boards_of_sixty_rows() ->
             .then(float("nan"))
             .when(pl.col("fate") == "defined")
             .then(pl.col("value"))
-            .alias("value"),
-            pl.lit("lopo").alias("protocol"),
-            pl.lit("spearman").alias("metric"),
-            pl.lit(None, pl.Float64).alias("ceiling"),
+            .alias("primary"),
+            pl.lit("lopo", UNITS["protocol"]).alias("protocol"),
             pl.lit(0, pl.Int32).alias("fold"),
             *(pl.lit(9, pl.Int64).alias(name) for name in ("seed", "problem_id")),
-            *(pl.lit(9, pl.Int64).alias(name) for name in ("n_sentences", "n_positives")),
+            *(pl.lit(9, pl.Int64).alias(name) for name in ("n_sentences", "n_anchors")),
         )
         .join(sides, how="cross")
-        .select(*SWEEP_RESULTS.columns)
+        .select(*UNITS)
     )
     found = sweep_leaderboard(pool, recipes, results, protocol="lopo")
-    chosen = shortlist_stage2(found, Shortlists(to_stage2=24))
+    chosen = shortlist(found, "stage1", Shortlists(to_stage2=24))
 
     truth = {
         config: each
@@ -330,13 +328,13 @@ def test_a_duplicate_is_listed_with_its_values_and_without_a_rank() -> None:
     assert row["rank"] is None
     assert row["status"] == "done"
     assert row["test_value"] is not None
-    assert twin not in shortlist_stage2(found, Shortlists())["config_id"].to_list()
+    assert twin not in shortlist(found, "stage1", Shortlists())["config_id"].to_list()
     assert row["n_tried"] == 15
 
 
 def test_stage_two_takes_the_best_of_each_target() -> None:
     found = board(results_of(fits(), lambda recipe, _: score(recipe)))
-    chosen = shortlist_stage2(found, Shortlists(to_stage2=3))
+    chosen = shortlist(found, "stage1", Shortlists(to_stage2=3))
 
     assert chosen["target"].to_list() == ["anchor_binary", "importance_abs"] * 3
     assert chosen["target_rank"].to_list() == [1, 1, 2, 2, 3, 3]
@@ -363,8 +361,8 @@ def stage_two_board(values: dict[str, list[float]]) -> pl.DataFrame:
 def test_finalists_of_different_metrics_are_not_compared_unless_asked() -> None:
     values = {"anchor_binary": [0.2] * 12, "importance_abs": [0.3, 0.35, 0.4] * 5}
     taken = {
-        rank_by: shortlist_stage3(
-            stage_two_board(values), Shortlists(rank_by=rank_by, to_stage3=12)
+        rank_by: shortlist(
+            stage_two_board(values), "stage2", Shortlists(rank_by=rank_by, to_stage3=12)
         )["target"].to_list()
         for rank_by in ("validation_skill", "test_primary")
     }
@@ -374,8 +372,9 @@ def test_finalists_of_different_metrics_are_not_compared_unless_asked() -> None:
 
 
 def test_targets_with_few_configurations_leave_their_turns_to_others() -> None:
-    found = shortlist_stage3(
+    found = shortlist(
         stage_two_board({"anchor_binary": [0.1], "importance_abs": [0.3] * 9}),
+        "stage2",
         Shortlists(to_stage3=4),
     )
     assert found["target"].to_list() == ["anchor_binary"] + ["importance_abs"] * 3
@@ -383,49 +382,76 @@ def test_targets_with_few_configurations_leave_their_turns_to_others() -> None:
 
 def test_a_shortlist_of_nothing_says_what_to_do() -> None:
     with pytest.raises(NotEnoughDataError, match="none of 32 configurations has a rank"):
-        shortlist_stage2(board(results_of(fits(), lambda *_: None)), Shortlists())
+        shortlist(board(results_of(fits(), lambda *_: None)), "stage1", Shortlists())
     with pytest.raises(NotEnoughDataError, match="stage2 of the sweep"):
-        shortlist_stage3(board(results_of(fits(), lambda *_: 0.1)), Shortlists())
+        shortlist(board(results_of(fits(), lambda *_: 0.1)), "stage2", Shortlists())
 
 
 def test_a_shortlist_says_how_many_were_not_there() -> None:
     whole = results_of(fits(), lambda recipe, _: score(recipe))
     lost = fits().filter(pl.col("recipe").str.starts_with("multimax")).row(0, named=True)
     is_lost = pl.all_horizontal(pl.col(name) == lost[name] for name in (*PLACE, "recipe"))
-    chosen = shortlist_stage2(board(whole.filter(~is_lost)), Shortlists(to_stage2=2))
+    chosen = shortlist(board(whole.filter(~is_lost)), "stage1", Shortlists(to_stage2=2))
 
     missing = dict(chosen.select("target", "n_missing").iter_rows())
     assert sum(missing.values()) > 0
     assert any("not there to compare" in reason for reason in chosen["reason"])
 
 
-def deltas(results: pl.DataFrame, **options: Any) -> pl.DataFrame:
+def contrasts_of(results: pl.DataFrame, said: float = 0.1) -> pl.DataFrame:
+    """Candidates beside their baselines; a baseline is worth `said` as a score of residuals."""
+    recipes = tables()[1]
+    pairs = (
+        recipes.filter(role="candidate")
+        .join(
+            recipes.filter(role="baseline").select("config_id", baseline="recipe"), on="config_id"
+        )
+        .unique([*PLACE, "recipe", "baseline"], maintain_order=True)
+    )
+    key = [*PLACE, "protocol", "fold", "problem_id"]
+    values = (
+        results.filter(split="test")
+        .group_by(*key, "recipe", maintain_order=True)
+        .agg(value=pl.col("primary").mean())
+    )
+    other = values.rename({"recipe": "baseline", "value": "baseline_value"})
+    is_plain = pl.col("residualize") == "none"
+    return (
+        pairs.join(values, on=[*PLACE, "recipe"])
+        .join(other, on=[*key, "baseline"])
+        .with_columns(
+            pl.when(is_plain).then("baseline_value").otherwise(said).alias("baseline_value")
+        )
+        .select(*PLACE, *CONTRASTS.columns)
+    )
+
+
+def deltas(results: pl.DataFrame, contrasts: pl.DataFrame | None = None) -> pl.DataFrame:
     return sweep_paired_deltas(
         *tables(),
         results,
+        contrasts_of(results) if contrasts is None else contrasts,
         protocol="lopo",
         evaluation=Evaluation(n_bootstrap=200),
-        **options,
     )
 
 
 def test_candidates_are_compared_with_the_baselines_of_their_own_configuration() -> None:
     results = results_of(fits(), lambda recipe, _: score(recipe), noise=0.05)
-    found = deltas(results)
+    found = deltas(results).filter(~pl.col("recipe").is_in(residual_names()))
     configurations, recipes = tables()
     test = results.filter(pl.col("split") == "test")
 
-    plain = found.filter(pl.col("baseline") != "chance")
     n_plain = recipes.filter(role="candidate", residualize="none").height
-    assert plain.height == 2 * n_plain
-    row = plain.row(17, named=True)
+    assert found.height == 2 * n_plain
+    row = found.row(17, named=True)
     place = configurations.filter(config_id=row["config_id"]).select(PLACE).row(0, named=True)
     base = recipes.filter(config_id=row["config_id"], kind=row["baseline"])["recipe"][0]
     own, other = (
         test.filter(recipe=name, **place)
         .group_by("problem_id")
-        .agg(pl.col("value").mean())
-        .sort("problem_id")["value"]
+        .agg(pl.col("primary").mean())
+        .sort("problem_id")["primary"]
         .to_numpy()
         for name in (row["recipe"], base)
     )
@@ -436,31 +462,23 @@ def test_candidates_are_compared_with_the_baselines_of_their_own_configuration()
 
 def test_residual_fits_are_compared_with_chance_and_with_what_baselines_say_of_residuals() -> None:
     results = results_of(fits(), lambda recipe, _: 0.25, noise=0.01)
-    alone = deltas(results).filter(pl.col("recipe").is_in(residual_names()))
+    found = deltas(results).filter(pl.col("recipe").is_in(residual_names()))
+    n_residual = tables()[1].filter(role="candidate").filter(pl.col("residualize") != "none").height
 
-    assert set(alone["baseline"]) == {"chance"}
-    assert alone["delta"].to_list() == pytest.approx([0.25] * alone.height, abs=0.02)
-    assert alone["p_sign_flip"].max() == pytest.approx(2 / 2**8)
-
-    recipes = tables()[1]
-    pairs = (
-        recipes.filter(pl.col("role") == "candidate", pl.col("residualize") != "none")
-        .join(
-            recipes.filter(role="baseline").select("config_id", pl.col("recipe").alias("baseline")),
-            on="config_id",
-        )
-        .unique([*PLACE, "recipe", "baseline"])
-        .join(pl.DataFrame({"problem_id": range(8)}), how="cross")
-    )
-    contrasts = pairs.select(
-        *(*PLACE, "recipe", "baseline", "problem_id"),
-        pl.lit("lopo").alias("protocol"),
-        pl.lit(0.1).alias("baseline_value"),
-    )
-    both = deltas(results, contrasts=contrasts).filter(pl.col("recipe").is_in(residual_names()))
-    assert both.height == 3 * alone.height
-    against = both.filter(pl.col("baseline") == "position_baseline")
-    assert against["delta"].to_list() == pytest.approx([0.15] * against.height, abs=0.02)
+    chance = found.filter(baseline="chance").join(tables()[0].select("config_id"), on="config_id")
+    level = chance_pr_auc(20, 2)
+    expected = [
+        0.25 * (1 - level if target == "anchor_binary" else 1) for target in chance["target"]
+    ]
+    assert chance.height == n_residual
+    assert chance["delta"].to_list() == pytest.approx(expected, abs=0.02)
+    assert chance["p_sign_flip"].max() == pytest.approx(2 / 2**8)
+    for kind in ("position_baseline", "text_only_baseline"):
+        beside = found.filter(baseline=kind)
+        low = [level if target == "anchor_binary" else 0 for target in beside["target"]]
+        expected = [each + 0.25 * (1 - each) - 0.1 for each in low]
+        assert beside.height == n_residual
+        assert beside["delta"].to_list() == pytest.approx(expected, abs=0.02)
 
 
 def residual_names() -> list[str]:
@@ -478,4 +496,5 @@ def test_a_fit_that_configurations_share_is_one_test_of_the_family() -> None:
 
 
 def test_deltas_of_nothing_are_an_empty_table() -> None:
-    assert deltas(results_of(fits().head(1), lambda *_: 0.1).clear()).is_empty()
+    nothing = results_of(fits().head(1), lambda *_: 0.1).clear()
+    assert deltas(nothing).is_empty()

@@ -18,20 +18,9 @@ from hypothesis import strategies as st
 from taprobe_core.errors import ConfigError, DataError
 from taprobe_core.study import ProbeRecipe, Study, TokenProbe, load_study, parse_study
 from taprobe_core.study.sweep import ATTENTION_VARIANTS, AttentionVariant
-from taprobe_core.sweep import (
-    Configuration,
-    SweepSpace,
-    configuration_id,
-    configuration_table,
-    count_fits,
-    duplicates,
-    recipe_table,
-    recipes_at,
-    status_table,
-    sweep_space,
-    uses_of,
-    wanted_fits,
-)
+from taprobe_core.sweep.boards import configuration_table, recipe_table
+from taprobe_core.sweep.recipes import Configuration, configuration_id
+from taprobe_core.sweep.space import SweepSpace, duplicates, recipes_of, sweep_space, uses_of
 
 REFERENCE_KINDS = {
     "position_baseline",
@@ -117,19 +106,20 @@ def test_stage_one_of_the_shipped_sweep_has_the_earlier_system_s_768_configurati
 
 def test_the_loop_of_the_earlier_system_and_its_distinct_fits_are_counted_again() -> None:
     space = shipped("sweep")
-    found = count_fits(space, space.stage1(), n_folds=20, n_seeds=20)
-
-    # The loop predicts importance from position and text before every residual fit. That is no
-    # recipe of ours; counted by setting, the eight target settings and level it is 4 x 8 x 2.
-    assert found.n_loop_residual == 768 * 2 // 3 * 400 == 204_800
-    residual_by_target_setting = 4 * 8 * 2 * 20
-    assert found.n_loop + found.n_loop_residual == 2_457_600
-    assert found.n_distinct + residual_by_target_setting == 268_800
-    assert found.n_loop_deterministic + found.n_loop_residual == 1_638_400
-    assert found.n_distinct_deterministic + residual_by_target_setting == 12_800
-    # Percentiles do not change what position predicts of importance, and anchors with the last
-    # sentence dropped share it with importance_abs: 4 settings x 3 x 2 levels.
-    assert found.n_distinct_residual == 4 * 3 * 2 * 20
+    asked = [(each, use.swept) for each in space.stage1() for use in uses_of(space, each)]
+    distinct = {}
+    for each, swept in asked:
+        layer = each.layer if swept.template.reads_activations else None
+        distinct[each.model, each.setting, layer, swept.name] = swept.template.is_stochastic
+    assert set(recipes_of(space, space.stage1())) == {swept.name for _, swept in asked}
+    n_folds, n_seeds = 20, 20
+    assert len(asked) * n_folds * n_seeds == 2_252_800
+    n_stochastic = sum(distinct.values())
+    n_deterministic = len(distinct) - n_stochastic
+    assert (n_stochastic * n_seeds + n_deterministic) * n_folds == 267_520
+    assert n_deterministic * n_folds == 11_520
+    loop = sum(not swept.template.is_stochastic for _, swept in asked)
+    assert loop * n_folds * n_seeds == 1_433_600
 
 
 def test_recipes_that_read_no_site_are_fitted_once_for_all_layers_poolings_and_residuals() -> None:
@@ -139,7 +129,6 @@ def test_recipes_that_read_no_site_are_fitted_once_for_all_layers_poolings_and_r
 
     assert position.height == 768
     assert position.select("setting", "recipe").unique().height == 4 * 8
-    assert not position["reads_site"].any()
 
 
 @given(st.permutations(range(8)), st.sampled_from(["stage1", "stage2", "stage3"]))
@@ -350,19 +339,6 @@ def test_a_tuned_setting_that_the_kind_had_anyway_is_no_new_fit() -> None:
     assert sum(each <= before for each in after) == 1
 
 
-def test_every_recipe_stands_once_at_a_place() -> None:
-    space = shipped("demo_sweep")
-    found = recipes_at(space, space.stage1())
-
-    assert len(found) == 2 * 2
-    for recipes in found.values():
-        names = [each.name for each in recipes]
-        assert len(set(names)) == len(names)
-    assert {tuple(each.name for each in recipes) for recipes in found.values()} == {
-        tuple(each.name for each in next(iter(found.values())))
-    }
-
-
 def test_other_targets_have_their_own_factors() -> None:
     space = space_of(
         demo_with(
@@ -405,29 +381,6 @@ def test_a_shortlist_of_another_stage_or_study_is_refused() -> None:
         space.stage3(shortlist((first, "linear_probe")))
     with pytest.raises(ConfigError, match="'other_probe'"):
         space.stage3(shortlist((replace(first, stage="stage2"), "other_probe")))
-
-
-def test_status_is_read_off_what_is_there() -> None:
-    space = shipped("demo_sweep")
-    configurations = space.stage1()
-    wanted = wanted_fits(recipe_table(space, configurations), seeds=(0, 1))
-    everything = wanted.drop("stage", "config_id").unique()
-
-    # A fit without a seed, and one without a layer, are matched by their nulls.
-    assert everything.filter(pl.col("seed").is_null()).height > 0
-    assert everything.filter(pl.col("layer").is_null()).height > 0
-    assert set(status_table(wanted, everything)["status"]) == {"done"}
-    assert set(status_table(wanted, everything.clear())["status"]) == {"missing"}
-
-    networks = everything.filter(pl.col("recipe").str.starts_with("mlp"))
-    lost = networks.sort(pl.all()).row(0, named=True)
-    mask = pl.all_horizontal(pl.col(name).eq_missing(value) for name, value in lost.items())
-    status = status_table(wanted, everything.filter(~mask))
-    hit = wanted.filter(mask)["config_id"].unique()
-    assert 0 < len(hit) < len(configurations)
-    assert set(status.filter(pl.col("status") == "missing")["config_id"]) == set(hit)
-    assert (status["n_fits"] - status["n_present"]).sum() == len(hit)
-    assert status["config_id"].to_list() == [each.id for each in configurations]
 
 
 def test_the_default_variants_are_those_that_the_study_s_attention_yields() -> None:

@@ -14,11 +14,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
-from taprobe_core.sweep import sweep_choices, sweep_leaderboard, sweep_stability
+from taprobe_core.sweep.boards import sweep_leaderboard
 from taprobe_core.sweep.recipes import Configuration
-from taprobe_core.sweep.values import rank_correlation, skill_matrix, winner
-from taprobe_core.tables.results import schema_of
-from taprobe_core.tables.sweep import SWEEP_CONFIGURATIONS, SWEEP_RECIPES, SWEEP_RESULTS
+from taprobe_core.sweep.shortlist import sweep_choices
+from taprobe_core.sweep.stability import rank_correlation, skill_matrix, sweep_stability, winner
+from taprobe_core.tables.contract import schema_of
+from taprobe_core.tables.sweep import SWEEP_CONFIGURATIONS, SWEEP_RECIPES
+
+UNITS = dict.fromkeys(("model", "setting", "recipe", "protocol", "split"), pl.String)
+UNITS |= {"layer": pl.Int64, "fold": pl.Int32, "primary": pl.Float64}
+UNITS |= dict.fromkeys(("seed", "problem_id", "n_sentences", "n_anchors"), pl.Int64)
 
 Level = Callable[[Configuration, str, int, int], float | None]
 """Configuration, split, problem, seed -> value."""
@@ -54,7 +59,7 @@ def sheets() -> tuple[pl.DataFrame, pl.DataFrame]:
     recipes = [
         {"stage": each.stage, "config_id": each.id, "model": "m", "layer": each.layer}
         | {"setting": each.setting, "kind": "k", "role": "candidate", "residualize": "none"}
-        | {"recipe": each.pooling, "reads_site": True, "is_stochastic": each.pooling == "tokens"}
+        | {"recipe": each.pooling, "target": "importance_signed"}
         for each in CONFIGURATIONS
     ]
     return (
@@ -67,19 +72,18 @@ def results_of(level: Level, *, n_problems: int = 10, n_seeds: int = 3) -> pl.Da
     rows = [
         {"model": "m", "layer": each.layer, "setting": each.setting, "recipe": each.pooling}
         | {"protocol": "lopo", "fold": fold, "split": split, "seed": seed, "problem_id": problem}
-        | {"metric": "spearman", "value": level(each, split, problem, seed)}
-        | {"n_sentences": 9, "n_positives": 0}
+        | {"primary": level(each, split, problem, seed), "n_sentences": 9, "n_anchors": 0}
         for each in CONFIGURATIONS
         for seed in range(n_seeds if each.pooling == "tokens" else 1)
         for fold in range(n_problems)
         for split, problem in (("val", (fold + 1) % n_problems), ("test", fold))
     ]
-    return pl.DataFrame(rows, schema_of(SWEEP_RESULTS))
+    return pl.DataFrame(rows, UNITS)
 
 
 def stability(results: pl.DataFrame, **options: Any) -> dict[str, dict[str, Any]]:
     board = sweep_leaderboard(*sheets(), results, protocol="lopo")
-    found = sweep_stability(board, results, protocol="lopo", **options)
+    found = sweep_stability(board, sheets()[1], results, protocol="lopo", **options)
     return {row["source"]: row for row in found.to_dicts()}
 
 
@@ -100,8 +104,8 @@ def test_skills_under_weights_are_those_of_repeated_problems(
         {
             "config_id": f"c{i}",
             "problem_id": j,
-            "value_above_chance": value[i, j] if is_defined[i, j] else None,
-            "ceiling_above_chance": 1.0 + j if is_defined[i, j] else None,
+            "primary": value[i, j] if is_defined[i, j] else None,
+            "chance": j / 10 if is_defined[i, j] else None,
         }
         for i in range(4)
         for j in range(5)
@@ -109,15 +113,15 @@ def test_skills_under_weights_are_those_of_repeated_problems(
     schema = {
         "config_id": pl.String,
         "problem_id": pl.Int64,
-        "value_above_chance": float,
-        "ceiling_above_chance": float,
+        "primary": float,
+        "chance": float,
     }
     found = skill_matrix(pl.DataFrame(rows, schema).sample(fraction=1, shuffle=True, seed=1))
     got = found.skill(weights)
     for draw in range(3):
         for i in range(4):
             drawn = [
-                (value[i, j], 1.0 + j)
+                (value[i, j] - j / 10, 1 - j / 10)
                 for j in range(5)
                 if is_defined[i, j]
                 for _ in range(int(weights[draw, j]))
@@ -243,7 +247,8 @@ def test_undefined_configurations_are_left_out() -> None:
     assert found["halves"]["n_configurations"] == 16
     assert found["halves"]["rank_correlation"] == pytest.approx(1)
     board = sweep_leaderboard(*sheets(), results_of(lambda *_: None), protocol="lopo")
-    assert sweep_stability(board, results_of(lambda *_: None), protocol="lopo").is_empty()
+    nothing = results_of(lambda *_: None)
+    assert sweep_stability(board, sheets()[1], nothing, protocol="lopo").is_empty()
 
 
 def test_a_fold_chooses_by_its_own_validation_problems_alone() -> None:

@@ -16,13 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from taprobe_core.demo.build import (
-    GATES,
-    RECIPE,
-    STEPS,
-    Recipe,
-    recipe_of,
-)
 from taprobe_core.demo.bundle import (
     MANIFEST,
     TRUTH,
@@ -31,12 +24,19 @@ from taprobe_core.demo.bundle import (
     read_records,
     verify_files,
 )
-from taprobe_core.demo.sampling import Reasoner, Resampler, base_traces
 from taprobe_core.demo.task import SETTINGS, Continuation, seeded
 from taprobe_core.demo.truth import exact_importance, measures
 from taprobe_core.errors import CorruptArtifactError, TaprobeError
 from taprobe_core.labels import trigram_masked_dissimilar
 from taprobe_core.store.integrity import file_sha256
+from tools.demo.build import (
+    GATES,
+    RECIPE,
+    STEPS,
+    Recipe,
+    recipe_of,
+)
+from tools.demo.sampling import Reasoner, Resampler, base_traces
 
 if TYPE_CHECKING:
     import torch

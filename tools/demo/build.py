@@ -24,13 +24,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taprobe_core.demo import sampling
 from taprobe_core.demo.bundle import ROLLOUTS, TRUTH, Record, write_records
 from taprobe_core.demo.policy import read_answer, read_continuation
-from taprobe_core.demo.sampling import Resampler, base_traces
 from taprobe_core.demo.task import N_TASKS, SETTINGS, Problem, Reasoned, Trace, problem, seeded
 from taprobe_core.demo.tokenizer import train_tokenizer
-from taprobe_core.demo.training import (
+from taprobe_core.demo.truth import choose_problems, measures
+from taprobe_core.errors import ConfigError, NotEnoughDataError
+from tools.demo import sampling
+from tools.demo.sampling import Resampler, base_traces
+from tools.demo.training import (
     Architecture,
     Training,
     failed_gates,
@@ -38,8 +40,6 @@ from taprobe_core.demo.training import (
     train_reasoner,
     training_examples,
 )
-from taprobe_core.demo.truth import choose_problems, measures
-from taprobe_core.errors import ConfigError, NotEnoughDataError
 
 if TYPE_CHECKING:
     import torch

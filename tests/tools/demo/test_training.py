@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from taprobe_core.demo import training
 from taprobe_core.demo.policy import read_answer, read_trace
 from taprobe_core.demo.task import FORCED_ANSWER, N_TASKS, VERBS, Trace, problem
 from taprobe_core.demo.tokenizer import train_tokenizer
-from taprobe_core.demo.training import (
+from taprobe_core.errors import ConfigError
+from tools.demo import training
+from tools.demo.training import (
     Architecture,
     Example,
     Training,
@@ -26,7 +27,6 @@ from taprobe_core.demo.training import (
     train_reasoner,
     training_examples,
 )
-from taprobe_core.errors import ConfigError
 
 CPU = torch.device("cpu")
 SHAPE = Architecture("llama", n_layers=2, d_model=32)
@@ -172,7 +172,7 @@ def test_progress_is_reported(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(training, "_REPORT_EVERY", 2)
-    with caplog.at_level(logging.INFO, logger="taprobe_core.demo.training"):
+    with caplog.at_level(logging.INFO, logger="tools.demo.training"):
         trained(tmp_path, tokenizer, examples, 5)
     assert [record.message[:12] for record in caplog.records] == ["step 2: loss", "step 4: loss"]
 

@@ -11,14 +11,14 @@ import pytest
 from taprobe_core.demo.policy import drawn_trace
 from taprobe_core.demo.rules import RIGHT_PLAN
 from taprobe_core.demo.task import N_TASKS, VERBS, Problem, problem, seeded
-from taprobe_core.demo.training import (
+from taprobe_core.demo.wording import KINDS
+from tools.demo.training import (
     equations,
     failed_gates,
     is_valid_format,
     measure_gates,
     takes_right_plan,
 )
-from taprobe_core.demo.wording import KINDS
 
 PROBLEMS = [problem(i) for i in range(0, N_TASKS, N_TASKS // 12)][:12]
 

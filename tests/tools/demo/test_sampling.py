@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from taprobe_core.demo import sampling
-from taprobe_core.demo.sampling import Reasoner, draw, uniforms
 from taprobe_core.demo.tokenizer import train_tokenizer
-from taprobe_core.demo.training import Architecture, new_reasoner
+from tools.demo import sampling
+from tools.demo.sampling import Reasoner, draw, uniforms
+from tools.demo.training import Architecture, new_reasoner
 
 CPU = torch.device("cpu")
 LENGTH = 24

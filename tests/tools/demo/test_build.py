@@ -15,16 +15,18 @@ import torch
 from safetensors.torch import load_file
 
 from taprobe_core.demo import BUNDLE, SETTINGS, choose_problems, write_demo_world
-from taprobe_core.demo import build as building
-from taprobe_core.demo import training as gates
-from taprobe_core.demo.audit import check_bundle, finish_build
-from taprobe_core.demo.build import Recipe, build_demo, recipe_of
 from taprobe_core.demo.bundle import ROLLOUTS, TRUTH, Record, read_records, write_records
-from taprobe_core.demo.sampling import Reasoner, base_traces
-from taprobe_core.demo.training import Architecture, Training
 from taprobe_core.demo.truth import exact_importance, measures
 from taprobe_core.errors import ConfigError, CorruptArtifactError, NotEnoughDataError
 from taprobe_core.study.config import DemoSource
+from tools.demo import build as building
+from tools.demo import training as gates
+from tools.demo.audit import check_bundle, finish_build
+from tools.demo.build import Recipe, build_demo, recipe_of
+from tools.demo.sampling import Reasoner, base_traces
+from tools.demo.training import Architecture, Training
+
+pytestmark = pytest.mark.slow  # a whole build, if a tiny one
 
 CPU = torch.device("cpu")
 NAME = "tiny-llama"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from taprobe_core.demo.sampling import Memory, Network
-from taprobe_core.demo.training import Architecture, new_reasoner
+from tools.demo.sampling import Memory, Network
+from tools.demo.training import Architecture, new_reasoner
 
 CPU = torch.device("cpu")
 N_TOKENS = 160
