@@ -178,16 +178,7 @@ def expected_seconds(flop: float, gemm_rate: float, device: str, n_devices: int 
     return flop / (n_devices * gemm_rate * EFFICIENCY[device])
 
 
-def cost_line(
-    n_texts: int,
-    n_tokens: int,
-    flop: int,
-    bytes_by_pooling: Mapping[str, int],
-    *,
-    gemm_rate: float | None = None,
-    device: str = "cpu",
-    n_devices: int = 1,
-) -> str:
+def cost_line(n_texts: int, n_tokens: int, flop: int, bytes_by_pooling: Mapping[str, int]) -> str:
     """Return the cost of a job in one line, to be said before it begins.
 
     Args:
@@ -195,24 +186,12 @@ def cost_line(
         n_tokens: their tokens.
         flop: their operations.
         bytes_by_pooling: what will be written, by name.
-        gemm_rate: measured FLOP/s of one device; None leaves the time out.
-        device: its kind.
-        n_devices: devices that share the work.
 
     Example:
-        >>> cost_line(20, 58_213, 1_631 * 10**12, {"mean": 1_395_864_371}, gemm_rate=673e12,
-        ...           device="cuda")
-        '20 texts, 58,213 tokens, 1,631 TFLOP, about 3 s at 85 % of 673 TFLOP/s; mean 1.3 GiB'
+        >>> cost_line(20, 58_213, 1_631 * 10**12, {"mean": 1_395_864_371})
+        '20 texts, 58,213 tokens, 1,631 TFLOP; mean 1.3 GiB'
     """
-    said = [
-        f"{n_texts:,} text{'s' * (n_texts != 1)}",
-        f"{n_tokens:,} tokens",
-        flop_text(flop),
-    ]
-    if gemm_rate is not None:
-        seconds = expected_seconds(flop, gemm_rate, device, n_devices)
-        time_needed = f"about {duration_text(seconds)}" if seconds >= 1 else "under 1 s"
-        share, times = round(100 * EFFICIENCY[device]), f"{n_devices} × " if n_devices > 1 else ""
-        said.append(f"{time_needed} at {share} % of {times}{flop_text(gemm_rate)}/s")
+    texts = f"{n_texts:,} text{'s' * (n_texts != 1)}"
     sizes = ", ".join(f"{name} {bytes_text(size)}" for name, size in bytes_by_pooling.items())
-    return "; ".join(filter(None, [", ".join(said), sizes]))
+    said = f"{texts}, {n_tokens:,} tokens, {flop_text(flop)}"
+    return f"{said}; {sizes}" if sizes else said

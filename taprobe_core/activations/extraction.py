@@ -17,9 +17,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from taprobe_core.activations.cost import pass_flop
 from taprobe_core.activations.forward import LIBRARY_WAYS, MISMATCH_FIX, input_faults
-from taprobe_core.activations.gemm_rate import BlockShape
 from taprobe_core.activations.packing import plan_packs
 from taprobe_core.activations.passes import ways_for
 from taprobe_core.activations.pooling import span_index
@@ -46,7 +44,6 @@ def extract(
     tasks: Sequence[TextTask],
     options: ExtractOptions | None = None,
     *,
-    gemm_rate: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     keeps_faults: bool = False,
 ) -> Iterator[Extracted]:
@@ -60,7 +57,6 @@ def extract(
             device. Several: the same weights on several devices, packs are shared out.
         tasks: what to run; a task without layers is left out.
         options: what to keep; None for float16 means.
-        gemm_rate: FLOP/s of the device's matrix products, for the progress.
         clock: seconds, for the progress.
         keeps_faults: go on where a text fails, and tell with it what failed; otherwise raise it.
 
@@ -84,7 +80,7 @@ def extract(
         )
     for task in wanted:
         _check_spans(task)
-    items = _Run(models, wanted, options, gemm_rate, clock).items()
+    items = _Run(models, wanted, options, clock).items()
     return items if keeps_faults else _raising(items)
 
 
@@ -109,14 +105,11 @@ class _Run:
         models: Sequence[nn.Module],
         tasks: Sequence[TextTask],
         options: ExtractOptions,
-        gemm_rate: float | None,
         clock: Callable[[], float],
     ) -> None:
         self._models = models
         self._options = options
-        self._gemm_rate = gemm_rate
         self._clock = clock
-        self._shape = BlockShape.of(models[0].config)
         self._n_texts = len(tasks)
         self._n_tokens = sum(len(task.token_ids) for task in tasks)
         self._device = next(models[0].parameters()).device
@@ -139,19 +132,11 @@ class _Run:
             return
         packs = self._packs()
         started = self._clock()
-        n_tokens = flop = 0
+        n_tokens = 0
         run = run_ahead if self._device.type == "cuda" else run_in_step
         texts = run(self._models, packs, self._options)
         for n_texts, (task, shards, attention, faults) in enumerate(texts, 1):
             n_tokens += len(task.token_ids)
-            flop += pass_flop(self._shape, [len(task.token_ids)], task.deepest + 1)
-            progress = Progress(
-                n_texts,
-                self._n_texts,
-                n_tokens,
-                self._n_tokens,
-                self._clock() - started,
-                flop,
-                self._gemm_rate,
-            )
+            elapsed_s = self._clock() - started
+            progress = Progress(n_texts, self._n_texts, n_tokens, self._n_tokens, elapsed_s)
             yield Extracted(task.problem_id, shards, attention, progress, faults)

@@ -25,7 +25,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from taprobe_core.activations.cost import duration_text, flop_text
+from taprobe_core.activations.cost import duration_text
 from taprobe_core.activations.passes import QueuedPack, TextShards
 from taprobe_core.activations.tasks import ExtractOptions, TextTask
 from taprobe_core.errors import ModelError, TaprobeError, attempted
@@ -41,10 +41,6 @@ class Progress:
         n_tokens_done: tokens of the finished texts.
         n_tokens: tokens of all texts.
         elapsed_s: seconds since the start, the consumer's own work between texts included.
-        flop_done: floating-point operations of the finished texts, by `cost.pass_flop`; 0 where
-            they are not counted.
-        gemm_rate: measured FLOP/s of all devices at work together in matrix products alone
-            (`cost.sustained_gemm_rate`); None where it was not measured.
     """
 
     n_texts_done: int
@@ -52,24 +48,12 @@ class Progress:
     n_tokens_done: int
     n_tokens: int
     elapsed_s: float
-    flop_done: int = 0
-    gemm_rate: float | None = None
 
     @property
     def tokens_per_s(self) -> float | None:
         """Mean rate since the start; None before anything is measured."""
-        return self._rate(self.n_tokens_done)
-
-    @property
-    def flop_per_s(self) -> float | None:
-        """Mean FLOP/s since the start; None before anything is measured."""
-        return self._rate(self.flop_done)
-
-    @property
-    def share_of_gemm_rate(self) -> float | None:
-        """`flop_per_s` as a share of `gemm_rate`; None unless both are known."""
-        rate = self.flop_per_s
-        return rate / self.gemm_rate if rate is not None and self.gemm_rate else None
+        is_known = self.elapsed_s > 0 and self.n_tokens_done
+        return self.n_tokens_done / self.elapsed_s if is_known else None
 
     @property
     def eta_s(self) -> float | None:
@@ -86,9 +70,6 @@ class Progress:
         Example:
             >>> Progress(1, 4, 500, 2000, 10.0).render()
             '1/4 texts, 500/2,000 tokens (25 %), 50 tokens/s, 30 s left'
-            >>> Progress(2, 2, 900, 900, 2.0, 942 * 10**12, 673e12).render()
-            '2/2 texts, 900/900 tokens (100 %), 450 tokens/s, 471 TFLOP/s (70 % of the GEMM rate), \
-0 s left'
         """
         share = 100 * self.n_tokens_done // self.n_tokens if self.n_tokens else 100
         parts = [
@@ -98,18 +79,8 @@ class Progress:
         rate, eta = self.tokens_per_s, self.eta_s
         if rate is not None and eta is not None:
             parts.append(f"{rate:,.0f} tokens/s")
-            if self.flop_per_s is not None:
-                parts.append(self._speed(self.flop_per_s))
             parts.append(f"{duration_text(eta)} left")
         return ", ".join(parts)
-
-    def _speed(self, flop_per_s: float) -> str:
-        share = self.share_of_gemm_rate
-        said = f"{flop_text(flop_per_s)}/s"
-        return said if share is None else f"{said} ({100 * share:.0f} % of the GEMM rate)"
-
-    def _rate(self, amount: int) -> float | None:
-        return amount / self.elapsed_s if self.elapsed_s > 0 and amount else None
 
 
 _log = logging.getLogger(__name__)

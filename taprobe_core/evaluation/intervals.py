@@ -25,7 +25,6 @@ import polars as pl
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from taprobe_core.errors import NotEnoughDataError
 from taprobe_core.study.evaluation import Correction, Evaluation, Interval
 
 Doubles = NDArray[np.float64]
@@ -310,35 +309,6 @@ def wilcoxon_p(differences: Doubles) -> float:
     has_ties = len(np.unique(np.abs(moved))) < moved.size
     method = "asymptotic" if has_ties or moved.size > 50 else "exact"
     return float(stats.wilcoxon(moved, method=method).pvalue)
-
-
-def corrected_t_p(differences: Doubles, test_train_ratio: float) -> float:
-    """Test the mean difference over repeated splits, whose training sets overlap.
-
-    t = mean(d) / sqrt((1/J + n_test/n_train) s^2) on J - 1 degrees of freedom.
-
-    Args:
-        differences: [split], finite, of the J repeats.
-        test_train_ratio: n_test / n_train, in problems; 1/19 for leave-one-out over 20.
-
-    Returns:
-        Two-sided p; 1 if every difference is zero.
-
-    Raises:
-        NotEnoughDataError: fewer than two splits, or equal differences other than zero.
-
-    Source:
-        Nadeau and Bengio (2003), Inference for the generalization error, equation 9.
-    """
-    n = differences.size
-    if n < 2 or (np.ptp(differences) == 0 and differences[0] != 0):
-        raise NotEnoughDataError(
-            f"{n} split differences have no variance to test with", "corrected t", "repeat more"
-        )
-    if not differences.any():
-        return 1.0
-    variance = (1 / n + test_train_ratio) * differences.var(ddof=1)
-    return float(2 * stats.t.sf(abs(differences.mean()) / sqrt(variance), n - 1))
 
 
 def _interval(

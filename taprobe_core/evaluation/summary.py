@@ -90,21 +90,6 @@ def normalised_skill(value: pl.Expr, chance: pl.Expr, level: pl.Expr | float = 1
     return pl.when(room > 0).then((value - chance) / room)
 
 
-def problem_values(per_problem: pl.DataFrame, metric: str = "primary") -> pl.DataFrame:
-    """Average a metric over seeds and folds inside each problem, on test.
-
-    Args:
-        per_problem: `EvaluationTables.problem_metrics`.
-        metric: one of its metric columns.
-
-    Returns:
-        recipe, protocol, problem_id, value (null where no seed defines it), sorted.
-    """
-    key = ["recipe", "protocol", "problem_id"]
-    test = per_problem.filter(pl.col("split") == "test")
-    return test.group_by(key).agg(pl.col(metric).mean().alias("value")).sort(key)
-
-
 def summarise(
     per_problem: pl.DataFrame, names: Sequence[str], by: Sequence[str] = ROW
 ) -> pl.DataFrame:

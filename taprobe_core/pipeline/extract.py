@@ -24,7 +24,7 @@ import transformers
 
 from taprobe_core.activations.cost import attention_bytes, bytes_of, cost_line, pass_flop
 from taprobe_core.activations.extraction import Extracted, extract
-from taprobe_core.activations.gemm_rate import BlockShape, sustained_gemm_rate
+from taprobe_core.activations.gemm_rate import BlockShape
 from taprobe_core.activations.schedule import N_WRITERS, each_ahead
 from taprobe_core.activations.tasks import (
     ACTIVATIONS_FILE,
@@ -59,7 +59,6 @@ Faults = dict[int, dict[str, TaprobeError]]
 MAX_VAIN_TEXTS = 10
 """Texts that may fail at the start with no shard made: by then it is the model, not the texts."""
 
-_MEASURING_SECONDS = 0.3
 _SECONDS_BETWEEN_LINES = 5
 
 
@@ -233,13 +232,6 @@ class _Extraction:
         plan.check_model(self.model)
         return loaded
 
-    @cached_property
-    def _gemm_rate(self) -> float:
-        """FLOP/s of one device, measured in a moment; forecast and progress are told by it."""
-        shape = BlockShape.of(self._loaded.module.config)
-        device, dtype = self._loaded.devices[0], self._loaded.dtype
-        return sustained_gemm_rate(device, dtype, shape, seconds=_MEASURING_SECONDS)
-
     def run(self, setting: str, tasks: list[TextTask], held: Mapping[str, Held]) -> Faults:
         """Commit what texts lack; return why some of it could not be made."""
         plan, model, loaded = self._plan, self.model, self._loaded
@@ -254,14 +246,12 @@ class _Extraction:
         }
         poolings = tuple(pooling for pooling in study.poolings if pooling in lacking)
         options = ExtractOptions(poolings, study.storage, mode, study.token_budget)
-        rate = self._gemm_rate
-        _log.info("activations %s %s: %s", model, setting, _cost(tasks, options, loaded, rate))
+        _log.info("activations %s %s: %s", model, setting, _cost(tasks, options, loaded))
         provenance = _provenance(plan, model, setting, loaded)
-        rate *= len(loaded.modules)
         said = time.monotonic()
         faults: Faults = defaultdict(dict)
         n_made = n_failed = 0
-        items = extract(loaded.modules, tasks, options, gemm_rate=rate, keeps_faults=True)
+        items = extract(loaded.modules, tasks, options, keeps_faults=True)
 
         def commit(item: Extracted) -> TaprobeError | None:
             where = f"problem {item.problem_id} of {model}, {setting}"
@@ -335,9 +325,7 @@ def _commit(
         )
 
 
-def _cost(
-    tasks: Sequence[TextTask], options: ExtractOptions, loaded: LoadedModel, rate: float
-) -> str:
+def _cost(tasks: Sequence[TextTask], options: ExtractOptions, loaded: LoadedModel) -> str:
     shape = BlockShape.of(loaded.module.config)
     kept: dict[str, int] = defaultdict(int)
     for task in tasks:
@@ -354,9 +342,6 @@ def _cost(
         sum(len(task.token_ids) for task in tasks),
         sum(pass_flop(shape, [len(task.token_ids)], task.deepest + 1) for task in tasks),
         {name: n_bytes for name, n_bytes in kept.items() if n_bytes},
-        gemm_rate=rate,
-        device=loaded.devices[0].type,
-        n_devices=len(loaded.modules),
     )
 
 

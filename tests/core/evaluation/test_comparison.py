@@ -9,12 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from taprobe_core.errors import NotEnoughDataError
 from taprobe_core.evaluation.intervals import (
     MIN_PROBLEMS,
     compare,
     compare_values,
-    corrected_t_p,
     sign_flip_p,
     wilcoxon_p,
 )
@@ -147,19 +145,6 @@ def test_wilcoxon_equals_scipys_and_leaves_zeros_out():
     tied = np.array([0.1, 0.1, -0.1, 0.2, 0.2, 0.3, 0.4])
     assert wilcoxon_p(tied) == pytest.approx(stats.wilcoxon(tied, method="asymptotic").pvalue)
     assert wilcoxon_p(np.zeros(5)) == 1.0
-
-
-def test_overlapping_training_sets_widen_the_t_test():
-    differences = np.random.default_rng(6).normal(0.05, 0.1, 20)
-    assert corrected_t_p(differences, 0.0) == pytest.approx(
-        stats.ttest_1samp(differences, 0).pvalue
-    )
-    t = differences.mean() / np.sqrt((1 / 20 + 1 / 19) * differences.var(ddof=1))
-    assert corrected_t_p(differences, 1 / 19) == pytest.approx(2 * stats.t.sf(abs(t), 19))
-    assert corrected_t_p(np.zeros(5), 0.25) == 1.0
-    for few in (np.ones(1), np.ones(4)):
-        with pytest.raises(NotEnoughDataError, match="no variance"):
-            corrected_t_p(few, 0.25)
 
 
 def test_pairs_are_matched_by_problem_and_undefined_ones_left_out():
