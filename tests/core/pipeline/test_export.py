@@ -134,7 +134,7 @@ def test_the_readme_says_type_and_unit_of_every_column(exported: Path) -> None:
             assert unit_of(name), name
             assert unit_of(name) in told[name]
     assert "| is_positive | Boolean | yes |  | true or false |" in text
-    assert "| accepted_error | Float64 | yes | 0 to 1 | share of sentences |" in text
+    assert "| accepted_error | Float64 | yes | from 0 to 1 | share of sentences |" in text
 
 
 def test_what_is_not_finished_is_named_and_costs_itself(
