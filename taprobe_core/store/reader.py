@@ -168,12 +168,7 @@ _log = logging.getLogger(__name__)
 
 
 def reported(items: Iterable[T], done: str) -> Iterator[T]:
-    """Yield the items; log their number every ten seconds, so that a small store stays quiet.
-
-    Args:
-        items: anything.
-        done: what is done to each, for example "artifacts hashed".
-    """
+    """Yield the items; log their number every ten seconds, so that a small store stays quiet."""
     said = time.monotonic()
     for n_done, item in enumerate(items):
         if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
@@ -183,11 +178,7 @@ def reported(items: Iterable[T], done: str) -> Iterator[T]:
 
 
 class StoreReader:
-    """Reads artifacts by key.
-
-    Args:
-        backend: where artifacts live.
-    """
+    """Reads artifacts by key."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -383,11 +374,7 @@ class Verdict:
 class Lineage:
     """An artifact and, as a tree, everything it was made from.
 
-    Attributes:
-        key: its name.
-        provenance: as committed; empty if missing.
-        created_at: when it was committed, UTC; None if missing.
-        upstream: one node for each artifact that it was made from.
+    One that is missing has no provenance and no `created_at` (UTC).
     """
 
     key: ArtifactKey
@@ -410,13 +397,6 @@ def verify(store: StoreReader, stage: str | None = None) -> Iterator[Verdict]:
 
     A version pruned meanwhile is passed over. A broken pointer gives a verdict of its own, whose
     key has `CURRENT` for a fingerprint.
-
-    Args:
-        store: the store.
-        stage: only this stage; None for all.
-
-    Yields:
-        One verdict per artifact, in the order of `Store.keys`.
     """
     walk = reported(store.keys(stage), "artifacts hashed")
     for (name, partition), keys in groupby(walk, key=lambda key: key[:2]):

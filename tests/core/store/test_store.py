@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -105,17 +106,19 @@ def test_manifest_says_what_the_artifact_is(store: Store, monkeypatch: pytest.Mo
     assert manifest.size_bytes == sum(record.size_bytes for record in manifest.files.values())
 
 
-def test_tensor_files_are_described_without_reading_them(store: Store) -> None:
+def test_tensor_files_are_described_tensor_by_tensor(store: Store) -> None:
     from safetensors.numpy import save_file
 
+    values = pl.Series([1.0, 2.0, 3.0]).to_numpy().reshape(1, 3)
+    sha256 = hashlib.sha256(values.tobytes()).hexdigest()
+
     def write(folder: Path) -> None:
-        values = {"mean": pl.Series([1.0, 2.0, 3.0]).to_numpy().reshape(1, 3)}
-        save_file(values, folder / "a.safetensors", metadata={"dims": "span d_model"})
+        save_file({"mean": values}, folder / "a.safetensors", metadata={"dims": "span d_model"})
 
     content = store.commit(A, write, provenance={}).manifest.files["a.safetensors"].content
     assert content.model_dump() == {
         "kind": "tensors",
-        "tensors": {"mean": {"dtype": "F64", "shape": (1, 3)}},
+        "tensors": {"mean": {"dtype": "F64", "shape": (1, 3), "sha256": sha256}},
         "metadata": {"dims": "span d_model"},
     }
 
