@@ -16,7 +16,6 @@ import re
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -130,10 +129,8 @@ def main() -> None:
     for name, value in about.items():
         print(f"{name:9} {value}")
     found, faults = [], []
-    with (
-        tempfile.TemporaryDirectory(dir=options.folder) as temporary,
-        closing(Bench(shape, device, Path(temporary) / "rows", options)) as bench,
-    ):
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        bench = Bench(shape, device, Path(temporary) / "rows", options)
         print(bench.head(), flush=True)
         for run in sections(bench, options):
             try:

@@ -31,7 +31,6 @@ from benchmarks.extraction.timing import (
 )
 from taprobe_core.activations.cost import pass_flop
 from taprobe_core.activations.gemm_rate import BlockShape, sustained_gemm_rate
-from taprobe_core.store import CommitWorkers, workers_for
 
 TITLES = {
     "states": "One layer (the middle one), token states obtained",
@@ -55,12 +54,9 @@ class Bench:
         self, shape: Shape, device: torch.device, folder: Path, options: argparse.Namespace
     ) -> None:
         self.shape, self.device, self.folder = shape, device, folder
-        # As in the pipeline: on an accelerator, and started before the weights are there.
-        n_workers = workers_for(max(options.gpus))
-        self._workers = CommitWorkers(n_workers) if device.type == "cuda" else None
         self.texts = make_texts(shape, options.seed)
         self.causal, seconds = timed(device, lambda: build(shape, device, options.seed))
-        self.ours = Ours([self.causal.model], self._workers)
+        self.ours = Ours([self.causal.model])
         self._readers = Readers(self.causal)
         self._peers: Peers | None = Peers(self.causal, options.peers)
         self._build_s = seconds.wall
@@ -79,11 +75,6 @@ class Bench:
             seconds=2.0,
             clock=time.process_time if on_cpu else time.perf_counter,
         )
-
-    def close(self) -> None:
-        """End the processes that commit."""
-        if self._workers is not None:
-            self._workers.close()
 
     def drop_peers(self) -> None:
         """Forget the peers and their copies of the weights."""

@@ -1,8 +1,8 @@
-"""This project's extraction, end to end: passes, pooling, transfer, and every shard committed.
+"""This project's extraction, end to end: passes, pooling, transfer, and every text committed.
 
-A shard a text and layer goes through `Store.commit`: staged, hashed, manifest, fsync, rename. As in
-the pipeline, on an accelerator child processes commit while the device works on; on a CPU, which
-has nothing to spare, threads do and the next pass waits for them.
+All layers of a text go through one `Store.commit`: staged, hashed, manifest, fsync, rename. As in
+the pipeline, on an accelerator threads commit while the device works on; on a CPU, which has
+nothing to spare, the next pass waits.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ from torch import nn
 
 from benchmarks.extraction.texts import Text
 from benchmarks.extraction.timing import Job, Rows, Variant
-from taprobe_core.activations.extraction import extract
-from taprobe_core.activations.tasks import ActivationShard, ExtractOptions, shard_file
-from taprobe_core.store import ArtifactKey, Committer, CommitWorkers, FileCommit, Store
+from taprobe_core.activations.extraction import Extracted, extract
+from taprobe_core.activations.schedule import N_WRITERS, each_ahead
+from taprobe_core.activations.tasks import (
+    ACTIVATIONS_FILE,
+    ExtractOptions,
+    tensor_name,
+    text_tensors,
+    write_text,
+)
+from taprobe_core.store import ArtifactKey, Store
 from taprobe_core.study.parts import Pooling
 
 NAME = "ours"
@@ -31,12 +38,10 @@ class Ours:
 
     Args:
         models: base models without head.
-        workers: child processes that commit while passes go on; None commits in step.
     """
 
-    def __init__(self, models: Sequence[nn.Module], workers: CommitWorkers | None = None) -> None:
+    def __init__(self, models: Sequence[nn.Module]) -> None:
         self._models = list(models)
-        self._workers = workers
         self.device = next(models[0].parameters()).device
         self._dtype = str(next(models[0].parameters()).dtype).removeprefix("torch.")
 
@@ -60,7 +65,7 @@ class Ours:
         poolings: tuple[Pooling, ...] = ("mean",),
         token_budget: int | None = None,
     ) -> Rows:
-        """Extract the texts and commit their shards into a store in `folder`.
+        """Extract the texts and commit each into a store in `folder`.
 
         Returns:
             The means as they are stored, of other poolings the first, if the job is checked.
@@ -71,14 +76,14 @@ class Ours:
             token_budget=token_budget,
         )
         rows: Rows = {}
-        with Committer(Store(folder / "store"), self._workers) as committer:
-            for item in extract(self._models, [text.task(job.layers) for text in texts], options):
-                if is_written:
-                    committer.put([commit_of(shard) for shard in item.shards.values()])
-                if job.is_checked:
-                    rows[item.problem_id] = {
-                        layer: shard.tensors[poolings[0]] for layer, shard in item.shards.items()
-                    }
+        commit = partial(commit_text, Store(folder / "store")) if is_written else lambda item: None
+        items = extract(self._models, [text.task(job.layers) for text in texts], options)
+        n_threads = N_WRITERS if self.device.type == "cuda" else 0
+        for item, _ in each_ahead(commit, items, n_threads):
+            if job.is_checked:
+                rows[item.problem_id] = {
+                    layer: shard.tensors[poolings[0]] for layer, shard in item.shards.items()
+                }
         return rows
 
     def _plain(self, texts: Sequence[Text], job: Job, folder: Path) -> Rows:
@@ -94,8 +99,8 @@ class Ours:
         return rows
 
     def on(self, models: Sequence[nn.Module]) -> Ours:
-        """Return the same on other models, with the same workers."""
-        return Ours(models, self._workers)
+        """Return the same on other models."""
+        return Ours(models)
 
     def _states(self, texts: Sequence[Text], job: Job, folder: Path) -> Rows:
         """Every token state but the first token's, which no sentence holds."""
@@ -107,16 +112,21 @@ class Ours:
         }
 
 
-def commit_of(shard: ActivationShard) -> FileCommit:
-    """The shard as the pipeline commits it, under a key of its own."""
-    partition = (f"model@L{shard.layer:02d}", "setting", f"problem_{shard.problem_id}")
+def commit_text(store: Store, item: Extracted) -> None:
+    """Commit a text as the pipeline does, under a key of its own."""
+    partition = ("model", "setting", f"problem_{item.problem_id}")
     digest = hashlib.sha256("/".join(partition).encode()).hexdigest()[:32]
-    name, parts = shard_file(shard)
-    provenance = {
-        "layer": shard.layer,
-        "dtype_stored": shard.dtype,
-        "max_abs": shard.max_abs,
-        "torch": torch.__version__,
+    tensors = text_tensors(item.shards)
+    ranges = {
+        tensor_name(layer, pooling): shard.ranges[pooling]
+        for layer, shard in item.shards.items()
+        for pooling in shard.ranges
     }
-    key = ArtifactKey("activation_shards", partition, digest)
-    return FileCommit(key, name, parts, provenance, "1", {})
+    store.commit(
+        ArtifactKey("activation_shards", partition, digest),
+        partial(write_text, file=ACTIVATIONS_FILE, tensors=tensors),
+        provenance={"torch": torch.__version__, "ranges": ranges},
+        estimate_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        code_version="1",
+        config={"tensors": sorted(tensors)},
+    )

@@ -28,7 +28,7 @@ from sklearn.preprocessing import StandardScaler
 from benchmarks.probes.features import make_probe_data
 from taprobe_core.metrics import pr_auc
 from taprobe_core.pipeline import cells_of, open_plan, read_probe_data, run_stage
-from taprobe_core.probes import Design, Fit, fit_batches, predict
+from taprobe_core.probes import Design, Fit, fit_batches
 from taprobe_core.probes.features import ProbeData
 from taprobe_core.splits import Fold, make_folds
 from taprobe_core.study import Labels, ProbeRecipe, Splits
@@ -75,7 +75,7 @@ def compare(data: ProbeData, labels: Labels) -> Agreement:
             worst = max(worst, float(np.abs(ours - expected).max()))
             mine = scores_of(found[signed].scores, fold, split)
             worst_ridge = max(worst_ridge, float(np.abs(mine - ridge.predict(X[at])).max()))
-        ours = predict(found[anchors].probes[number], data)[test]
+        ours = found[anchors].probes[number].scores(data)[test]
         expected = theirs.predict_proba(X[test])[:, 1]
         n_equal += round(pr_auc(y[test], ours), 6) == round(pr_auc(y[test], expected), 6)
     return Agreement(worst, n_equal, len(folds), worst_ridge)

@@ -25,6 +25,7 @@ from benchmarks.probes.token_peer import PaddedSet, train_epoch, watched_loss
 from benchmarks.probes.tokens import Data, Peer, Size, make
 from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.pooling import POOLINGS, TokenProbeOptions
+from taprobe_core.solvers.tokens.reference import ReferenceProbe
 from taprobe_core.solvers.tokens.solve import fit_token_probes, positive_weights
 
 PLANTED = Size("planted, 12 d", 12, 12, 30, 8.5, 0.3, 12)
@@ -65,8 +66,8 @@ def theirs(data: Data, options: TokenProbeOptions, n_seeds: int) -> tuple[Floats
 
 def _train(peer: Peer, data: Data, seed: int) -> tuple[float, int]:
     options = peer.options
-    model, rng = peer.model, np.random.default_rng(seed)
-    model.initialise(seed)
+    model = ReferenceProbe(data.tokens.n_features, options, seed)
+    rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0)
     rows, watched = (np.flatnonzero(side[0]) for side in (data.train, data.validation))
     test = np.flatnonzero(~(data.train | data.validation)[0])

@@ -28,11 +28,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.probes.token_peer import PaddedProbe, PaddedSet, scores, train_epoch
+from benchmarks.probes.token_peer import PaddedSet, scores, train_epoch
 from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.forward import draw
 from taprobe_core.solvers.tokens.pooling import POOLINGS, TokenProbeOptions
 from taprobe_core.solvers.tokens.ragged import RaggedTokens, n_batches
+from taprobe_core.solvers.tokens.reference import ReferenceProbe
 from taprobe_core.solvers.tokens.solve import TokenSolution, fit_token_probes, positive_weights
 from taprobe_core.solvers.tokens.training import network_shape
 
@@ -114,7 +115,7 @@ class Peer:
         columns = data.columns(1, 1)
         parts = list(states.split(tokens.lengths.tolist()))
         self.set = PaddedSet(parts, data.y, columns.weight[:, 0], device)
-        self.model = PaddedProbe(tokens.n_features, options).to(device)
+        self.model = ReferenceProbe(tokens.n_features, options).to(device)
 
     def train(self, epochs: list[list[NDArray[np.int64]]]) -> None:
         """Train from the drawn weights, with validation after each epoch."""

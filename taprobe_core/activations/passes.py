@@ -52,7 +52,7 @@ from taprobe_core.attention.mass import (
     tail_mass_of,
 )
 from taprobe_core.errors import NonFiniteError, TaprobeError
-from taprobe_core.study.parts import Pooling, Storage
+from taprobe_core.study.parts import Pooling
 
 
 class Transfer:
@@ -264,30 +264,24 @@ class QueuedPack:
         self, task: TextTask, layer: int, index: SpanIndex, rows_of: dict[str, slice]
     ) -> ActivationShard:
         tensors: dict[str, torch.Tensor] = {}
-        dtype: Storage = self._options.storage
-        ranges: list[torch.Tensor] = []
+        ranges: dict[str, tuple[float, float]] = {}
         for pooling in self._options.poolings:
             unit = "token" if pooling == "tokens" else "sentence"
             kept, rows = self._kept[layer, pooling], rows_of[unit]
-            where = f"problem {task.problem_id}, layer {layer}, {pooling}, {unit}"
-            check_finite(kept.ranges[rows], kept.rows[rows], where, self._overflow_fix)
-            ranges.append(kept.ranges[rows])
-        if not all(fits(each, dtype) for each in ranges):
-            dtype = "float32"
-        for pooling in self._options.poolings:
-            rows = rows_of["token" if pooling == "tokens" else "sentence"]
-            kept = self._kept[layer, pooling]
-            is_as_asked = dtype == self._options.storage
+            where, found = (
+                f"problem {task.problem_id}, layer {layer}, {pooling}, {unit}",
+                kept.ranges[rows],
+            )
+            check_finite(found, kept.rows[rows], where, self._overflow_fix)
+            # Each pooling by itself: what is kept of one must not depend on the others asked for.
+            is_as_asked = fits(found, self._options.storage)
             tensors[pooling] = (
                 kept.host[rows] if is_as_asked else kept.rows[rows].to("cpu", torch.float32)
             )
+            ranges[pooling] = float(found[:, 0].min()), float(found[:, 1].max())
         if "tokens" in self._options.poolings:
             tensors["offsets"] = index.offsets
-        low = min(float(each[:, 0].min()) for each in ranges)
-        high = max(float(each[:, 1].max()) for each in ranges)
-        return ActivationShard(
-            task.problem_id, layer, tensors, dtype, (low, high), task.input_sha256
-        )
+        return ActivationShard(task.problem_id, layer, tensors, ranges, task.input_sha256)
 
 
 def ways_for(models: Sequence[nn.Module], tasks: Sequence[TextTask]) -> Ways:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Condition
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -84,6 +85,13 @@ class Progress:
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+N_WRITERS = 8
+"""Threads that commit texts while an accelerator goes on: the texts of a pack side by side, each
+waiting for the disk or hashing outside the interpreter's lock."""
+
 _AHEAD = 2
 """Packs of a device in flight: one running, one queued behind it."""
 
@@ -145,6 +153,28 @@ def run_ahead(
                 run.result()
         finally:
             lanes.stop()
+
+
+def each_ahead(work: Callable[[T], R], items: Iterable[T], n_threads: int) -> Iterator[tuple[T, R]]:
+    """Yield each item with what some work on it returned, in order.
+
+    Args:
+        work: is done by threads while the next items are made; what it raises is raised here.
+        items: are taken at most twice as many ahead as there are threads.
+        n_threads: 0 does the work here, before the next item is asked for.
+    """
+    if not n_threads:
+        yield from ((item, work(item)) for item in items)
+        return
+    with ThreadPoolExecutor(n_threads, thread_name_prefix="ahead") as threads:
+        pending: deque[tuple[T, Future[R]]] = deque()
+        for item in items:
+            pending.append((item, threads.submit(work, item)))
+            while len(pending) > 2 * n_threads or (pending and pending[0][1].done()):
+                first, future = pending.popleft()
+                yield first, future.result()
+        for first, future in pending:
+            yield first, future.result()
 
 
 class _Lanes:

@@ -14,10 +14,12 @@ import polars as pl
 
 from taprobe_core.attention.mode import OFF, AttentionMode
 from taprobe_core.errors import SpanError
-from taprobe_core.store import tensor_parts
+from taprobe_core.store import write_tensors
 from taprobe_core.study.parts import Pooling, Storage
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
 ACCELERATOR_TOKEN_BUDGET = 8_192
@@ -134,28 +136,32 @@ class ActivationShard:
         layer: block index; the states are its output.
         tensors: by pooling, [sentence, d_model], in sentence_idx order, finite, on the CPU. For
             `tokens` [number of tokens in all sentences, d_model], and `offsets` int64
-            [sentence + 1]: sentence i is tokens[offsets[i]:offsets[i + 1]].
-        dtype: type of the states; float32 where the one asked for could not hold them.
-        range: smallest and largest value before the cast.
+            [sentence + 1]: sentence i is tokens[offsets[i]:offsets[i + 1]]. Each is in the type
+            asked for, or float32 where that could not hold it.
+        ranges: by pooling, smallest and largest value before the cast.
         input_sha256: `texts.input_sha256`, what the states were made from.
     """
 
     problem_id: int
     layer: int
     tensors: dict[str, torch.Tensor]
-    dtype: Storage
-    range: tuple[float, float]
+    ranges: dict[str, tuple[float, float]]
     input_sha256: str
+
+    @property
+    def dtype(self) -> str:
+        """Type of the states, of several poolings the widest."""
+        widest = max((self.tensors[pooling].dtype for pooling in self.ranges), key=_width)
+        return str(widest).removeprefix("torch.")
 
     @property
     def max_abs(self) -> float:
         """Largest magnitude before the cast."""
-        return max(-self.range[0], self.range[1])
+        return max(max(-low, high) for low, high in self.ranges.values())
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of the tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+def _width(dtype: torch.dtype) -> int:
+    return dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,14 +190,23 @@ class AttentionShard:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def shard_file(shard: ActivationShard | AttentionShard) -> tuple[str, list[bytes | memoryview]]:
-    """Return the name of a shard's file and its bytes, as safetensors.
+def tensor_name(layer: int, name: str) -> str:
+    """Name of a shard's tensor in the file of its text, for example `L07.mean`."""
+    return f"L{layer:02d}.{name}"
 
-    Args:
-        shard: from `extract`; its tensors are not copied, and must stay as they are.
-    """
-    is_attention = isinstance(shard, AttentionShard)
-    axes = "head query_sentence key_sentence" if is_attention else "sentence d_model"
-    about = {"dimensions": axes, "layer": str(shard.layer)}
-    name = ATTENTION_FILE if is_attention else ACTIVATIONS_FILE
-    return name, tensor_parts(shard.tensors, about)
+
+def text_tensors(
+    shards: Mapping[int, ActivationShard] | Mapping[int, AttentionShard],
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of one text's layers under their names in its file."""
+    return {
+        tensor_name(layer, name): tensor
+        for layer, shard in shards.items()
+        for name, tensor in shard.tensors.items()
+    }
+
+
+def write_text(folder: Path, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write one text's tensors into the folder of its artifact; `file` is one of the two names."""
+    axes = "head query key_sentence" if file == ATTENTION_FILE else "sentence d_model"
+    write_tensors(folder / file, tensors, {"dimensions": axes})

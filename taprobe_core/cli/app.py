@@ -373,6 +373,32 @@ def report(study: StudyArgument = None) -> None:
     out.print(str(outcome.artifact.path / "report.html"))
 
 
+@app.command()
+def export(
+    study: StudyArgument = None,
+    to: Annotated[Path, typer.Option(help="Folder to make.")] = Path("export"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export of this name.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write predictions, labels, metrics and plans as Parquet files that any tool reads."""
+    from taprobe_core.pipeline import export_study
+
+    made = export_study(_on_disk(study), to, overwrite=overwrite)
+    if as_json:
+        out.print_json(json.dumps(asdict(made), default=str))
+    else:
+        counts = ", ".join(f"{name} {n}" for name, n in made.rows.items())
+        out.print(f"{made.folder}: rows of {counts}")
+        for cell, why in made.missing.items():
+            err.print(f"[bold red]missing:[/] {escape(f'{cell}: {why}')}")
+    if made.missing:
+        if not as_json:
+            err.print("Fix: run the study, then export again with --overwrite")
+        raise typer.Exit(EXIT_FIXABLE)
+
+
 def checked_cell(plan: Plan, stage: str, keys: Sequence[str]) -> Cell:
     """Return the cell of these partition keys."""
     from taprobe_core.pipeline import STAGES, check_stage, dimension_keys

@@ -15,6 +15,7 @@ from taprobe_core.pipeline.cells import (
     stages_of,
 )
 from taprobe_core.pipeline.data_folder import data_root, open_plan
+from taprobe_core.pipeline.export import Export, export_study
 from taprobe_core.pipeline.failures import Failure, failure_at, kept_failures
 from taprobe_core.pipeline.grid import Cell, CellFilter, dimension_keys
 from taprobe_core.pipeline.inputs import read_activations, read_attention, read_probe_data
@@ -40,6 +41,7 @@ __all__ = [
     "CellFilter",
     "Check",
     "Description",
+    "Export",
     "Failure",
     "Found",
     "Gate",
@@ -54,6 +56,7 @@ __all__ = [
     "data_root",
     "describe",
     "dimension_keys",
+    "export_study",
     "failure_at",
     "has_key",
     "is_complete",

@@ -62,7 +62,11 @@ def commit_cell(
                 write_table(folder / f"{name}.parquet", content)
 
     upstream = list(dict.fromkeys([*plan.upstream(stage, cell), *parts]))
-    return commit_once(plan, plan.key(stage, cell), write, provenance, upstream)
+    key = plan.key(stage, cell)
+    if plan.store.find(key) is not None and not plan.is_complete(stage, cell):
+        # A part that was lost may have been made again under another name, with other company.
+        plan.store.discard(key)
+    return commit_once(plan, key, write, provenance, upstream)
 
 
 def _check(table: pl.DataFrame, contract: str, where: str) -> None:

@@ -1,10 +1,12 @@
-"""Activations and vertical attention of any set of cells: one pass per text, one shard per problem.
+"""Activations and vertical attention of any set of cells: one pass and one artifact a text.
 
 Cells are grouped by model, so the weights are loaded once; each text runs once, whatever the number
-of layers that still lack it; and every (site, setting, problem) shard is committed as soon as it
-exists. On a CPU a kill therefore costs one text; on an accelerator, which runs several texts at
-once and the next ones meanwhile, the packs in flight. A longer layer list extracts only what is
-missing. A text that fails costs its own shards, and the indexes of the cells that want them.
+of layers that still lack it; and all that a pass makes of it is committed as soon as it exists, an
+artifact for its activations and one for its attention. On a CPU a kill therefore costs one text; on
+an accelerator, which runs several texts at once and the next ones meanwhile, the packs in flight. A
+longer list of layers or poolings extracts only what is missing, into a further artifact of the same
+text, so what a cell reads is found by the names of tensors in the manifests. A text that fails
+costs what it could not make, and the indexes of the cells that want it.
 """
 
 from __future__ import annotations
@@ -12,10 +14,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import polars as pl
 import torch
@@ -24,13 +25,16 @@ import transformers
 from taprobe_core.activations.cost import attention_bytes, bytes_of, cost_line, pass_flop
 from taprobe_core.activations.extraction import Extracted, extract
 from taprobe_core.activations.gemm_rate import BlockShape
+from taprobe_core.activations.schedule import N_WRITERS, each_ahead
 from taprobe_core.activations.tasks import (
-    ActivationShard,
-    AttentionShard,
+    ACTIVATIONS_FILE,
+    ATTENTION_FILE,
     ExtractOptions,
     TextTask,
-    shard_file,
     tasks_of,
+    tensor_name,
+    text_tensors,
+    write_text,
 )
 from taprobe_core.attention.mode import AttentionMode
 from taprobe_core.checkpoints import (
@@ -39,11 +43,11 @@ from taprobe_core.checkpoints import (
     pick_devices,
     resolve_checkpoint,
 )
-from taprobe_core.errors import TaprobeError, attempted
+from taprobe_core.errors import MissingArtifactError, TaprobeError, attempted
 from taprobe_core.keys import Site
 from taprobe_core.pipeline.commit import checkpoint_provenance
-from taprobe_core.pipeline.plan import Plan
-from taprobe_core.store import ArtifactKey, Committer, CommitWorkers, FileCommit, workers_for
+from taprobe_core.pipeline.plan import Plan, text_partition
+from taprobe_core.store import ArtifactKey
 
 _log = logging.getLogger(__name__)
 
@@ -56,95 +60,144 @@ MAX_VAIN_TEXTS = 10
 _SECONDS_BETWEEN_LINES = 5
 
 
+FILES = {"activation_shards": ACTIVATIONS_FILE, "attention_shards": ATTENTION_FILE}
+"""Kind of artifact -> its one file."""
+
+Held = dict[int, dict[str, ArtifactKey]]
+"""Problem -> name of a tensor of its text -> the artifact that holds it."""
+
+
 class Ready(NamedTuple):
     """One setting of a model, whose texts have all gone through it.
 
     Attributes:
         setting: the setting.
         sites: of the model, that are asked for.
-        texts: `tables.TEXTS`; None where they could not be read.
-        new: layers of which an activation shard was missing.
+        held: by kind of artifact, what there is of each text; None where they could not be read.
+        new: by kind, the layers of which something was missing.
         faults: what failed, by layer.
     """
 
     setting: str
     sites: list[Site]
-    texts: pl.DataFrame | None
-    new: frozenset[int]
+    held: Mapping[str, Held] | None
+    new: Mapping[str, frozenset[int]]
     faults: Faults
 
-
-def index_faults(plan: Plan, site: Site, ready: Ready) -> dict[str, TaprobeError]:
-    """Return why a cell's index cannot be committed; nothing where all its shards are there."""
-    faults = ready.faults.get(site.layer, {})
-    # A text may have failed where only its attention was missing.
-    if faults and ready.texts is not None:
-        keys = shard_keys(plan, site, ready.setting, ready.texts)
-        return {} if are_there(plan, keys) else faults
-    return faults
-
-
-def are_there(plan: Plan, keys: Sequence[ArtifactKey]) -> bool:
-    """Whether the store holds all of some artifacts."""
-    return all(plan.store.backend.sizes(key) is not None for key in keys)
+    def faults_at(self, layer: int) -> Mapping[str, TaprobeError]:
+        """Why something is not there at a layer."""
+        gone = MissingArtifactError(
+            "artifacts of its texts were removed meanwhile",
+            f"layer {layer}, {self.setting}",
+            "run the stage again",
+        )
+        return self.faults.get(layer) or {"": gone}
 
 
-def extract_missing(
-    plan: Plan, cells: Sequence[tuple[Site, str]]
-) -> dict[tuple[str, str], dict[str, TaprobeError]]:
-    """Extract every shard that the cells lack, of activations and of vertical attention.
+def wanted_tensors(plan: Plan, kind: str, layer: int) -> list[str]:
+    """Names of a text's tensors that a cell needs: its poolings, or what stands for attention."""
+    if kind == "activation_shards":
+        return [tensor_name(layer, pooling) for pooling in plan.study.activations.poolings]
+    return [tensor_name(layer, "mass" if plan.study.attention.mode == "full" else "tail_mass")]
+
+
+def cell_parts(
+    plan: Plan, kind: str, site: Site, ready: Ready
+) -> dict[int, list[ArtifactKey]] | None:
+    """Return which artifacts hold `wanted_tensors` of each text; None if they are not all there."""
+    names = wanted_tensors(plan, kind, site.layer)
+    if ready.held is None or not all(each.keys() >= {*names} for each in ready.held[kind].values()):
+        return None
+    return {
+        problem_id: [each[name] for name in names] for problem_id, each in ready.held[kind].items()
+    }
+
+
+def extracted(
+    plan: Plan, cells: Sequence[tuple[Site, str]], kinds: Sequence[str]
+) -> Iterator[Ready]:
+    """Yield each setting of each model once what can be made of its texts is there.
 
     Args:
         plan: the plan.
         cells: (site, setting) pairs in any order.
-
-    Returns:
-        Each cell of which something failed -> problem -> its error.
+        kinds: of artifacts. A site that lacks one of these is run, and then all kinds that it lacks
+            are made.
     """
-    return {
-        (str(site), ready.setting): ready.faults[site.layer]
-        for ready in extracted(plan, cells)
-        for site in ready.sites
-        if ready.faults.get(site.layer)
-    }
-
-
-def extracted(plan: Plan, cells: Sequence[tuple[Site, str]]) -> Iterator[Ready]:
-    """Yield each setting of each model once what can be made of its shards is there."""
     grouped: dict[str, dict[str, list[Site]]] = defaultdict(lambda: defaultdict(list))
     for site, setting in cells:
         grouped[site.model][setting].append(site)
     for model, by_setting in grouped.items():
-        with _Extraction(plan, model) as extraction:
-            for setting, sites in by_setting.items():
-                where = f"activations {model}, {setting}"
-                ready = attempted(partial(_ready, plan, extraction, setting, sites), where)
-                if isinstance(ready, TaprobeError):
-                    faults: Faults = {site.layer: {"": ready} for site in sites}
-                    ready = Ready(setting, sites, None, frozenset(), faults)
-                yield ready
+        extraction = _Extraction(plan, model)
+        for setting, sites in by_setting.items():
+            where = f"activations {model}, {setting}"
+            ready = attempted(partial(_ready, plan, extraction, setting, sites, kinds), where)
+            if isinstance(ready, TaprobeError):
+                faults: Faults = {site.layer: {"": ready} for site in sites}
+                ready = Ready(setting, sites, None, {}, faults)
+            yield ready
 
 
-def _ready(plan: Plan, extraction: _Extraction, setting: str, sites: list[Site]) -> Ready:
-    artifact = plan.open("spans", (extraction.model, setting))
+def shard_kinds(plan: Plan) -> tuple[str, ...]:
+    """The kinds of artifacts that a study keeps of a text."""
+    is_attention = plan.study.attention.mode != "off"
+    return ("activation_shards", "attention_shards") if is_attention else ("activation_shards",)
+
+
+def _ready(
+    plan: Plan, extraction: _Extraction, setting: str, sites: list[Site], kinds: Sequence[str]
+) -> Ready:
+    model = extraction.model
+    artifact = plan.open("spans", (model, setting))
     texts, spans = (artifact.read_table(f"{n}.parquet") for n in ("texts", "spans"))
-    layers = _missing_layers(plan, plan.activation_shard, setting, sites, texts)
-    attention = (
-        _missing_layers(plan, plan.attention_shard, setting, sites, texts)
-        if plan.study.attention.mode != "off"
-        else {}
-    )
-    tasks = tasks_of(texts, spans, layers, attention)
+    held = {kind: _held(plan, kind, model, setting, texts) for kind in shard_kinds(plan)}
+
+    def lacking(kind: str, layers: Iterable[int]) -> dict[int, list[int]]:
+        """Problem id -> layers of which something is missing."""
+        names = {layer: {*wanted_tensors(plan, kind, layer)} for layer in layers}
+        return {
+            problem_id: [layer for layer in names if not names[layer] <= there.keys()]
+            for problem_id, there in held[kind].items()
+        }
+
+    asked = {site.layer for site in sites}
+    run = {layer for kind in kinds for each in lacking(kind, asked).values() for layer in each}
+    missing = {kind: lacking(kind, sorted(run)) for kind in held}
+    tasks = tasks_of(texts, spans, *missing.values())
     faults: Faults = {}
     if tasks:
-        where = f"activations {extraction.model}, {setting}"
-        ran = attempted(partial(extraction.run, setting, tasks), where)
+        where = f"activations {model}, {setting}"
+        ran = attempted(partial(extraction.run, setting, tasks, held), where)
         if isinstance(ran, TaprobeError):
             # A layer that lacks nothing is there whatever became of the others.
             ran = {layer: {"": ran} for layer in _layers(tasks)}
         faults = ran
-    new = frozenset(layer for missing in layers.values() for layer in missing)
-    return Ready(setting, sites, texts, new, faults)
+        held = {kind: _held(plan, kind, model, setting, texts) for kind in held}
+    new = {
+        kind: frozenset(layer for each in by_problem.values() for layer in each)
+        for kind, by_problem in missing.items()
+    }
+    return Ready(setting, sites, held, new, faults)
+
+
+def _held(plan: Plan, kind: str, model: str, setting: str, texts: pl.DataFrame) -> Held:
+    """Find what there is of each text, made from what the plan would make it from."""
+    held: Held = {}
+    for problem_id, input_sha256 in texts.select("problem_id", "input_sha256").iter_rows():
+        found: dict[str, ArtifactKey] = {}
+        newest: ArtifactKey | None = None
+        for artifact in plan.store.versions(kind, text_partition(model, setting, problem_id)):
+            is_text = FILES[kind] in artifact.manifest.files
+            names = list(artifact.tensors(FILES[kind])) if is_text else []
+            if artifact.key == plan.shard(kind, model, setting, problem_id, input_sha256, names):
+                newest = artifact.key
+                found = dict.fromkeys(names, newest) | found
+        if newest is not None:
+            # A kill between a version's name and its partition's pointer leaves the first without
+            # the second.
+            plan.store.adopt(newest)
+        held[problem_id] = found
+    return held
 
 
 def _layers(tasks: Sequence[TextTask]) -> set[int]:
@@ -152,18 +205,11 @@ def _layers(tasks: Sequence[TextTask]) -> set[int]:
 
 
 class _Extraction:
-    """One model, loaded when a first text has to run, and what commits its shards meanwhile."""
+    """One model, loaded when a first text has to run."""
 
     def __init__(self, plan: Plan, model: str) -> None:
         self.model = model
         self._plan = plan
-        self._open = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
 
     @cached_property
     def _answer(self) -> LoadedModel | TaprobeError:
@@ -180,43 +226,44 @@ class _Extraction:
         plan = self._plan
         spec = plan.model(self.model)
         files = resolve_checkpoint(spec, plan.checkpoints_root, plan.pins)
-        loaded = load_base_model(files, spec, self._devices)
+        loaded = load_base_model(files, spec, pick_devices(plan.study.activations.device))
         plan.check_model(self.model)
         return loaded
 
-    @cached_property
-    def _devices(self) -> tuple[torch.device, ...]:
-        return pick_devices(self._plan.study.activations.device)
-
-    @cached_property
-    def _committer(self) -> Committer:
-        workers = None
-        # An accelerator goes on meanwhile; a CPU has nothing to spare, so its passes wait.
-        if self._devices[0].type == "cuda":
-            workers = self._open.enter_context(
-                closing(CommitWorkers(workers_for(len(self._devices))))
-            )
-        return self._open.enter_context(Committer(self._plan.store, workers))
-
-    def run(self, setting: str, tasks: list[TextTask]) -> Faults:
-        """Commit the shards of texts; return why others could not be made."""
-        plan, model = self._plan, self.model
-        committer = self._committer  # its processes start while the weights load
-        loaded = self._loaded
+    def run(self, setting: str, tasks: list[TextTask], held: Mapping[str, Held]) -> Faults:
+        """Commit what texts lack; return why some of it could not be made."""
+        plan, model, loaded = self._plan, self.model, self._loaded
         study = plan.study.activations
         mode = AttentionMode(plan.study.attention.mode, plan.study.attention.last_n)
-        options = ExtractOptions(study.poolings, study.storage, mode, study.token_budget)
+        lacking = {
+            pooling
+            for task in tasks
+            for layer in task.layers
+            for pooling in study.poolings
+            if tensor_name(layer, pooling) not in held["activation_shards"][task.problem_id]
+        }
+        poolings = tuple(pooling for pooling in study.poolings if pooling in lacking)
+        options = ExtractOptions(poolings, study.storage, mode, study.token_budget)
         _log.info("activations %s %s: %s", model, setting, _cost(tasks, options, loaded))
         provenance = _provenance(plan, model, setting, loaded)
         said = time.monotonic()
         faults: Faults = defaultdict(dict)
         n_made = n_failed = 0
         items = extract(loaded.modules, tasks, options, keeps_faults=True)
-        for item in items:
-            committer.put(_shard_commits(plan, model, setting, item, provenance))
-            n_made += len(item.shards) + len(item.attention)
-            n_failed += bool(item.faults)
-            for layer, error in item.faults.items():
+
+        def commit(item: Extracted) -> TaprobeError | None:
+            where = f"problem {item.problem_id} of {model}, {setting}"
+            return attempted(partial(_commit, plan, model, setting, item, held, provenance), where)
+
+        # An accelerator goes on meanwhile; a CPU has nothing to spare, so its passes wait.
+        n_threads = N_WRITERS if loaded.devices[0].type == "cuda" else 0
+        for item, unkept in each_ahead(commit, items, n_threads):
+            failed = dict(item.faults)
+            if unkept is not None:
+                failed |= dict.fromkeys([*item.shards, *item.attention], unkept)
+            n_made += unkept is None and bool(item.shards or item.attention)
+            n_failed += bool(failed)
+            for layer, error in failed.items():
                 faults[layer][f"problem {item.problem_id}"] = error
             is_last = item.progress.n_texts_done == item.progress.n_texts
             if is_last or time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
@@ -224,7 +271,7 @@ class _Extraction:
                 _log.info("activations %s %s: %s", model, setting, item.progress.render())
             if not n_made and n_failed == MAX_VAIN_TEXTS:
                 left = item.progress.n_texts - item.progress.n_texts_done
-                kind = type(next(iter(item.faults.values())))
+                kind = type(next(iter(failed.values())))
                 error = kind(
                     f"the first {n_failed} texts all failed, so {left} others were not run",
                     f"model {model}, {setting}",
@@ -233,83 +280,44 @@ class _Extraction:
                 for layer in _layers(tasks) if left else ():
                     faults[layer]["the others"] = error
                 break
-        committer.flush()
         return dict(faults)
 
 
-def _shard_commits(
-    plan: Plan, model: str, setting: str, item: Extracted, provenance: Mapping[str, Any]
-) -> list[FileCommit]:
-    """Return a commit for every shard of a text.
-
-    Args:
-        plan: names the shards.
-        model: the model.
-        setting: the setting.
-        item: from `extract`; its tensors must stay as they are until they are committed.
-        provenance: what every manifest says of them.
-    """
-
-    def commit_of(
-        key: ArtifactKey, shard: ActivationShard | AttentionShard, found: Mapping[str, Any]
-    ) -> FileCommit:
-        name, parts = shard_file(shard)
-        about = {**provenance, "layer": shard.layer, **found}
-        return FileCommit(
-            key, name, parts, about, plan.stages.code_version(key.stage), plan.config_of(key)
-        )
-
-    commits = []
+def _commit(
+    plan: Plan,
+    model: str,
+    setting: str,
+    item: Extracted,
+    held: Mapping[str, Held],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Commit what one text leaves behind, an artifact a kind, without what is there already."""
+    storage = plan.study.activations.storage
+    ranges: dict[str, tuple[float, float]] = {}
     for layer, shard in item.shards.items():
-        if shard.dtype != plan.study.activations.storage:
-            _log.warning(
-                "%s %s problem %d, layer %d: %.3g does not fit %s, stored as float32",
-                *(model, setting, item.problem_id, layer, shard.max_abs),
-                plan.study.activations.storage,
-            )
-        sha256, site = shard.input_sha256, Site(model, layer)
-        key = plan.activation_shard(site, setting, item.problem_id, sha256)
-        found = {"dtype_stored": shard.dtype, "range": list(shard.range), "max_abs": shard.max_abs}
-        commits.append(commit_of(key, shard, found))
-    for layer, mass in item.attention.items():
-        sha256, site = mass.input_sha256, Site(model, layer)
-        key = plan.attention_shard(site, setting, item.problem_id, sha256)
-        commits.append(commit_of(key, mass, {}))
-    return commits
-
-
-def shard_keys(
-    plan: Plan, site: Site, setting: str, texts: pl.DataFrame, kind: str = "activation_shard"
-) -> list[ArtifactKey]:
-    """Keys of one cell's shards, in the order of the texts.
-
-    Args:
-        plan: the plan.
-        site: model and layer.
-        setting: the setting.
-        texts: `tables.TEXTS`.
-        kind: `activation_shard` or `attention_shard`.
-    """
-    key_of = getattr(plan, kind)
-    return [
-        key_of(site, setting, problem_id, input_sha256)
-        for problem_id, input_sha256 in texts.select("problem_id", "input_sha256").iter_rows()
-    ]
-
-
-def _missing_layers(
-    plan: Plan, key_of: Any, setting: str, sites: Sequence[Site], texts: pl.DataFrame
-) -> dict[int, list[int]]:
-    """Problem id -> layers that no shard holds yet; problems without any are left out."""
-    missing: dict[int, list[int]] = defaultdict(list)
-    for site in sites:
-        keys = shard_keys(plan, site, setting, texts, key_of.__name__)
-        for problem_id, key in zip(texts["problem_id"], keys, strict=True):
-            # Adopted, since a kill between a shard's name and its partition's pointer leaves the
-            # first without the second.
-            if plan.store.adopt(key) is None:
-                missing[problem_id].append(site.layer)
-    return dict(missing)
+        for pooling, (low, high) in shard.ranges.items():
+            ranges[tensor_name(layer, pooling)] = (low, high)
+            if shard.tensors[pooling].dtype != getattr(torch, storage):
+                _log.warning(
+                    "%s %s problem %d, layer %d, %s: %.3g does not fit %s, stored as float32",
+                    *(model, setting, item.problem_id, layer, pooling, max(-low, high), storage),
+                )
+    made = {"activation_shards": item.shards, "attention_shards": item.attention}
+    for kind, shards in made.items():
+        if not shards:
+            continue
+        there = held[kind][item.problem_id]
+        tensors = {n: each for n, each in text_tensors(shards).items() if n not in there}
+        about = dict(provenance)
+        if kind == "activation_shards":
+            about["ranges"] = {name: ranges[name] for name in ranges if name in tensors}
+        (input_sha256,) = {shard.input_sha256 for shard in shards.values()}
+        plan.commit(
+            plan.shard(kind, model, setting, item.problem_id, input_sha256, list(tensors)),
+            partial(write_text, file=FILES[kind], tensors=tensors),
+            about,
+            estimate_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        )
 
 
 def _cost(tasks: Sequence[TextTask], options: ExtractOptions, loaded: LoadedModel) -> str:

@@ -9,7 +9,7 @@ import polars as pl
 
 from taprobe_core.errors import ConfigError
 from taprobe_core.keys import Site
-from taprobe_core.pipeline.plan import Plan
+from taprobe_core.pipeline.plan import Plan, text_partition
 from taprobe_core.store import ArtifactKey
 from taprobe_core.study import Pooling, ProbeRecipe
 
@@ -21,50 +21,69 @@ if TYPE_CHECKING:
 
 
 def read_shards(
-    plan: Plan, site: Site, setting: str
+    plan: Plan, site: Site, setting: str, poolings: Sequence[Pooling] | None = None
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Read one site and setting's activations, one problem at a time.
+    """Read one site and setting's activations, one problem at a time, and no other layer's.
+
+    Args:
+        plan: the plan.
+        site: model and layer.
+        setting: the setting.
+        poolings: those to read; None for all of the study.
 
     Yields:
-        problem id, and the tensors of its shard by pooling (`activations.ActivationShard`), in the
-        number type they are stored in, on the CPU.
+        problem id, and its tensors by pooling (`activations.ActivationShard`), in the number type
+        they are stored in, on the CPU.
 
     Raises:
         MissingArtifactError: they are not extracted yet.
-        CorruptArtifactError: a shard differs from its manifest.
+        CorruptArtifactError: a tensor differs from its manifest.
     """
-    from taprobe_core.activations.tasks import ACTIVATIONS_FILE
+    from taprobe_core.activations.tasks import ACTIVATIONS_FILE, tensor_name
 
     index = plan.read("activations", (str(site), setting), "shards")
-    for problem_id, shard in index.select("problem_id", "shard_fingerprint").iter_rows():
-        partition = (str(site), setting, f"problem_{problem_id}")
-        artifact = plan.store.open(ArtifactKey("activation_shards", partition, shard))
-        yield problem_id, artifact.read_tensors(ACTIVATIONS_FILE)
+    wanted = poolings or plan.study.activations.poolings
+    for (problem_id,), rows in index.group_by("problem_id", maintain_order=True):
+        found: dict[str, torch.Tensor] = {}
+        for pooling, version in rows.select("pooling", "shard_fingerprint").iter_rows():
+            if pooling not in wanted:
+                continue
+            partition = text_partition(site.model, setting, problem_id)
+            key = ArtifactKey("activation_shards", partition, version)
+            names = [pooling, "offsets"] if pooling == "tokens" else [pooling]
+            stored = [tensor_name(site.layer, name) for name in names]
+            tensors = plan.store.inspect(key).read_some_tensors(ACTIVATIONS_FILE, stored)
+            found |= dict(zip(names, tensors.values(), strict=True))
+        yield int(str(problem_id)), found
 
 
 def read_attention(
     plan: Plan, site: Site, setting: str
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Read one site and setting's attention mass, one problem at a time.
+    """Read one site and setting's attention mass, one problem at a time, and no other layer's.
 
     Yields:
         problem id, and the tensors of its shard (`activations.AttentionShard`), on the CPU.
 
     Raises:
         MissingArtifactError: it is not extracted yet.
-        CorruptArtifactError: a shard differs from its manifest.
+        CorruptArtifactError: a tensor differs from its manifest.
     """
     index = plan.read("vertical_attention", (str(site), setting), "shards")
-    for problem_id, shard in index.select("problem_id", "shard_fingerprint").iter_rows():
-        partition = (str(site), setting, f"problem_{problem_id}")
-        yield problem_id, attention_tensors(plan, ArtifactKey("attention_shards", partition, shard))
+    for problem_id, version in index.select("problem_id", "shard_fingerprint").iter_rows():
+        partition = text_partition(site.model, setting, problem_id)
+        key = ArtifactKey("attention_shards", partition, version)
+        yield problem_id, attention_tensors(plan, key, site.layer)
 
 
-def attention_tensors(plan: Plan, key: ArtifactKey) -> dict[str, torch.Tensor]:
-    """Read the tensors of one attention shard."""
-    from taprobe_core.activations.tasks import ATTENTION_FILE
+def attention_tensors(plan: Plan, key: ArtifactKey, layer: int) -> dict[str, torch.Tensor]:
+    """Read the tensors of one layer of a text's attention."""
+    from taprobe_core.activations.tasks import ATTENTION_FILE, tensor_name
 
-    return plan.store.open(key).read_tensors(ATTENTION_FILE)
+    artifact, prefix = plan.store.inspect(key), tensor_name(layer, "")
+    names = [name for name in artifact.tensors(ATTENTION_FILE) if name.startswith(prefix)]
+    found = artifact.read_some_tensors(ATTENTION_FILE, names)
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
 def read_activations(
@@ -96,7 +115,7 @@ def _read_poolings(
                 f"add it there, or use one of {', '.join(kept)}",
             )
     found: dict[Pooling, dict[int, np.ndarray]] = {pooling: {} for pooling in poolings}
-    for problem_id, tensors in read_shards(plan, site, setting):
+    for problem_id, tensors in read_shards(plan, site, setting, poolings):
         for pooling in poolings:
             found[pooling][problem_id] = tensors[pooling].float().numpy()
     return found

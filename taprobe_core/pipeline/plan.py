@@ -178,44 +178,49 @@ class Plan(Sources):
             keys.append(self.key("vertical_attention", of_site))
         return keys
 
-    def activation_shard(
-        self, site: Site, setting: str, problem_id: int, input_sha256: str
+    def shard(
+        self,
+        kind: str,
+        model: str,
+        setting: str,
+        problem_id: int,
+        input_sha256: str,
+        tensors: Sequence[str],
     ) -> ArtifactKey:
-        """Key of one problem's activations: depends on its own tokens and spans, not on others."""
-        config = {**self.activation_config(site), "input_sha256": input_sha256}
-        return self._key("activation_shards", _shard(site, setting, problem_id), config)
+        """Key of an artifact of one text: its own tokens and spans, the model, what it holds.
 
-    def attention_shard(
-        self, site: Site, setting: str, problem_id: int, input_sha256: str
-    ) -> ArtifactKey:
-        """Key of one problem's vertical attention: mass between its sentences, per head."""
-        config = {**self.attention_config(site), "input_sha256": input_sha256}
-        return self._key("attention_shards", _shard(site, setting, problem_id), config)
+        Args:
+            kind: `activation_shards` or `attention_shards`.
+            model: the model.
+            setting: the setting.
+            problem_id: the problem.
+            input_sha256: `texts.input_sha256`.
+            tensors: names of those that it holds. They decide no value, so that of two artifacts
+                which differ in them alone, equal tensors are equal.
+        """
+        decides = self.text_config(kind, model)
+        # A pooling's values do not depend on the others that are kept.
+        decides.pop("poolings", None)
+        config = {**decides, "input_sha256": input_sha256, "tensors": sorted(tensors)}
+        return self._key(kind, text_partition(model, setting, problem_id), config)
 
-    def activation_config(self, site: Site) -> dict[str, Any]:
-        """What decides the activations of a text at a site."""
+    def text_config(self, kind: str, model: str) -> dict[str, Any]:
+        """What decides what is kept of a text, beside the text and the layer."""
+        spec, attention = self.model(model), self.study.attention
+        chosen = spec.attn_implementation
+        kept = (
+            self.study.activations.model_dump(mode="json", exclude=set(SPEED_ONLY))
+            if kind == "activation_shards"
+            else {
+                "mode": attention.mode,
+                "last_n": attention.last_n if attention.mode == "light" else None,
+            }
+        )
         return {
-            **self._pass_config(site),
-            **self.study.activations.model_dump(mode="json", exclude=set(SPEED_ONLY)),
-        }
-
-    def attention_config(self, site: Site) -> dict[str, Any]:
-        """What decides the attention mass of a text at a site."""
-        attention = self.study.attention
-        return {
-            **self._pass_config(site),
-            "mode": attention.mode,
-            "last_n": attention.last_n if attention.mode == "light" else None,
-        }
-
-    def _pass_config(self, site: Site) -> dict[str, Any]:
-        model = self.model(site.model)
-        chosen = model.attn_implementation
-        return {
-            "checkpoint": dict(self.checkpoint(site.model)),
-            "layer": site.layer,
-            "dtype": model.dtype,
+            "checkpoint": dict(self.checkpoint(model)),
+            "dtype": spec.dtype,
             **({"attn_implementation": chosen} if chosen != "sdpa" else {}),
+            **kept,
         }
 
     def folds_config(self) -> dict[str, Any]:
@@ -231,5 +236,6 @@ class Plan(Sources):
         return {"precision": precision} if precision != "float32" else {}
 
 
-def _shard(site: Site, setting: str, problem_id: int) -> tuple[str, ...]:
-    return (str(site), setting, f"problem_{problem_id}")
+def text_partition(model: str, setting: str, problem_id: object) -> tuple[str, ...]:
+    """The partition of the artifacts of one text."""
+    return (model, setting, f"problem_{problem_id}")

@@ -14,7 +14,6 @@ fit           recipes ─► solves ─► scores
 from taprobe_core.probes.design import Contents, Design, Fit
 from taprobe_core.probes.fit import RecipeFit, fit_batches, fit_each
 from taprobe_core.probes.fitted import FittedProbe, Training, load_probes, save_probes
-from taprobe_core.probes.registry import predict
 
 __all__ = [
     "Contents",
@@ -26,6 +25,5 @@ __all__ = [
     "fit_batches",
     "fit_each",
     "load_probes",
-    "predict",
     "save_probes",
 ]

@@ -20,8 +20,16 @@ from numpy.typing import NDArray
 
 from taprobe_core.errors import DataError
 from taprobe_core.probes.design import Design, Fit
-from taprobe_core.probes.features import FoldWords, ProbeData
-from taprobe_core.probes.fitted import FittedProbe, Solver, SolverResult, Training, scores_of
+from taprobe_core.probes.features import FoldWords
+from taprobe_core.probes.fitted import (
+    FittedProbe,
+    Floats,
+    Rows,
+    Solver,
+    SolverResult,
+    Training,
+    scores_of,
+)
 from taprobe_core.probes.inputs import Arrays, dense_matrix, joint_blocks, joint_features
 from taprobe_core.solvers.columns import FitRequest, class_sizes
 from taprobe_core.solvers.linear.fold_matrix import FoldMatrix
@@ -69,7 +77,7 @@ def fit_linear(
     penalty = np.repeat([fit.recipe.regularization for fit in fits], n_folds)
     columns = design.columns(fits)
     weight = columns.weight
-    if recipe.is_binary:
+    if recipe.is_binary and design.is_balanced:
         # Both classes count alike, as scikit-learn's `class_weight="balanced"`.
         weight = weight * balanced_weights(columns.y, design.train, columns.fold)
     fold = columns.fold + n_folds * np.repeat(blocks.of_recipe, n_folds)
@@ -91,10 +99,10 @@ def fit_linear(
     return SolverResult(scores_of(found.decision, recipe), found.n_iter, probe)
 
 
-def score_linear(probe: FittedProbe, data: ProbeData) -> NDArray[np.float32]:
-    """Score every row of `data` with a stored linear probe, [sentence] float32."""
-    decision = probe.inputs(data) @ probe.arrays["coef"] + probe.arrays["intercept"][0]
-    return scores_of(decision, probe.recipe)
+def decide_linear(probe: FittedProbe, X: Rows, texts: Sequence[str]) -> Floats:
+    """Log-odds or values of every row by a stored linear probe."""
+    decision = probe.inputs(X, texts) @ probe.arrays["coef"] + probe.arrays["intercept"][0]
+    return np.asarray(decision)
 
 
 def tolerance_of(matrix: FoldMatrix) -> float:
@@ -127,7 +135,7 @@ def _arrays(
 
 LINEAR = Solver(
     fit_linear,
-    score_linear,
+    decide_linear,
     n_weights=lambda recipe, n_features: n_features,
     per_model=("regularization",),
     features=joint_features,
@@ -181,13 +189,13 @@ def fit_mlp(
     return SolverResult(scores_of(found.decision, recipe), found.n_iter, probe)
 
 
-def score_mlp(probe: FittedProbe, data: ProbeData) -> NDArray[np.float32]:
-    """Score every row of `data` with a stored network, [sentence] float32: ReLU, linear at last."""
-    value: Any = probe.inputs(data)
+def decide_mlp(probe: FittedProbe, X: Rows, texts: Sequence[str]) -> Floats:
+    """Log-odds or values of every row by a stored network: ReLU, linear at last."""
+    value: Any = probe.inputs(X, texts)
     for depth in range(len(probe.recipe.hidden) + 1):
         inputs = value if depth == 0 else np.maximum(value, 0)
         value = inputs @ probe.arrays[f"weight_{depth}"] + probe.arrays[f"bias_{depth}"]
-    return scores_of(value[:, 0], probe.recipe)
+    return np.asarray(value[:, 0])
 
 
 def _n_weights(recipe: ProbeRecipe, n_features: int) -> int:
@@ -219,5 +227,5 @@ def _stopping(fits: Sequence[Fit], columns: FitRequest) -> tuple[EarlyStopping, 
     return "rows", f"on: 10 % of the training rows held out, watched by {score}"
 
 
-MLP = Solver(fit_mlp, score_mlp, _n_weights)
+MLP = Solver(fit_mlp, decide_mlp, _n_weights)
 """Multilayer perceptrons."""

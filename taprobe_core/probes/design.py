@@ -93,12 +93,16 @@ class Design:
         outer: the folds that are tested.
         splits: the study's, for the inner folds.
         labels: the study's, for the tie rule of anchors.
+        given: the target of every recipe, in place of what the labels say (`estimators`).
+        is_balanced: whether linear and token probes of classes weigh both alike.
     """
 
     data: ProbeData
     outer: tuple[Fold, ...]
     splits: Splits
     labels: Labels
+    given: FoldTarget | None = None
+    is_balanced: bool = True
 
     def __post_init__(self) -> None:
         known = set(self.data.problems)
@@ -166,6 +170,8 @@ class Design:
         Raises:
             LabelError: the labels lack what the target is made of.
         """
+        if self.given is not None:
+            return self.given
         control = recipe.control_seed if isinstance(recipe, ControlRecipe) else None
         key = (control, *(getattr(recipe, name) for name in TARGET_SETTINGS))
         if key not in self._targets:

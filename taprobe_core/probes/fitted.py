@@ -21,32 +21,39 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
+from scipy.sparse import csr_matrix, hstack
 from scipy.special import expit
 
 from taprobe_core.errors import (
+    ConfigError,
     CorruptArtifactError,
     DataError,
     MissingArtifactError,
+    NonFiniteError,
     StaleArtifactError,
 )
 from taprobe_core.probes.design import Design, Fit
-from taprobe_core.probes.features import ProbeData
-from taprobe_core.probes.inputs import Arrays, Matrix, dense_matrix, transform_inputs
+from taprobe_core.probes.features import ProbeData, weigh_texts
+from taprobe_core.probes.inputs import Arrays, Matrix, dense_matrix
 from taprobe_core.solvers.columns import FitRequest
-from taprobe_core.solvers.tokens.platt import probabilities
 from taprobe_core.solvers.tokens.pooling import TokenProbeOptions
 from taprobe_core.solvers.tokens.ragged import RaggedTokens
 from taprobe_core.solvers.tokens.solve import fit_token_probes, positive_weights, score_token_probe
 from taprobe_core.splits import Fold
 from taprobe_core.store import write_bytes
 from taprobe_core.study import ControlRecipe, ProbeRecipe
+
+Floats = NDArray[np.float64]
+Rows: TypeAlias = ArrayLike | RaggedTokens | None
+"""What a probe reads of the rows beside their texts: [row, feature] dense features as they are, the
+blocks of `DENSE_BLOCKS` side by side; or token sets (`RaggedTokens.of`); None for texts alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +83,7 @@ class Solver:
 
     Attributes:
         solve: fits many recipes on every fold: design, fits, device and whether weights are kept.
-        score: scores every row of data with a stored probe, [sentence] float32.
+        decide: log-odds or value of every row by a stored probe, as `FittedProbe.decide`.
         n_weights: about how many weights one probe has, given the recipe and the number of dense
             values that it reads of a row or token.
         per_model: settings in which the models of one solve may differ, beside their targets.
@@ -86,7 +93,7 @@ class Solver:
     """
 
     solve: Callable[[Design, Sequence[Fit], str, bool], SolverResult]
-    score: Callable[[FittedProbe, ProbeData], NDArray[np.float32]]
+    decide: Callable[[FittedProbe, Rows, Sequence[str]], Floats]
     n_weights: Callable[[ProbeRecipe, int], int]
     per_model: tuple[str, ...] = ()
     features: Callable[[ProbeRecipe, ProbeData], tuple[str, ...]] = own_features
@@ -136,27 +143,86 @@ class FittedProbe:
     terms: tuple[str, ...] | None
     training: Training
 
-    def inputs(self, data: ProbeData) -> Matrix:
-        """Return the dense features and texts of every row as the probe reads them.
+    def decide(self, X: Rows, texts: Sequence[str] = ()) -> Floats:
+        """Return the log-odds of an anchor, or the predicted value, [row] float64.
+
+        Args:
+            X: what the recipe reads of each row: [row, feature], not standardised, or token sets.
+            texts: [row], of recipes that read `text`.
+
+        Raises:
+            DataError: another width than the probe was fitted on, or another number of texts.
+            NonFiniteError: a feature is NaN or infinite; names the first row.
+        """
+        return SOLVERS[self.recipe.estimator].decide(self, X, texts)
+
+    def predict_proba(self, X: Rows, texts: Sequence[str] = ()) -> Floats:
+        """Return the probabilities of no anchor and of an anchor, [row, 2]; as `decide`.
+
+        Raises:
+            ConfigError: the recipe's target is a value, not a class.
+        """
+        if not self.recipe.is_binary:
+            raise ConfigError(
+                f"target {self.recipe.target} has no probabilities",
+                f"recipe {self.recipe.name!r}",
+                "call predict, which gives its value",
+            )
+        decision = self.decide(X, texts)
+        return np.stack([expit(-decision), expit(decision)], axis=1)
+
+    def predict(self, X: Rows, texts: Sequence[str] = ()) -> NDArray[Any]:
+        """Return whether each row is likelier an anchor, [row] bool, or its value; as `decide`."""
+        decision = self.decide(X, texts)
+        return decision > 0 if self.recipe.is_binary else decision
+
+    def scores(self, data: ProbeData) -> NDArray[np.float32]:
+        """Score every row of `data`, as `SolverResult.score` does, [row] float32.
 
         Args:
             data: rows of any problems, with what the recipe reads of the same site.
 
-        Returns:
-            [row, feature] float64, sparse when the recipe reads text.
-
         Raises:
             DataError: `data` lacks a feature, or has another d_model.
         """
-        dense = dense_matrix(self.recipe, data)
-        found, expected = (0 if dense is None else dense.shape[1]), len(self.arrays.get("mean", ()))
-        if found != expected:
+        read = ragged_tokens if self.recipe.reads_tokens else dense_matrix
+        return scores_of(self.decide(read(self.recipe, data), data.texts), self.recipe)
+
+    def inputs(self, X: Rows, texts: Sequence[str] = ()) -> Matrix:
+        """Return [terms ; standardised X], [row, feature] float64, sparse where there is text."""
+        dense = None if X is None else np.asarray(X)
+        expected = len(self.arrays.get("mean", ()))
+        shape = () if dense is None else dense.shape
+        if shape[1:] != ((expected,) if expected else ()):
             raise DataError(
-                f"the data has {found} features, the probe was fitted on {expected}",
+                f"the data is {list(shape)}, the probe was fitted on {expected} features",
                 f"recipe {self.recipe.name!r}, {self.fold}",
                 "use activations of the model that the probe was fitted on",
             )
-        return transform_inputs(dense, data.texts, self.arrays, self.terms)
+        scaled = None
+        if dense is not None:
+            bad = np.flatnonzero(~np.isfinite(dense).all(axis=1))
+            if bad.size:
+                raise NonFiniteError(
+                    f"{bad.size} rows hold NaN or infinity",
+                    f"row {bad[0]}",
+                    "extract these states again, or leave the rows out",
+                )
+            scaled = (dense.astype(np.float64) - self.arrays["mean"]) / self.arrays["scale"]
+        if self.terms is None:
+            return scaled
+        if dense is not None and len(texts) != len(dense):
+            raise DataError(
+                f"{len(texts)} texts for {len(dense)} rows",
+                f"recipe {self.recipe.name!r}",
+                "give one text per row",
+            )
+        weighted = weigh_texts(texts, self.terms, self.arrays["idf"])
+        return weighted if scaled is None else csr_matrix(hstack([weighted, csr_matrix(scaled)]))
+
+
+SOLVERS: dict[str, Solver] = {}
+"""Name of an estimator -> how it is fitted and decides; `registry` names them."""
 
 
 def fit_token_sets(
@@ -182,7 +248,7 @@ def fit_token_sets(
     # An undefined target has no loss; `fit` groups fits by what leaves it undefined.
     validation &= design.target(recipe).weight > 0
     columns, options = design.columns(fits, train), token_options(recipe)
-    if options.is_binary:
+    if options.is_binary and design.is_balanced:
         weight = columns.weight * positive_weights(columns.y, columns.fold, train)
         columns = FitRequest(columns.fold, columns.y, weight, columns.seed)
     tokens = ragged_tokens(recipe, design.data)
@@ -205,20 +271,11 @@ def fit_token_sets(
     return SolverResult(score.astype(np.float32), found.n_iter, probe)
 
 
-def score_tokens(probe: FittedProbe, data: ProbeData) -> NDArray[np.float32]:
-    """Score every row of `data` with a stored token probe.
-
-    Returns:
-        [sentence] float32: the calibrated probability of an anchor, or the predicted value.
-
-    Raises:
-        DataError: `data` has no token sets, or of another d_model.
-    """
-    options = token_options(probe.recipe)
-    decision = score_token_probe(ragged_tokens(probe.recipe, data), probe.arrays, options)
-    if options.is_binary:
-        decision = probabilities(decision[:, None], probe.arrays["calibration"][None])[:, 0]
-    return decision.astype(np.float32)
+def decide_tokens(probe: FittedProbe, X: Rows, texts: Sequence[str]) -> Floats:
+    """Calibrated log-odds, or values, by a stored token probe; X are token sets."""
+    decision = score_token_probe(RaggedTokens.of(X), probe.arrays, token_options(probe.recipe))
+    slope, offset = probe.arrays["calibration"]
+    return np.asarray(slope * decision + offset)
 
 
 def ragged_tokens(recipe: ProbeRecipe, data: ProbeData) -> RaggedTokens:
@@ -251,7 +308,7 @@ def _n_weights(recipe: ProbeRecipe, d_model: int) -> int:
     return width * (d_model + (depth - 1) * width)
 
 
-TOKEN_SETS = Solver(fit_token_sets, score_tokens, _n_weights, stops_on_validation=True)
+TOKEN_SETS = Solver(fit_token_sets, decide_tokens, _n_weights, stops_on_validation=True)
 """Probes that read each token of a sentence and pool what they read."""
 
 

@@ -1,8 +1,7 @@
 """What a recipe reads: its dense blocks side by side, its texts, its token sets.
 
-From joined features to the matrices that solvers take, and from stored arrays back to the feature
-matrix that a stored probe scores. What does not belong here: learning (`dense`, `fitted`).
-Invariant: a row's features depend on that row and the arrays alone.
+From joined features to the matrices that solvers take. What does not belong here: learning
+(`dense`, `fitted`). Invariant: a row's features depend on that row alone.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_matrix, hstack
+from scipy.sparse import csr_matrix
 
 from taprobe_core.errors import DataError
-from taprobe_core.probes.features import ProbeData, weigh_texts
+from taprobe_core.probes.features import ProbeData
 from taprobe_core.study import ProbeRecipe
 
 Matrix: TypeAlias = NDArray[np.float64] | csr_matrix
@@ -29,14 +28,14 @@ def dense_matrix(recipe: ProbeRecipe, data: ProbeData) -> NDArray[np.float32] | 
     """Return the dense blocks that `recipe` reads, side by side.
 
     Returns:
-        [row, feature] float32, not standardised; None when it reads text alone.
+        [row, feature], of the blocks' type (float32), not standardised; None for text alone.
 
     Raises:
         DataError: the data lacks a block.
     """
     names = [name for name in DENSE_BLOCKS if name in recipe.features]
     blocks = [_dense_block(recipe, data, name) for name in names]
-    return np.concatenate(blocks, axis=1, dtype=np.float32) if blocks else None
+    return np.concatenate(blocks, axis=1) if blocks else None
 
 
 MIN_JOINT_FEATURES = 256
@@ -131,29 +130,3 @@ def _dense_block(recipe: ProbeRecipe, data: ProbeData, name: str) -> NDArray[np.
             "pass them to join_features",
         )
     return block
-
-
-def transform_inputs(
-    dense: NDArray[np.float32] | None,
-    texts: Sequence[str],
-    arrays: Arrays,
-    terms: tuple[str, ...] | None,
-) -> Matrix:
-    """Return the feature matrix of a stored probe, [terms ; dense].
-
-    Args:
-        dense: [row, feature] from `dense_matrix`, or None.
-        texts: [row], read only when there are terms.
-        arrays: `mean` and `scale` [feature], `idf` [term], as far as the recipe needs them.
-        terms: [term]; None without text.
-
-    Returns:
-        [row, feature] float64, sparse when the recipe reads text.
-    """
-    scaled = None
-    if dense is not None:
-        scaled = (dense.astype(np.float64) - arrays["mean"]) / arrays["scale"]
-    if terms is None:
-        return scaled
-    weighted = weigh_texts(texts, terms, arrays["idf"])
-    return weighted if scaled is None else csr_matrix(hstack([weighted, csr_matrix(scaled)]))

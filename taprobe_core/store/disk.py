@@ -49,31 +49,16 @@ def write_bytes(path: Path, *parts: bytes | memoryview, is_synced: bool = False)
         parts: its bytes, in order; a memoryview holds single bytes.
         is_synced: flush them to the disk too.
     """
-    descriptor = write_open(path, *parts)
-    try:
-        if is_synced:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_open(path: Path | str, *parts: bytes | memoryview) -> int:
-    """Write a file anew, as `write_bytes`, and return its descriptor, which is left open.
-
-    Args:
-        path: the file.
-        parts: its bytes, in order; a memoryview holds single bytes.
-    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         for part in parts:
             left = memoryview(part)
             while left:
                 left = left[os.write(descriptor, left) :]
-    except BaseException:
+        if is_synced:
+            os.fsync(descriptor)
+    finally:
         os.close(descriptor)
-        raise
-    return descriptor
 
 
 def sync_path(path: Path | str) -> None:
@@ -95,29 +80,12 @@ def sync_tree(folder: Path | str) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents; the entry of each new one is on the disk afterwards."""
-    for each in _missing(folder):
-        each.mkdir(exist_ok=True)
-        sync_path(each.parent)
-
-
-def make_unflushed(folder: Path, unflushed: list[Path]) -> None:
-    """Make a folder and its parents, and leave it to the caller to flush their entries.
-
-    Args:
-        folder: to be made.
-        unflushed: gets each folder whose entries have to be flushed, when they have changed.
-    """
-    for each in _missing(folder):
-        each.mkdir(exist_ok=True)
-        if each.parent not in unflushed:
-            unflushed.append(each.parent)
-
-
-def _missing(folder: Path) -> list[Path]:
     missing = [folder] if not folder.is_dir() else []
     while missing and not missing[-1].parent.is_dir():
         missing.append(missing[-1].parent)
-    return missing[::-1]
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        sync_path(each.parent)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -20,7 +20,8 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,9 @@ DTYPES = {
 }
 """Types that tensors are stored in: torch's name to that of the format."""
 
+DTYPE_NAMES = {stored: name for name, stored in DTYPES.items()}
+"""The other way round."""
+
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -140,21 +144,6 @@ def write_tensors(
         ArtifactError: another suffix, or a type that the format does not know.
     """
     _check_suffix(path, TENSORS_SUFFIX)
-    write_bytes(path, *tensor_parts(tensors, metadata))
-
-
-def tensor_parts(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> list[bytes | memoryview]:
-    """Return a safetensors file as the parts that it is written from; see `write_tensors`.
-
-    Args:
-        tensors: dense tensors; parts share the memory of those that are contiguous on the CPU.
-        metadata: text kept in the file's header.
-
-    Raises:
-        ArtifactError: a type that the format does not know.
-    """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     # Large numbers first: with a header of a multiple of 8 bytes, all data is then aligned.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -168,7 +157,7 @@ def tensor_parts(
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    return [_LENGTH.pack(len(text)) + text, *(_raw(tensors[name]) for name in names)]
+    write_bytes(path, _LENGTH.pack(len(text)) + text, *(_raw(tensors[name]) for name in names))
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -187,41 +176,52 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def tensor_header(path: Path) -> dict[str, Any]:
+def as_tensor(raw: bytearray, dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    """Return the tensor whose bytes these are; it shares them.
+
+    Args:
+        raw: as safetensors keeps them.
+        dtype: as safetensors names it.
+        shape: of the tensor.
+    """
+    import torch  # torch takes seconds to import
+
+    kind: torch.dtype = getattr(torch, DTYPE_NAMES[dtype])
+    flat = torch.frombuffer(raw, dtype=kind) if raw else torch.empty(0, dtype=kind)
+    return flat.reshape(tuple(shape))
+
+
+def tensor_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Read the header of a safetensors file without its data and without torch.
 
     Returns:
-        Mapping of tensor name to `dtype`, `shape` and `data_offsets`, and `__metadata__`.
+        Mapping of tensor name to `dtype`, `shape` and `range`, its half-open range of the file's
+        bytes, in the order of these; and the file's own metadata.
 
     Raises:
-        CorruptArtifactError: the header is cut, not JSON, or does not cover the file exactly.
+        CorruptArtifactError: the header is cut, not JSON, or its tensors are not the rest of the
+            file, one after the other.
     """
     with path.open("rb", buffering=0) as file:
-        return parse_tensor_header(file.read, os.fstat(file.fileno()).st_size, str(path))
-
-
-def parse_tensor_header(
-    read: Callable[[int], bytes | None], size: int, where: str
-) -> dict[str, Any]:
-    """Read the header of safetensors from a stream of bytes; see `tensor_header`.
-
-    Args:
-        read: gives the next bytes, at most that many.
-        size: bytes of the whole.
-        where: its place, for the message.
-    """
-    head = read(_LENGTH.size) or b""
-    length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else size
-    raw = (read(length) or b"") if length <= min(size, _MAX_HEADER_BYTES) else b""
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(_LENGTH.size)
+        length = _LENGTH.unpack(head)[0] if len(head) == _LENGTH.size else size
+        raw = file.read(length) if length <= min(size, _MAX_HEADER_BYTES) else b""
+    start = _LENGTH.size + length
+    found: dict[str, Any] = {}
     try:
-        header: dict[str, Any] = json.loads(raw)
-        ends = [info["data_offsets"][1] for name, info in header.items() if name != "__metadata__"]
-        is_covered = max(ends, default=0) == size - _LENGTH.size - length
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = (start + index(offset) for offset in info["data_offsets"])
+            found[name] = {"dtype": info["dtype"], "shape": info["shape"], "range": (first, last)}
+        edges = [start, *(edge for info in found.values() for edge in info["range"]), size]
+        is_covered = edges[::2] == edges[1::2] and edges == sorted(edges)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         is_covered = False
     if not is_covered:
-        raise CorruptArtifactError("file is not safetensors (bad header)", where, DISCARD)
-    return header
+        raise CorruptArtifactError("file is not safetensors (bad header)", str(path), DISCARD)
+    return found, metadata
 
 
 def write_json(path: Path, obj: Any) -> None:

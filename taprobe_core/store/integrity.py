@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import polars as pl
 
@@ -22,11 +22,10 @@ from taprobe_core.store.files import (
     JSON_SUFFIX,
     TABLE_SUFFIX,
     TENSORS_SUFFIX,
-    parse_tensor_header,
     read_json,
     tensor_header,
 )
-from taprobe_core.store.manifest import DISCARD, MANIFEST_NAME, FileRecord, Manifest
+from taprobe_core.store.manifest import DISCARD, MANIFEST_NAME, FileRecord, Manifest, TensorInfo
 
 _FILE_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9@._-]{0,199}")
 
@@ -91,63 +90,15 @@ def describe_files(folder: Path, sizes: Mapping[str, int]) -> dict[str, dict[str
             "the stage wrote no file", str(folder), "write at least one file in `write(folder)`"
         )
     for name, size in sizes.items():
-        _check_name(name, str(folder), is_regular=size != NOT_REGULAR)
+        is_name = all(_FILE_PART.fullmatch(part) for part in name.split("/"))
+        if not is_name or name == MANIFEST_NAME or size == NOT_REGULAR:
+            raise ArtifactError(
+                f"file {name!r} cannot be part of an artifact",
+                str(folder),
+                "write regular files with names of A-Z, a-z, 0-9, '@', '.', '_' and '-'; "
+                f"{MANIFEST_NAME!r} is taken",
+            )
     return {name: _describe(folder / name, sizes[name]) for name in sorted(sizes)}
-
-
-def describe_parts(name: str, parts: Sequence[bytes | memoryview], where: str) -> dict[str, Any]:
-    """Describe a file for a manifest by what was written into it, without reading it again.
-
-    Args:
-        name: its relative path inside the artifact; no table, whose form is its library's.
-        parts: its bytes, in order.
-        where: the artifact's folder, where the file is, for the message.
-
-    Returns:
-        A `FileRecord`, as JSON values.
-
-    Raises:
-        ArtifactError: as `describe_files`.
-    """
-    _check_name(name, where, is_regular=True)
-    views = [memoryview(part) for part in parts]
-    size = sum(view.nbytes for view in views)
-    if not name.endswith(TENSORS_SUFFIX):
-        return _describe(Path(where, name), size)
-    digest = hashlib.sha256()
-    for view in views:
-        digest.update(view)
-    with _reading_back(f"{where}/{name}"):
-        header = parse_tensor_header(_reader(views), size, name)
-    return {"size_bytes": size, "sha256": digest.hexdigest(), "content": _tensors(header)}
-
-
-def _reader(views: list[memoryview]) -> Callable[[int], bytes]:
-    """Give the bytes of some views like a file that is open."""
-    left = list(views)
-
-    def read(n_bytes: int) -> bytes:
-        found = b""
-        while left and len(found) < n_bytes:
-            taken = left[0][: n_bytes - len(found)]
-            found += taken
-            left[0] = left[0][len(taken) :]
-            if not left[0]:
-                del left[0]
-        return found
-
-    return read
-
-
-def _check_name(name: str, where: str, *, is_regular: bool) -> None:
-    is_name = all(_FILE_PART.fullmatch(part) for part in name.split("/"))
-    if not is_name or name == MANIFEST_NAME or not is_regular:
-        raise ArtifactError(
-            f"file {name!r} cannot be part of an artifact",
-            where,
-            "write regular files with names of A-Z, a-z, 0-9, '@', '.', '_' and '-'; "
-            f"{MANIFEST_NAME!r} is taken",
-        )
 
 
 def check_sizes(manifest: Manifest, sizes: Mapping[str, int], where: str) -> None:
@@ -198,6 +149,61 @@ def check_file(path: Path, record: FileRecord, *, use_cache: bool = True) -> Non
         )
 
 
+def read_tensor_bytes(
+    path: Path, tensors: Mapping[str, TensorInfo], names: Sequence[str]
+) -> dict[str, bytearray]:
+    """Read some tensors of a file, each hashed at its first read in this process.
+
+    Args:
+        path: a safetensors file.
+        tensors: what its manifest says of them.
+        names: tensors of it.
+
+    Raises:
+        CorruptArtifactError: a tensor's bytes have another hash, or the file's header is damaged.
+    """
+    state = _state(path)
+    try:
+        return _read_checked(path, tensors, names, state)
+    except CorruptArtifactError:
+        _checked[str(path)] = (state, "other bytes")
+        raise
+
+
+def _read_checked(
+    path: Path, tensors: Mapping[str, TensorInfo], names: Sequence[str], state: _State
+) -> dict[str, bytearray]:
+    header, _ = tensor_header(path)
+    found: dict[str, bytearray] = {}
+    with path.open("rb", buffering=0) as file:
+        for name in names:
+            first, last = header.get(name, {"range": (0, 0)})["range"]
+            found[name] = bytearray(last - first)
+            file.seek(first)
+            _fill(file, found[name])
+            expected, place = tensors[name].sha256, f"{path}\n{name}"
+            if _checked.get(place) == (state, expected):
+                continue
+            digest = hashlib.sha256(found[name]).hexdigest()
+            if digest != expected:
+                raise CorruptArtifactError(
+                    f"bytes of tensor {name} changed since they were written (expected sha256 "
+                    f"{expected}, found {digest})",
+                    str(path),
+                    DISCARD,
+                )
+            _checked[place] = (state, digest)
+    return found
+
+
+def _fill(file: IO[bytes], buffer: bytearray | memoryview) -> int:
+    """Read until a buffer is full or the file ends; return how many bytes there were."""
+    left = memoryview(buffer)
+    while left and (n_read := file.readinto(left)):  # type: ignore[attr-defined]
+        left = left[n_read:]
+    return len(buffer) - len(left)
+
+
 def _state(path: Path) -> _State:
     stat = path.stat()
     return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
@@ -208,10 +214,38 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_CHUNK_BYTES = 1 << 20
+"""What is hashed twice, for its tensor and for its file, stays in the processor's cache."""
+
+
+def _tensor_hashes(path: Path, ranges: Mapping[str, tuple[int, int]]) -> tuple[str, dict[str, str]]:
+    """Hash a safetensors file, and each of its tensors, in one reading."""
+    whole, digests = hashlib.sha256(), {}
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        whole.update(file.read(min((first for first, _ in ranges.values()), default=-1)))
+        for name, (first, last) in ranges.items():
+            own = hashlib.sha256()
+            while first < last and (n_read := _fill(file, buffer[: last - first])):
+                first += n_read
+                own.update(buffer[:n_read])
+                whole.update(buffer[:n_read])
+            digests[name] = own.hexdigest()
+    return whole.hexdigest(), digests
+
+
 def _describe(path: Path, size: int) -> dict[str, Any]:
     with _reading_back(str(path)):
-        content = _content(path)
-    return {"size_bytes": size, "sha256": _sha256(path), "content": content}
+        if path.suffix != TENSORS_SUFFIX:
+            return {"size_bytes": size, "sha256": _sha256(path), "content": _content(path)}
+        header, metadata = tensor_header(path)
+        digest, digests = _tensor_hashes(path, {name: header[name]["range"] for name in header})
+    tensors = {
+        name: {"dtype": info["dtype"], "shape": info["shape"], "sha256": digests[name]}
+        for name, info in header.items()
+    }
+    content = {"kind": "tensors", "tensors": tensors, "metadata": metadata}
+    return {"size_bytes": size, "sha256": digest, "content": content}
 
 
 @contextmanager
@@ -228,8 +262,6 @@ def _reading_back(where: str) -> Iterator[None]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    if path.suffix == TENSORS_SUFFIX:
-        return _tensors(tensor_header(path))
     if path.suffix == TABLE_SUFFIX:
         table = pl.scan_parquet(path, glob=False, hive_partitioning=False)
         columns = {name: _type_name(dtype) for name, dtype in table.collect_schema().items()}
@@ -239,14 +271,6 @@ def _content(path: Path) -> dict[str, Any]:
         read_json(path)
         return {"kind": "json"}
     return {"kind": "bytes"}
-
-
-def _tensors(header: dict[str, Any]) -> dict[str, Any]:
-    metadata = header.pop("__metadata__", {})
-    tensors = {
-        name: {"dtype": info["dtype"], "shape": info["shape"]} for name, info in header.items()
-    }
-    return {"kind": "tensors", "tensors": tensors, "metadata": metadata}
 
 
 def _type_name(dtype: pl.DataType) -> str:

@@ -29,7 +29,6 @@ from taprobe_core.store.disk import (
     TEMPORARY,
     hold_lock,
     make_folder,
-    make_unflushed,
     replace_text,
     sync_path,
     sync_tree,
@@ -120,26 +119,12 @@ class LocalBackend:
         """Hold `.lock` of the partition, made if new, and delete what dead writers left in it."""
         folder = self._writable(stage, partition)
         make_folder(folder)
-        with self._locked(folder, timeout_s):
-            yield
-
-    @contextmanager
-    def lock_at_once(
-        self, stage: str, partition: tuple[str, ...], unflushed: list[Path]
-    ) -> Iterator[None]:
-        """As `lock`, without waiting, and leaving flushes to the caller.
-
-        Args:
-            stage: the stage.
-            partition: the partition.
-            unflushed: gets the folders to be flushed before anything in the partition gets a name.
-
-        Raises:
-            BusyArtifactError: somebody holds the lock.
-        """
-        folder = self._writable(stage, partition)
-        make_unflushed(folder, unflushed)
-        with self._locked(folder, 0.0):
+        self._had_root = True
+        with hold_lock(folder, timeout_s):
+            with os.scandir(folder) as entries:
+                left = [entry.name for entry in entries if entry.name.startswith(TEMPORARY)]
+            for name in left:
+                _delete(folder / name)
             yield
 
     def _writable(self, stage: str, partition: tuple[str, ...]) -> Path:
@@ -163,16 +148,6 @@ class LocalBackend:
             if os.path.islink(place):  # noqa: PTH114 (called for every artifact)
                 return place
         return None
-
-    @contextmanager
-    def _locked(self, folder: Path, timeout_s: float) -> Iterator[None]:
-        self._had_root = True
-        with hold_lock(folder, timeout_s):
-            with os.scandir(folder) as entries:
-                left = [entry.name for entry in entries if entry.name.startswith(TEMPORARY)]
-            for name in left:
-                _delete(folder / name)
-            yield
 
     def free_bytes(self) -> int | None:
         """Free space of the file system that holds the root."""

@@ -54,10 +54,14 @@ class ManifestPart(BaseModel):
 
 
 class TensorInfo(ManifestPart):
-    """Type (as safetensors names it, for example F16) and shape of one tensor."""
+    """Type (as safetensors names it, for example F16), shape, and the sha256 of its bytes.
+
+    The hash is null in manifests of a time when only files had one.
+    """
 
     dtype: str
     shape: tuple[_Count, ...]
+    sha256: _Sha256 | None = None
 
 
 class TensorsContent(ManifestPart):

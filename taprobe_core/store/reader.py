@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache, partial
@@ -30,10 +31,23 @@ from taprobe_core.errors import (
 )
 from taprobe_core.store.backend import NOT_REGULAR, POINTER, Backend
 from taprobe_core.store.disk import disk_errors
-from taprobe_core.store.files import read_json, read_table, read_tensors
+from taprobe_core.store.files import as_tensor, read_json, read_table, read_tensors
 from taprobe_core.store.fingerprint import ArtifactKey, check_key, check_partition, is_fingerprint
-from taprobe_core.store.integrity import check_file, check_sizes, is_known_bad
-from taprobe_core.store.manifest import DISCARD, MANIFEST_NAME, Manifest, parse_manifest
+from taprobe_core.store.integrity import (
+    check_file,
+    check_sizes,
+    is_known_bad,
+    read_tensor_bytes,
+)
+from taprobe_core.store.manifest import (
+    DISCARD,
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    TensorInfo,
+    TensorsContent,
+    parse_manifest,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +83,13 @@ class Artifact:
             MissingArtifactError: no such file; names those that exist.
             CorruptArtifactError: other bytes than the manifest says.
         """
+        record = self._record(name)
+        with disk_errors(str(self.path)):
+            self.fetch(name)
+            check_file(self.path / name, record, use_cache=use_cache)
+        return self.path / name
+
+    def _record(self, name: str) -> FileRecord:
         record = self.manifest.files.get(name)
         if record is None:
             raise MissingArtifactError(
@@ -76,10 +97,7 @@ class Artifact:
                 str(self.path),
                 "name one of these files",
             )
-        with disk_errors(str(self.path)):
-            self.fetch(name)
-            check_file(self.path / name, record, use_cache=use_cache)
-        return self.path / name
+        return record
 
     def read_table(self, name: str) -> pl.DataFrame:
         """Read a Parquet file; errors as `file`."""
@@ -89,14 +107,51 @@ class Artifact:
         """Read a safetensors file onto the CPU; errors as `file`."""
         return self._read(name, read_tensors)
 
+    def tensors(self, name: str) -> Mapping[str, TensorInfo]:
+        """What a file's tensors are, by its manifest; nothing if it is no safetensors file."""
+        content = self._record(name).content
+        return content.tensors if isinstance(content, TensorsContent) else {}
+
+    def read_some_tensors(self, name: str, tensors: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Read some tensors of a safetensors file, and check these alone.
+
+        Args:
+            name: relative path of the file inside the artifact.
+            tensors: their names.
+
+        Raises:
+            MissingArtifactError: no such file or tensor; names those that exist.
+            CorruptArtifactError: a tensor's bytes are not those of the manifest.
+        """
+        known = self.tensors(name)
+        absent = ", ".join(sorted({*tensors} - known.keys()))
+        if absent:
+            raise MissingArtifactError(
+                f"{name} has no tensor {absent}, only {', '.join(known)}",
+                str(self.path),
+                "name one of these tensors",
+            )
+        with disk_errors(str(self.path)), self._reading(name):
+            self.fetch(name)
+            found = read_tensor_bytes(self.path / name, known, tensors)
+        return {
+            each: as_tensor(raw, known[each].dtype, known[each].shape)
+            for each, raw in found.items()
+        }
+
     def read_json(self, name: str) -> Any:
         """Read a JSON file; errors as `file`."""
         return self._read(name, read_json)
 
     def _read(self, name: str, read: Callable[[Path], T]) -> T:
         path = self.file(name)
-        try:
+        with self._reading(name):
             return read(path)
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except (FileNotFoundError, NotADirectoryError):
             # Only a prune, or somebody's hand, takes a file away between its hash and its reading.
             raise MissingArtifactError(
@@ -171,6 +226,18 @@ class StoreReader:
         for name in artifact.manifest.files:
             artifact.file(name)
         return artifact
+
+    def versions(self, stage: str, partition: Sequence[str]) -> list[Artifact]:
+        """Return what `find` finds of one partition, in the order of the commits."""
+        check_partition(stage, partition)
+        parts = tuple(partition)
+        with disk_errors(self._backend.where(stage, parts)):
+            names = self._backend.versions(stage, parts)
+        found = [self.find(ArtifactKey(stage, parts, name)) for name in names]
+        return sorted(
+            (artifact for artifact in found if artifact is not None),
+            key=lambda artifact: artifact.manifest.sequence,
+        )
 
     def inspect(self, key: ArtifactKey) -> Artifact:
         """Return a committed artifact after every check but the hashes; errors as `open`."""

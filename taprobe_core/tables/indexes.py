@@ -15,20 +15,21 @@ ATTENTION_SHARDS = Contract(
     unique=["problem_id"],
     name="attention_shards",
 )
-"""One row per problem: the shard of its vertical attention at one layer."""
+"""One row per problem: the artifact of its text that holds its vertical attention at one layer."""
 
 ACTIVATION_SHARDS = Contract(
     {
         **ATTENTION_SHARDS.columns,
+        "pooling": column(pl.String),
         "dtype": column(pl.String),
         "max_abs": column(pl.Float64, at_least(0), FINITE),
     },
     ordered=True,
-    unique=["problem_id"],
+    unique=["problem_id", "pooling"],
     name="activation_shards",
 )
-"""One row per problem: the shard of its activations at one layer, the number type that it is stored
-in, and the largest magnitude before the cast."""
+"""One row per problem and pooling: the artifact of its text that holds it at one layer, the number
+type that it is stored in, and the largest magnitude before the cast."""
 
 FITS = Contract(
     {

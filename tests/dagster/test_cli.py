@@ -76,8 +76,8 @@ def test_a_fresh_event_log_adopts_the_store_and_flipped_bytes_are_mended_alone(
     assert said.out.count("unsound") == len(damaged)
     said = taprobe("run", built.study)
     assert said.code == 0
-    # One cell each, because the lost shard and the lost fit are parts of one cell's artifact.
-    assert counts(said) == (n_cells, 4, n_cells - 4, 4)
+    # The lost fit is a part of one cell, the lost text of one cell at each of two layers.
+    assert counts(said) == (n_cells, 5, n_cells - 5, 4)
     assert taprobe("verify", built.study).code == 0
     again = {key: store.inspect(key).manifest for key in store.keys(None)}
     assert again.keys() == sound.keys()

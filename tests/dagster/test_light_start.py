@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 HEAVY = {"torch", "transformers", "sklearn", "scipy", "matplotlib", "triton"}
-TABLES = {"polars"}
+TABLES = {"polars", "pandas", "pyarrow"}
 
 START = """
 import atexit, json, sys

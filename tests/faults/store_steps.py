@@ -17,14 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from taprobe_core.errors import TaprobeError
-from taprobe_core.store import (
-    ArtifactKey,
-    FileCommit,
-    Store,
-    commit_files,
-    fingerprint,
-    write_json,
-)
+from taprobe_core.store import ArtifactKey, Store, fingerprint, write_json
 
 VERSIONS = [fingerprint("labels", str(n), {}, []) for n in range(4)]
 OLD, NEW, *_ = KEYS = [ArtifactKey("labels", ("m@L16", "7"), version) for version in VERSIONS]
@@ -54,17 +47,6 @@ def discard(root: Path, step: Step) -> None:
     Store(root).discard(NEW)
 
 
-def shard_of(at: int, version: str) -> FileCommit:
-    """A commit of a batch; as in `test_store_batch`."""
-    partition = [("m@L00", "7"), ("m@L01", "7"), ("m@L01", "8")][at]
-    key = ArtifactKey("shards", partition, version)
-    return FileCommit(key, "a.bin", [b"0123456789" * 500], {"at": at}, "1", {"k": [at]})
-
-
-def batch(root: Path, version: str = "1" * 20) -> None:
-    commit_files(Store(root, lock_timeout_s=5), [shard_of(at, version) for at in range(3)])
-
-
 SCENARIOS: dict[str, Callable[[Path, Step], None]] = {
     "fresh": lambda root, step: commit(root, NEW, step),
     "next": lambda root, step: commit(root, NEW, step),
@@ -72,18 +54,12 @@ SCENARIOS: dict[str, Callable[[Path, Step], None]] = {
     "adopt": lambda root, step: commit(root, OLD, step),
     "prune": prune,
     "discard": discard,
-    "batch": lambda root, step: batch(root),
-    "batch_next": lambda root, step: batch(root),
 }
 
 
 def prepare(root: Path, scenario: str) -> None:
     """Bring a new store into the state that the scenario starts from."""
     root.mkdir()
-    if scenario.startswith("batch"):
-        if scenario == "batch_next":
-            batch(root, "0" * 20)
-        return
     for key in {"fresh": [], "next": [OLD], "prune": KEYS}.get(scenario, [OLD, NEW]):
         commit(root, key)
     if scenario == "repair":

@@ -1,4 +1,7 @@
-"""Activations of one site and setting: an index of shards, one for each problem's text.
+"""Activations of one site and setting: an index of artifacts, each of one problem's text.
+
+An artifact of a text holds more layers than a cell reads (which ones, depends on what was asked for
+when), so the index says for each text which artifact has this layer.
 
 How they are extracted (which texts lack what, one pass each) is in `extract`.
 """
@@ -7,9 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -29,61 +32,76 @@ from taprobe_core.pipeline.stage import (
     largest,
     present,
 )
-from taprobe_core.store import ArtifactKey
+from taprobe_core.store import DTYPE_NAMES, ArtifactKey
 
 if TYPE_CHECKING:
     import torch
 
 
+def _config(plan: Plan, cell: Cell) -> dict[str, Any]:
+    site = parse_site(cell[0])
+    return {**plan.text_config(PART.name, site.model), "layer": site.layer}
+
+
 def _make(plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Made]]:
     """Extract what the cells lack and yield what became of each, as it becomes complete.
 
-    Where the study asks for vertical attention, its shards come from the same passes. A problem
-    that fails leaves the shards of the others committed.
+    Where the study asks for vertical attention, it comes from the same passes. A problem that fails
+    leaves the artifacts of the others committed.
     """
-    from taprobe_core.pipeline.extract import extracted, index_faults
+    from taprobe_core.pipeline.extract import cell_parts, extracted, shard_kinds
 
     start = time.monotonic()
     sites = [(parse_site(site), setting) for site, setting in cells]
-    for ready in extracted(plan, sites):
+    for ready in extracted(plan, sites, shard_kinds(plan)):
         for site in ready.sites:
             cell = (str(site), ready.setting)
-            made: Made = index_faults(plan, site, ready)
-            if not made and ready.texts is not None:
-                made = attempted(
-                    partial(_commit_index, plan, cell, ready.texts), f"index of {'/'.join(cell)}"
-                )
+            parts = cell_parts(plan, PART.name, site, ready)
+            made: Made
+            if parts is None:
+                made = ready.faults_at(site.layer)
+            else:
+                where = f"index of {'/'.join(cell)}"
+                made = attempted(partial(_commit_index, plan, cell, parts), where)
             if isinstance(made, Outcome):
-                is_reused = made.is_reused and site.layer not in ready.new
+                is_reused = made.is_reused and site.layer not in ready.new[PART.name]
                 made = Outcome(made.artifact, is_reused, time.monotonic() - start)
             yield cell, made
         start = time.monotonic()
 
 
-def _commit_index(plan: Plan, cell: Cell, texts: pl.DataFrame) -> Outcome:
-    from taprobe_core.pipeline.extract import shard_keys
+def _commit_index(plan: Plan, cell: Cell, parts: Mapping[int, Sequence[ArtifactKey]]) -> Outcome:
+    from taprobe_core.activations.tasks import ACTIVATIONS_FILE, tensor_name
 
     site, setting = parse_site(cell[0]), cell[1]
-    shards = shard_keys(plan, site, setting, texts)
+    poolings = plan.study.activations.poolings
 
     def compute() -> Files:
-        manifests = [plan.store.inspect(key).manifest for key in shards]
-        table = pl.DataFrame(
-            {
-                "problem_id": texts["problem_id"],
-                "shard_fingerprint": [key.fingerprint for key in shards],
-                "dtype": [str(manifest.provenance["dtype_stored"]) for manifest in manifests],
-                "max_abs": [float(manifest.provenance["max_abs"]) for manifest in manifests],
-            }
-        )
-        return {"shards": table}
+        rows: list[tuple[int, str, str, str, float]] = []
+        for problem_id, keys in parts.items():
+            for pooling, key in zip(poolings, keys, strict=True):
+                artifact, name = plan.store.inspect(key), tensor_name(site.layer, pooling)
+                low, high = artifact.manifest.provenance["ranges"][name]
+                dtype = DTYPE_NAMES[artifact.tensors(ACTIVATIONS_FILE)[name].dtype]
+                rows.append((problem_id, key.fingerprint, pooling, dtype, max(-low, high)))
+        return {"shards": pl.DataFrame(rows, schema=_COLUMNS, orient="row")}
 
     provenance = {
         **checkpoint_provenance(plan, site.model, setting),
         "layer": site.layer,
-        "poolings": list(plan.study.activations.poolings),
+        "poolings": list(poolings),
     }
-    return commit_cell(plan, "activations", cell, compute, provenance, shards)
+    read = [key for keys in parts.values() for key in keys]
+    return commit_cell(plan, "activations", cell, compute, provenance, read)
+
+
+_COLUMNS = {
+    "problem_id": pl.Int64,
+    "shard_fingerprint": pl.String,
+    "pooling": pl.String,
+    "dtype": pl.String,
+    "max_abs": pl.Float64,
+}
 
 
 def _describe(plan: Plan, cell: Cell) -> Description:
@@ -99,7 +117,7 @@ def _describe(plan: Plan, cell: Cell) -> Description:
     norms = {problem_id: np.linalg.norm(each, axis=1) for problem_id, each in rows.items()}
     n_rows = sum(len(each) for each in rows.values())
     metrics = {
-        "n_shards": index.height,
+        "n_texts": index["problem_id"].n_unique(),
         "n_tokens" if poolings[0] == "tokens" else "n_sentences": n_rows,
         "d_model": rows[first].shape[1],
         "max_abs": largest(index["max_abs"]),
@@ -144,14 +162,17 @@ def spans_of_site(plan: Plan, cell: Cell) -> list[ArtifactKey]:
     return [plan.key("spans", (parse_site(cell[0]).model, cell[1]))]
 
 
+PART = Part("activation_shards", code_version="5")
+"""All layers and poolings of one text that one pass made."""
+
 ACTIVATIONS = Stage(
     name="activations",
-    title="Pooled activations per sentence at one layer; one shard per problem.",
+    title="Pooled activations per sentence at one layer: where they stand for each problem.",
     grid=("site", "setting"),
     reads=("spans",),
-    code_version="3",
-    config=lambda plan, cell: plan.activation_config(parse_site(cell[0])),
-    part=Part("activation_shards", code_version="4"),
+    code_version="4",
+    config=_config,
+    part=PART,
     make=_make,
     describe=_describe,
     tables={"shards": "ACTIVATION_SHARDS"},

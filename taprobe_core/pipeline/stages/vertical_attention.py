@@ -1,7 +1,7 @@
 """Vertical attention of one site and setting: how later sentences look back at each one.
 
 The mass is measured by the same passes as the activations (`extract`); everything here follows from
-its shards. The tables themselves are made in `attention.tables`.
+it. The tables themselves are made in `attention.tables`.
 
 Invariant: no pass is run for mass that is stored; a longer layer list adds its own layers alone.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import polars as pl
 
-from taprobe_core.errors import TaprobeError, attempted
+from taprobe_core.errors import attempted
 from taprobe_core.keys import parse_site
 from taprobe_core.pipeline.commit import (
     Files,
@@ -44,11 +44,12 @@ from taprobe_core.store import ArtifactKey
 
 
 def _config(plan: Plan, cell: Cell) -> dict[str, Any]:
-    attention = plan.study.attention
+    site, attention = parse_site(cell[0]), plan.study.attention
     # Only the mode `full` makes figures head by head, and only they depend on these two.
     is_full = attention.mode == "full"
     return {
-        **plan.attention_config(parse_site(cell[0])),
+        **plan.text_config(PART.name, site.model),
+        "layer": site.layer,
         "proximity": list(attention.proximity) if is_full else None,
         "depth_control": attention.depth_control if is_full else None,
     }
@@ -57,50 +58,33 @@ def _config(plan: Plan, cell: Cell) -> dict[str, Any]:
 def _make(plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Made]]:
     """Measure what the cells lack, and yield what became of each.
 
-    Where a shard is missing, the pass that makes it also makes the activations that are missing of
-    the same texts. A problem that fails leaves the shards of the others committed.
+    Where a text's attention is missing, the pass that makes it also makes the activations that are
+    missing. A problem that fails leaves the artifacts of the others committed.
     """
-    from taprobe_core.pipeline.extract import are_there, extract_missing
+    from taprobe_core.pipeline.extract import cell_parts, extracted
 
     start = time.monotonic()
-    shards = {
-        cell: attempted(partial(_shards, plan, cell), f"texts of {cell[0]}") for cell in cells
-    }
-    lacking = [
-        cell
-        for cell, keys in shards.items()
-        if not isinstance(keys, TaprobeError)
-        and any(plan.store.adopt(key) is None for key in keys.values())
-    ]
-    faults = extract_missing(plan, [(parse_site(site), setting) for site, setting in lacking])
-    for cell, keys in shards.items():
-        made: Made
-        if isinstance(keys, TaprobeError):
-            made = keys
-        elif cell in faults and not are_there(plan, list(keys.values())):
-            made = faults[cell]
-        else:
-            made = attempted(partial(_commit, plan, cell, keys), f"attention of {cell[0]}")
-        if isinstance(made, Outcome):
-            is_reused = made.is_reused and cell not in lacking
-            made = Outcome(made.artifact, is_reused, time.monotonic() - start)
-        yield cell, made
-        start = time.monotonic()
+    sites = [(parse_site(site), setting) for site, setting in cells]
+    for ready in extracted(plan, sites, [PART.name]):
+        for site in ready.sites:
+            cell = (str(site), ready.setting)
+            parts = cell_parts(plan, PART.name, site, ready)
+            made: Made
+            if parts is None:
+                made = ready.faults_at(site.layer)
+            else:
+                made = attempted(partial(_commit, plan, cell, parts), f"attention of {site}")
+            if isinstance(made, Outcome):
+                is_reused = made.is_reused and site.layer not in ready.new[PART.name]
+                made = Outcome(made.artifact, is_reused, time.monotonic() - start)
+            yield cell, made
+            start = time.monotonic()
 
 
-def _shards(plan: Plan, cell: Cell) -> dict[int, ArtifactKey]:
-    """Problem id -> key of its shard."""
-    from taprobe_core.pipeline.extract import shard_keys
-
-    site, setting = parse_site(cell[0]), cell[1]
-    texts = plan.read("spans", (site.model, setting), "texts")
-    keys = shard_keys(plan, site, setting, texts, "attention_shard")
-    return dict(zip(texts["problem_id"], keys, strict=True))
-
-
-def _commit(plan: Plan, cell: Cell, shards: Mapping[int, ArtifactKey]) -> Outcome:
+def _commit(plan: Plan, cell: Cell, parts: Mapping[int, Sequence[ArtifactKey]]) -> Outcome:
     site, setting = parse_site(cell[0]), cell[1]
     attention = plan.study.attention
+    shards = {problem_id: keys[0] for problem_id, keys in parts.items()}
 
     def compute() -> Files:
         from taprobe_core.attention.tables import vertical_tables
@@ -110,7 +94,10 @@ def _commit(plan: Plan, cell: Cell, shards: Mapping[int, ArtifactKey]) -> Outcom
             "problem_id": list(shards),
             "shard_fingerprint": [key.fingerprint for key in shards.values()],
         }
-        masses = ((problem_id, attention_tensors(plan, key)) for problem_id, key in shards.items())
+        masses = (
+            (problem_id, attention_tensors(plan, key, site.layer))
+            for problem_id, key in shards.items()
+        )
         return {"shards": pl.DataFrame(index), **vertical_tables(masses, attention)}
 
     provenance = {
@@ -203,14 +190,17 @@ def vertical_attention_sound(plan: Plan, cell: Cell) -> Found:
     )
 
 
+PART = Part("attention_shards", code_version="4")
+"""The attention of all layers of one text that one pass made."""
+
 VERTICAL_ATTENTION = Stage(
     name="vertical_attention",
     title="How later sentences look back at each one, at one layer, head by head.",
     grid=("site", "setting"),
     reads=("spans",),
-    code_version="2",
+    code_version="3",
     config=_config,
-    part=Part("attention_shards", code_version="3"),
+    part=PART,
     make=_make,
     describe=_describe,
     tables={

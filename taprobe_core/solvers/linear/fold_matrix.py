@@ -134,6 +134,8 @@ Scaling = Literal["fold", "shared", "none"]
 
 _CACHED_FLOAT64_VALUES = 1 << 22
 _CHUNK_VALUES = 1 << 21
+_MANY = 32
+"""Columns."""
 
 
 class FoldMatrix:
@@ -305,9 +307,11 @@ class FoldMatrix:
         at = torch.as_tensor(fold, device=self.device)
         scaled = coef[:, self.n_terms :] * self._ratio[at].to(coef.dtype)
         for rows, part in self._parts(coef.dtype):
-            torch.matmul(scaled, part.T, out=out[:, rows]) if rows == slice(0, self.n_rows) else (
-                out[:, rows].copy_(scaled @ part.T)
-            )
+            if len(fold) >= _MANY and self.device.type == "cpu":
+                # Half as fast again as the product the other way round.
+                out[:, rows] = (part @ scaled.T).T
+            else:
+                out[:, rows] = scaled @ part.T
         out -= (scaled * self._shift[at].to(coef.dtype)).sum(1, keepdim=True)
         if self.text is not None:
             terms = coef[:, : self.n_terms].cpu().numpy()
@@ -343,7 +347,7 @@ class FoldMatrix:
         """Return row products under the scaling of all rows, [row, row]: one for all folds."""
         gram = torch.zeros(self.n_rows, self.n_rows, dtype=dtype, device=self.device)
         if self.n_dense:
-            shared = torch.cat([part for _, part in self._parts(dtype)])
+            shared = self.shared_dense(dtype)
             if self.device.type == "cpu":
                 # NumPy sees that both factors are one matrix and computes one triangle (SYRK).
                 values = shared.numpy()
@@ -354,15 +358,23 @@ class FoldMatrix:
             gram += torch.as_tensor(self.text.shared_gram()).to(gram)
         return gram
 
-    def shared_values(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the shared dense matrix and what folds make of it: for small matrices.
+    def shared_dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the dense block under the scaling of all rows, [row, feature]."""
+        parts = [part for _, part in self._parts(dtype)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        Returns:
-            [row, feature] float64; shift and ratio [fold, feature], so that fold f sees
-            `(shared - shift_f) * ratio_f`; the ratio is 0 where a fold does not see a feature.
-        """
-        shared = torch.cat([part for _, part in self._float64()])
-        return shared, self._shift, self._ratio
+    def seen(self, fold: NDArray[np.int64]) -> Tensor | None:
+        """Return which dense features each column sees, [column, feature]; None: all see all."""
+        if self._visible is None:
+            return None
+        return torch.as_tensor(self._visible[fold], device=self.device)
+
+    @property
+    def visible_sets(self) -> NDArray[np.int64]:
+        """Which set of dense features each fold sees, [fold], numbered from 0."""
+        if self._visible is None:
+            return np.zeros(self.n_folds, dtype=np.int64)
+        return np.unique(self._visible, axis=0, return_inverse=True)[1].reshape(-1)
 
     def shared_lengths(self) -> Tensor:
         """Return squared row lengths under the scaling of all rows, [row] float64."""

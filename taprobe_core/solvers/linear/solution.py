@@ -27,12 +27,17 @@ class LinearSolution:
         intercept: [column] float64.
         decision: [row, column] float64 of every row; logits of a classifier.
         n_iter: [column] int64, iterations; 0 for a direct solution.
+        bound: [column] float64, on the relative error: of the coefficients of a classifier, of the
+            dual system of a ridge column; 0 for a direct solution.
+        is_converged: [column] bool, whether the bound is within what was asked for.
     """
 
     coef: NDArray[np.float64]
     intercept: NDArray[np.float64]
     decision: NDArray[np.float64]
     n_iter: NDArray[np.int64]
+    bound: NDArray[np.float64]
+    is_converged: NDArray[np.bool_]
 
 
 def check_request(matrix: FoldMatrix, columns: FitRequest, penalty: NDArray[np.float64]) -> None:
@@ -69,17 +74,10 @@ def finish(
     intercept: Tensor,
     n_iter: NDArray[np.int64],
     decision: Tensor | None = None,
+    bound: NDArray[np.float64] | None = None,
+    is_converged: NDArray[np.bool_] | None = None,
 ) -> LinearSolution:
-    """Compute the decisions of all rows and hand everything over as float64 arrays.
-
-    Args:
-        matrix: features.
-        columns: what was fitted.
-        coef: [column, feature] float64.
-        intercept: [column] float64.
-        n_iter: [column].
-        decision: [column, row] if already known, intercept included.
-    """
+    """Hand everything over as arrays; computes the decisions of all rows unless they are known."""
     if decision is None:
         decision = matrix.forward(columns.fold, coef) + intercept[:, None]
     return LinearSolution(
@@ -87,6 +85,8 @@ def finish(
         intercept.cpu().numpy(),
         np.ascontiguousarray(decision.cpu().numpy().T),
         np.asarray(n_iter, dtype=np.int64),
+        np.zeros(len(columns)) if bound is None else bound,
+        np.ones(len(columns), dtype=bool) if is_converged is None else is_converged,
     )
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +77,17 @@ class RaggedTokens:
         return f"sentence {empty[0]} has no token" if len(empty) else None
 
     @classmethod
+    def of(cls, X: Any) -> RaggedTokens:
+        """Return token sets, one [token, d] array per sentence, or [sentence, d] of one token each.
+
+        Raises:
+            DataError: as `from_sentences`.
+        """
+        if isinstance(X, RaggedTokens):
+            return X
+        return cls.from_sentences(X if is_ragged(X) else np.asarray(X)[:, None])  # type: ignore[arg-type]
+
+    @classmethod
     def from_sentences(cls, sentences: Sequence[ArrayLike | torch.Tensor]) -> RaggedTokens:
         """Join one [token, d] array per sentence; other types become float32.
 
@@ -123,6 +134,13 @@ class RaggedTokens:
         rows = torch.from_numpy(self.token_rows(sentences)).to(self.values.device)
         offsets = np.concatenate([[0], np.cumsum(self.lengths[sentences])]).astype(np.int64)
         return RaggedTokens(self.values.index_select(0, rows), offsets)
+
+
+def is_ragged(X: Any) -> bool:
+    """Whether X holds a [token, d] array per sentence, and not one row per sentence."""
+    if getattr(X, "ndim", None) == 3:
+        return True
+    return isinstance(X, list | tuple) and len(X) > 0 and getattr(X[0], "ndim", None) == 2
 
 
 class Slots(NamedTuple):

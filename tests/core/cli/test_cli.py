@@ -170,7 +170,7 @@ def test_lineage_reaches_the_rollouts(built: Any, taprobe: Command, copied: Path
 def test_du_counts_what_is_there(built: Any, taprobe: Command, copied: Path) -> None:
     rows = json.loads(taprobe("du", built.study, "--json").out)
     counts = {row["stage"]: row["n_artifacts"] for row in rows}
-    assert counts["activation_shards"] == 2 * 2 * 6
+    assert counts["activation_shards"] == 2 * 6
     assert counts["leaderboard"] == 1
     n_bytes = sum(
         path.stat().st_size

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from taprobe_core.deferral.plans import POINT_ESTIMATE, plan_deferrals, relabel_runs
 from taprobe_core.errors import LabelError, PlanError
 from taprobe_core.study.config import Deferral
-from taprobe_core.tables import DECISIONS, PLANS, PROTOCOLS, SCORES, SPLITS, check_table
+from taprobe_core.tables import DECISIONS, PLANS, PROTOCOLS, SCORES, SPLITS, check_table, schema_of
 
 Problem = list[tuple[float, bool]]
 
@@ -214,7 +214,7 @@ def test_runs_cover_the_deferred_and_count_each_bank_once(deferred):
             (index, "defer" if index in marked else "accept_negative") for index in range(13)
         )
     ]
-    schema = {name: column.dtype.type for name, column in DECISIONS.columns.items()}
+    schema = schema_of(DECISIONS)
     shuffled = pl.DataFrame(rows, schema, orient="row").sample(fraction=1.0, shuffle=True, seed=1)
     runs = relabel_runs(check_table(shuffled, DECISIONS, "test"))
     for problem_id, marked in deferred.items():

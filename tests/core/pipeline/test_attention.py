@@ -242,12 +242,15 @@ def test_receiver_scores_are_the_mean_over_the_heads_of_the_fold(plan: Plan) -> 
 
 def doctored(plan: Plan, problem_id: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Put another mass of one problem at layer 1 under its key."""
-    texts = table(plan, "spans", MODEL, "texts").filter(problem_id=problem_id)
-    key = plan.attention_shard(Site("tiny", 1), CORRECT, problem_id, texts["input_sha256"][0])
-    tensors = plan.store.open(key).read_tensors("attention.safetensors")
-    tensors["mass"] = change(tensors["mass"].clone())
-    plan.store.discard(key)
-    plan.commit(key, lambda folder: write_tensors(folder / "attention.safetensors", tensors), {})
+    (artifact,) = plan.store.versions("attention_shards", (*MODEL, f"problem_{problem_id}"))
+    tensors = artifact.read_tensors("attention.safetensors")
+    tensors["L01.mass"] = change(tensors["L01.mass"].clone())
+    plan.store.discard(artifact.key)
+    plan.store.commit(
+        artifact.key,
+        lambda folder: write_tensors(folder / "attention.safetensors", tensors),
+        provenance={},
+    )
 
 
 def test_a_test_problem_changes_no_head_of_its_fold(own: Plan) -> None:
@@ -355,18 +358,29 @@ def test_a_change_moves_the_keys_that_it_decides(
     assert moved_stages(values, plan, **changes) == expected
 
 
-def test_a_lost_shard_is_measured_again_alone(own: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    lost = next(key for key in own.store.keys("attention_shards") if key.partition[0] == SITE[0])
+def test_a_lost_text_is_measured_again_alone_at_the_layers_asked_for(
+    own: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = next(iter(own.store.keys("attention_shards")))
+    scores = table(own, "vertical_attention", SITE, "scores")
     own.store.discard(lost)
     cells = cells_of(own.study, "vertical_attention")
-    assert list(missing_cells(own, "vertical_attention", cells)) == [SITE]
+    assert list(missing_cells(own, "vertical_attention", cells)) == cells
     passes = Passes(monkeypatch)
-    outcomes = dict(run_stage(own, "vertical_attention", cells))
+    # Another artifact than the one that was lost, so the cell's own is made again to name it.
+    ((_, outcome),) = run_stage(own, "vertical_attention", [SITE])
     assert passes.seen == (1, set(), {1})
-    assert {cell: each.is_reused for cell, each in outcomes.items()} == {
-        cell: cell != SITE for cell in cells
-    }
-    assert own.store.find(lost) is not None
+    assert not outcome.is_reused
+    assert own.store.find(lost) is None
+    (made,) = own.store.versions("attention_shards", lost.partition)
+    assert made.key in outcome.artifact.manifest.upstream_keys
+    assert table(own, "vertical_attention", SITE, "scores").equals(scores)
+    rest = [cell for cell in cells if cell != SITE]
+    assert list(missing_cells(own, "vertical_attention", cells)) == rest
+    run(own, "vertical_attention")
+    assert passes.seen == (2, set(), {0, 1, 2})
+    assert list(missing_cells(own, "vertical_attention", cells)) == []
+    assert all(verdict.is_sound for verdict in own.store.verify("vertical_attention"))
 
 
 def nan_in(mass: torch.Tensor) -> torch.Tensor:

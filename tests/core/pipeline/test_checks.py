@@ -70,10 +70,9 @@ def copy_trace(plan: Plan, share: float = 1.0) -> None:
 
 
 def shard_of(plan: Plan, problem: int, layer: int = 0) -> ArtifactKey:
-    site = Site("tiny", layer)
-    index = plan.read("activations", (str(site), CORRECT), "shards")
+    index = plan.read("activations", (f"tiny@L{layer:02d}", CORRECT), "shards")
     row = index.row(problem, named=True)
-    partition = (str(site), CORRECT, f"problem_{row['problem_id']}")
+    partition = ("tiny", CORRECT, f"problem_{row['problem_id']}")
     return ArtifactKey("activation_shards", partition, row["shard_fingerprint"])
 
 
@@ -81,11 +80,15 @@ def falsify_shard(
     plan: Plan, problem: int, change: Callable[[torch.Tensor], torch.Tensor], layer: int = 0
 ) -> None:
     key = shard_of(plan, problem, layer)
-    mean = plan.store.open(key).read_tensors("activations.safetensors")["mean"].clone()
+    tensors, name = (
+        plan.store.open(key).read_tensors("activations.safetensors"),
+        f"L{layer:02d}.mean",
+    )
+    tensors[name] = change(tensors[name].clone())
     plan.store.discard(key)
     plan.store.commit(
         key,
-        lambda folder: write_tensors(folder / "activations.safetensors", {"mean": change(mean)}),
+        lambda folder: write_tensors(folder / "activations.safetensors", tensors),
         provenance={},
     )
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from taprobe_core.activations import passes
+from taprobe_core.activations.tasks import ACTIVATIONS_FILE as FILE
 from taprobe_core.deferral import plans as deferral
 from taprobe_core.errors import (
     CorruptArtifactError,
@@ -45,6 +46,7 @@ from taprobe_core.pipeline import (
 from taprobe_core.probes import Fit
 from taprobe_core.probes import fit as probe_fit
 from taprobe_core.probes.fitted import Solver
+from taprobe_core.store import parse_key
 
 CORRECT, INCORRECT = "correct_base_solution", "incorrect_base_solution"
 POISONED = ("tiny@L01", f"{CORRECT}@s01")
@@ -246,7 +248,7 @@ def poison_text(monkeypatch: pytest.MonkeyPatch, problem_id: int, layer: int) ->
     return monkeypatch
 
 
-def test_one_text_that_fails_at_one_layer_costs_one_shard(
+def test_one_text_that_fails_at_one_layer_costs_that_layer_of_it(
     own: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = without(own, "activation_shards", "activations")
@@ -261,7 +263,14 @@ def test_one_text_that_fails_at_one_layer_costs_one_shard(
     assert type(run.error) is NonFiniteError
     assert f"activations tiny@L01/{CORRECT} failed: problem {problem_id}:" in str(run.error)
     assert f"problem {problem_id}, layer 1, mean, sentence 0" in str(run.error)
-    assert len(list(plan.store.keys("activation_shards"))) == 2 * texts.height - 1
+    held = {
+        int(key.partition[-1].removeprefix("problem_")): set(plan.store.open(key).tensors(FILE))
+        for key in plan.store.keys("activation_shards")
+    }
+    assert held == {
+        each: {"L00.mean"} if each == problem_id else {"L00.mean", "L01.mean"}
+        for each in texts["problem_id"]
+    }
     assert list(missing_cells(plan, "activations", cells)) == [cells[1]]
 
     before = written(plan, "activation_shards")
@@ -269,8 +278,39 @@ def test_one_text_that_fails_at_one_layer_costs_one_shard(
     assert (mended.error, mended.made) == (None, {cells[0]: True, cells[1]: False})
     after = written(plan, "activation_shards")
     (new,) = after.keys() - before.keys()
-    assert f"tiny@L01/{CORRECT}/problem_{problem_id}/" in new
+    assert f"tiny/{CORRECT}/problem_{problem_id}/" in new
+    assert set(plan.store.open(parse_key(new)).tensors(FILE)) == {"L01.mean"}
     assert before.items() < after.items()
+
+
+@pytest.mark.parametrize("n_threads", [0, 2])
+def test_a_text_that_cannot_be_committed_costs_itself(
+    own: Plan, monkeypatch: pytest.MonkeyPatch, n_threads: int
+) -> None:
+    plan = without(own, "activation_shards", "activations")
+    problem_id = plan.read("spans", ("tiny", CORRECT), "texts")["problem_id"][2]
+    cells = [("tiny@L00", CORRECT), ("tiny@L01", CORRECT)]
+    write, each_ahead = extract.write_text, extract.each_ahead
+
+    def refusing(folder: Path, *arguments: Any, **named: Any) -> None:
+        if folder.parent.name == f"problem_{problem_id}":
+            raise DataError("this one", folder.parent.name, "mend it")
+        write(folder, *arguments, **named)
+
+    with monkeypatch.context() as poisoned:
+        poisoned.setattr(extract, "write_text", refusing)
+        poisoned.setattr(
+            extract, "each_ahead", lambda work, items, _: each_ahead(work, items, n_threads)
+        )
+        run = Run(plan, "activations", cells)
+    assert run.made == {}
+    assert [fault.part for each in run.told for fault in each.faults] == [
+        f"problem {problem_id}"
+    ] * 2
+    assert len(list(plan.store.keys("activation_shards"))) == 5
+    mended = Run(again(plan), "activations", cells)
+    assert (mended.error, mended.made) == (None, dict.fromkeys(cells, False))
+    assert len(list(plan.store.keys("activation_shards"))) == 6
 
 
 def test_a_model_whose_texts_all_fail_is_given_up(

@@ -66,13 +66,12 @@ def all_stages(plan: Plan) -> list[str]:
 def put_shards(plan: Plan, layer: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Store other numbers under the names of a cell's shards: sound bytes, wrong content."""
     site = Site("tiny", layer)
+    name = f"L{layer:02d}.mean"
     index = plan.read("activations", (str(site), CORRECT), "shards")
     for problem_id, version in index.select("problem_id", "shard_fingerprint").iter_rows():
-        key = ArtifactKey(
-            "activation_shards", (str(site), CORRECT, f"problem_{problem_id}"), version
-        )
-        mean = plan.store.open(key).read_tensors("activations.safetensors")["mean"].clone()
-        tensors = {"mean": change(mean)}
+        key = ArtifactKey("activation_shards", ("tiny", CORRECT, f"problem_{problem_id}"), version)
+        tensors = plan.store.open(key).read_tensors("activations.safetensors")
+        tensors[name] = change(tensors[name].clone())
         plan.store.discard(key)
         plan.store.commit(
             key,

@@ -90,11 +90,10 @@ def pinned(plan: Plan) -> dict[str, str]:
             for seed in study.seeds
         ),
         *(
-            shard(site, setting, problem_id, f"sha256 of problem {problem_id}")
-            for shard in (plan.activation_shard, plan.attention_shard)
-            for site in study.sites
+            plan.shard(kind, model, setting, 3, "sha256 of problem 3", [f"L00.{name}", "L01.last"])
+            for kind, name in (("activation_shards", "mean"), ("attention_shards", "mass"))
+            for model in study.models
             for setting in study.settings
-            for problem_id in (0, 3)
         ),
     ]
     return {"/".join((key.stage, *key.partition)): key.fingerprint for key in keys}

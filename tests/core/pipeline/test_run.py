@@ -122,7 +122,11 @@ def test_an_equal_run_elsewhere_gives_equal_keys_and_equal_numbers(
 ) -> None:
     again = open_plan(built.study, tmp_path)
     for stage in ("rollouts", "labels", "spans", "activations"):
-        list(run_stage(again, stage, [cells_of(plan.study, stage)[0]]))
+        list(
+            run_stage(
+                again, stage, [each for each in cells_of(plan.study, stage) if each[1] == CORRECT]
+            )
+        )
     for key in again.store.keys(None):
         assert {
             name: each.sha256 for name, each in plan.store.open(key).manifest.files.items()
@@ -134,11 +138,10 @@ def test_a_longer_list_of_layers_extracts_the_missing_layer_alone(
 ) -> None:
     values = yaml.safe_load(built.study.read_text())
     kept = open_plan(built.study, copied)
-    for key in [*kept.store.keys("activation_shards"), *kept.store.keys("activations")]:
-        if key.partition[0] == "tiny@L01":
-            kept.store.discard(key)
+    without_activations(kept)
     values["models"]["tiny"]["layers"] = [0]
     shorter = open_plan(parse_study(yaml.safe_dump(values), "shorter.yaml"), copied)
+    list(run_stage(shorter, "activations", cells_of(shorter.study, "activations")))
     assert list(missing_cells(shorter, "activations", cells_of(shorter.study, "activations"))) == []
     before = written(kept.store)
     passes = Passes(monkeypatch)
@@ -157,26 +160,35 @@ def test_a_longer_list_of_layers_extracts_the_missing_layer_alone(
 
 
 @pytest.mark.parametrize(
-    ("stage", "part"), [("activations", "activation_shards"), ("probe_fits", "fits")]
+    ("stage", "part", "scope", "reused"),
+    [
+        ("activations", "activation_shards", "tiny", [False, False]),
+        ("probe_fits", "fits", "tiny@L00", [False, True]),
+    ],
 )
 def test_a_lost_part_makes_its_cells_incomplete_and_is_made_again_alone(
-    own: Plan, stage: str, part: str, monkeypatch: pytest.MonkeyPatch
+    own: Plan,
+    stage: str,
+    part: str,
+    scope: str,
+    reused: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cells = cells_of(own.study, stage)
-    lost = next(key for key in own.store.keys(part) if key.partition[:2] == ("tiny@L00", CORRECT))
+    lost = next(key for key in own.store.keys(part) if key.partition[:2] == (scope, CORRECT))
     before = written(own.store)
     own.store.discard(lost)
 
     wanted = list(missing_cells(own, stage, cells))
     assert wanted == [
-        cell for cell in cells if cell[0] == "tiny@L00" and cell[1].startswith(CORRECT)
+        cell for cell in cells if cell[0].startswith(scope) and cell[1].startswith(CORRECT)
     ]
     assert not is_complete(own, stage, wanted[0])
     passes = Passes(monkeypatch)
     outcomes = list(run_stage(own, stage, wanted))
 
-    assert [outcome.is_reused for _, outcome in outcomes] == [False, True][: len(wanted)]
-    assert len(passes.seen) == (stage == "activations")
+    assert [outcome.is_reused for _, outcome in outcomes] == reused
+    assert (passes.n_texts, len(passes.seen)) == ((1, 2) if stage == "activations" else (0, 0))
     after = written(own.store)
     assert {name for name in after if after[name] != before[name]} == {str(lost)}
     assert list(missing_cells(own, stage, cells)) == []
@@ -339,7 +351,7 @@ def test_the_numbers_shown_are_those_of_the_tables(plan: Plan) -> None:
     assert describe(plan, "spans", cell).metrics["n_tokens"] == texts["token_ids"].list.len().sum()
     shown = describe(plan, "activations", (str(SITE), CORRECT))
     assert shown.n_rows == sentences.height
-    assert (shown.metrics["n_shards"], shown.metrics["d_model"]) == (6, 16)
+    assert (shown.metrics["n_texts"], shown.metrics["d_model"]) == (6, 16)
     scores = read_scores(plan, SITE, Trial(CORRECT, 0))
     assert describe(plan, "probe_fits", (str(SITE), f"{CORRECT}@s00")).metrics == {
         "n_recipes": 3,

@@ -36,7 +36,6 @@ from taprobe_core.probes import (
     RecipeFit,
     fit_batches,
     load_probes,
-    predict,
     save_probes,
 )
 from taprobe_core.probes import design as design_module
@@ -57,7 +56,7 @@ from taprobe_core.study import (
     TokenProbe,
 )
 from taprobe_core.study.controls import control_of
-from taprobe_core.tables import LABEL_STATUS, LABELS, SCORES, check_table
+from taprobe_core.tables import LABEL_STATUS, LABELS, SCORES, check_table, schema_of
 
 WORDS = np.array(
     ["so", "we", "add", "carry", "then", "check", "whether", "seven", "eight", "=", "x"]
@@ -122,7 +121,7 @@ def _labels(problem_id: np.ndarray, index: np.ndarray, signed: np.ndarray) -> pl
         "true_importance": None,
         "is_true_anchor": None,
     }
-    schema = {name: each.dtype.type for name, each in LABELS.columns.items()}
+    schema = schema_of(LABELS)
     frame = pl.DataFrame(columns).with_columns(pl.col("label_status").cast(pl.Enum(LABEL_STATUS)))
     return check_table(frame.cast(schema), LABELS, "test")
 
@@ -204,7 +203,7 @@ def test_scores_are_those_of_scikit_learn(
     probe = fitted(recipe, target, data, [fold], seed=3).probes[0]
 
     tolerance = 2e-3 if recipe.estimator == "mlp" else 1e-4 if is_binary else 1e-6
-    np.testing.assert_allclose(predict(probe, data), expected, atol=tolerance)
+    np.testing.assert_allclose(probe.scores(data), expected, atol=tolerance)
 
 
 @by_name
@@ -224,7 +223,7 @@ def test_scores_cover_validation_and_test_and_are_what_the_probes_say(
         for split, side in (("val", fold.val), ("test", fold.test)):
             scored = own.filter(split=split).join(keyed, on=["problem_id", "sentence_idx"])
             assert sorted(scored["row"]) == data.rows(side).tolist()
-            predicted = predict(probe, data)[scored["row"].to_numpy()]
+            predicted = probe.scores(data)[scored["row"].to_numpy()]
             np.testing.assert_allclose(scored["score"].to_numpy(), predicted, atol=1e-5)
         assert len(own) == len(data.rows(fold.val + fold.test))
 
@@ -302,7 +301,7 @@ def test_wide_recipes_that_differ_in_position_are_one_solve_and_what_they_are_al
                 name: each.shape for name, each in theirs.arrays.items()
             }
             np.testing.assert_allclose(mine.arrays["mean"], theirs.arrays["mean"], rtol=1e-9)
-            np.testing.assert_allclose(predict(mine, wide), predict(theirs, wide), atol=2e-5)
+            np.testing.assert_allclose(mine.scores(wide), theirs.scores(wide), atol=2e-5)
 
 
 @pytest.mark.parametrize("target", ["anchor_binary", "importance_signed", "windowed_change"])
@@ -582,7 +581,7 @@ def test_constant_features_are_only_centred(data: ProbeData, folds: list[Fold]) 
     probe = fitted(DEFAULT_RECIPES[2], "anchor_binary", data, [fold]).probes[0]
 
     assert probe.arrays["scale"][[0, 2]].tolist() == [1.0, 1.0]
-    assert np.isfinite(predict(probe, data)).all()
+    assert np.isfinite(probe.scores(data)).all()
     np.testing.assert_allclose(probe.arrays["coef"][[0, 2]], 0.0, atol=1e-9)
 
 
@@ -660,8 +659,8 @@ def test_recipes_say_what_data_they_lack(data: ProbeData, folds: list[Fold]) -> 
     with pytest.raises(DataError, match="'looking' reads vertical_attention"):
         fitted(looking, "anchor_binary", bare, folds)
     probe = fitted(linear, "anchor_binary", data, folds[:1]).probes[0]
-    with pytest.raises(DataError, match="the data has 5 features, the probe was fitted on 12"):
-        predict(probe, _data(d_model=5))
+    with pytest.raises(DataError, match=r", 5\], the probe was fitted on 12 features"):
+        probe.scores(_data(d_model=5))
 
 
 def test_a_feature_that_is_no_number_is_refused(data: ProbeData, folds: list[Fold]) -> None:

@@ -13,18 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from taprobe_core.errors import ConfigError
-from taprobe_core.estimators import (
-    MLPProbeClassifier,
-    MLPProbeRegressor,
-    TokenProbeClassifier,
-    TokenProbeRegressor,
-)
 from taprobe_core.evaluation.evaluate import evaluate
 from taprobe_core.evaluation.selection import select_on_validation
 from taprobe_core.keys import Site
-from taprobe_core.probes import Contents, Design, Fit, FittedProbe, Training, fit_batches, predict
+from taprobe_core.probes import Contents, Design, Fit, FittedProbe, Training, fit_batches
 from taprobe_core.probes.features import ProbeData
-from taprobe_core.probes.fitted import Solver, SolverResult, scores_of
+from taprobe_core.probes.fitted import Rows, Solver, SolverResult, scores_of
 from taprobe_core.probes.inputs import dense_matrix
 from taprobe_core.probes.registry import SOLVERS
 from taprobe_core.probes.targets import (
@@ -61,7 +55,7 @@ from taprobe_core.study.targets import (
 )
 from taprobe_core.sweep.boards import configuration_table, recipe_table
 from taprobe_core.sweep.space import grid, sweep_space, uses_of
-from taprobe_core.tables import LABEL_STATUS, LABELS, check_table
+from taprobe_core.tables import LABEL_STATUS, LABELS, check_table, schema_of
 
 # What a new target is: an entry, and how labels become its values.
 
@@ -107,11 +101,11 @@ def solve(design: Design, fits: Sequence[Fit], device: str, keep_weights: bool) 
     return SolverResult(scores_of(X @ coef, fits[0].recipe), n_iter, probe)
 
 
-def score(probe: FittedProbe, data: ProbeData) -> NDArray[np.float32]:
-    return scores_of(probe.inputs(data) @ probe.arrays["coef"], probe.recipe)
+def decide(probe: FittedProbe, X: Rows, texts: Sequence[str]) -> NDArray[np.float64]:
+    return probe.inputs(X, texts) @ probe.arrays["coef"]
 
 
-CENTROID_SOLVER = Solver(solve, score, lambda recipe, n: n, per_model=("regularization",))
+CENTROID_SOLVER = Solver(solve, decide, lambda recipe, n: n, per_model=("regularization",))
 
 
 @pytest.fixture
@@ -191,7 +185,7 @@ def data_of(n_problems: int = 6, n_sentences: int = 8) -> ProbeData:
             "true_importance": None,
             "is_true_anchor": None,
         }
-    ).cast({name: each.dtype.type for name, each in LABELS.columns.items()})
+    ).cast(schema_of(LABELS))
     position = np.column_stack([index, index / (n_sentences - 1)]).astype(np.float32)
     return ProbeData(
         labels=check_table(labels, LABELS, "test"),
@@ -247,19 +241,13 @@ def test_the_range_of_a_setting_is_that_of_its_field(setting: TargetSetting) -> 
         TargetSettings.model_validate({setting.name: "some"})
 
 
-def test_settings_are_called_and_preset_alike_in_studies_solvers_and_scikit_learn() -> None:
+def test_settings_are_called_and_preset_alike_in_studies_and_solvers() -> None:
     tokens = TokenProbe().model_dump()
     options = asdict(TokenProbeOptions("attention"))
     own = {name: value for name, value in options.items() if name not in ("pooling", "loss")}
     assert own == {name: value for name, value in tokens.items() if name != "loss"}
-    for face in (TokenProbeClassifier(), TokenProbeRegressor()):
-        assert face.get_params() | own == face.get_params()
-    assert TokenProbeRegressor().loss == tokens["loss"]
     network, recipe = asdict(NetworkOptions()), EstimatorSettings()
     assert (network["hidden"], network["max_iter"]) == (recipe.hidden, recipe.max_iter)
-    del network["is_classifier"]
-    for face in (MLPProbeClassifier(), MLPProbeRegressor()):
-        assert face.get_params() | network == face.get_params()
 
 
 def test_an_entry_that_contradicts_itself_is_refused() -> None:
@@ -354,7 +342,7 @@ def test_a_new_target_and_estimator_are_hashed_fitted_and_selected_on() -> None:
     for probe in found["centroid"].probes:
         own = found["centroid"].scores.filter(fold=probe.fold.index, protocol=probe.fold.protocol)
         rows = own.join(keyed, on=["problem_id", "sentence_idx"], maintain_order="left")["row"]
-        np.testing.assert_allclose(own["score"], predict(probe, data)[rows.to_numpy()], atol=1e-6)
+        np.testing.assert_allclose(own["score"], probe.scores(data)[rows.to_numpy()], atol=1e-6)
 
     scores = pl.concat(each.scores for each in found.values())
     targets = {recipe.name: recipe.target for recipe in study.recipes}

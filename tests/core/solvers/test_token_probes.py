@@ -1,4 +1,4 @@
-"""Token probes trained together, against padded torch modules trained one at a time."""
+"""Token probes trained together, against the reference module trained one at a time."""
 
 from __future__ import annotations
 
@@ -37,73 +37,12 @@ from taprobe_core.solvers.tokens.forward import (
 from taprobe_core.solvers.tokens.learner import Targets
 from taprobe_core.solvers.tokens.pooling import POOLINGS, TokenProbeOptions
 from taprobe_core.solvers.tokens.ragged import RaggedTokens, plan_batches
+from taprobe_core.solvers.tokens.reference import ReferenceProbe
 from taprobe_core.solvers.tokens.solve import fit_token_probes, positive_weights, score_token_probe
 from taprobe_core.solvers.tokens.states import bytes_needed, models_at_once, token_states
 from taprobe_core.solvers.tokens.training import network_shape, train_stack
 
 SMALL = TokenProbeOptions("attention", n_heads=2, width=8, window=4, max_epochs=3, batch_size=16)
-
-
-class Padded(nn.Module):
-    """One probe over padded sentences; what a user would write for a single model."""
-
-    def __init__(self, d: int, options: TokenProbeOptions, seed: int) -> None:
-        super().__init__()
-        self.options = options
-        sizes = [d] + [options.width] * options.depth
-        self.layers = nn.ModuleList(nn.Linear(*each) for each in pairwise(sizes))
-        self.query = nn.Parameter(torch.empty(options.n_heads, options.width))
-        self.value = nn.Parameter(torch.empty(options.n_heads, options.width))
-        self.mixer = nn.Linear(options.n_heads, 1)
-        generator = torch.Generator().manual_seed(seed)
-        for weight in (*[layer.weight for layer in self.layers], self.query, self.value,
-                       self.mixer.weight):  # fmt: skip
-            nn.init.xavier_uniform_(weight, generator=generator)
-        for layer in (*self.layers, self.mixer):
-            nn.init.zeros_(layer.bias)
-
-    def load(self, arrays) -> None:
-        """Take over the weights of a column, or drawn ones."""
-        with torch.no_grad():
-            for at, layer in enumerate(self.layers):
-                layer.weight.copy_(torch.as_tensor(arrays[f"token_weight_{at}"]))
-                layer.bias.copy_(torch.as_tensor(arrays[f"token_bias_{at}"]))
-            if "query" in arrays:
-                self.query.copy_(torch.as_tensor(arrays["query"]))
-            self.value.copy_(torch.as_tensor(arrays["value"]))
-            self.mixer.weight.copy_(torch.as_tensor(arrays["mixer"])[None])
-            self.mixer.bias.copy_(torch.as_tensor(arrays["bias"]))
-
-    def forward(self, padded: torch.Tensor, mask: torch.Tensor, is_soft: bool) -> torch.Tensor:
-        for layer in self.layers:
-            padded = torch.relu(layer(padded))
-        outside = ~mask[..., None]
-        query = (padded @ self.query.T).masked_fill(outside, -torch.inf)
-        value = padded @ self.value.T
-        pooling = self.options.pooling
-        if pooling == "attention":
-            pooled = (torch.softmax(query, 1) * value).sum(1)
-        elif pooling == "multimax":
-            pooled = self._largest(value, outside, is_soft)
-        else:
-            windows, exists = [], []
-            for start in range(max(padded.shape[1] - self.options.window + 1, 1)):
-                part = slice(start, start + self.options.window)
-                is_whole = mask[:, part].all(1) if start else mask[:, 0]
-                inside = query[:, part].masked_fill(~is_whole[:, None, None], 0.0)
-                windows.append((torch.softmax(inside, 1) * value[:, part]).sum(1))
-                exists.append(is_whole)
-            pooled = self._largest(
-                torch.stack(windows, 1), ~torch.stack(exists, 1)[..., None], is_soft
-            )
-        return self.mixer(pooled)[:, 0]
-
-    @staticmethod
-    def _largest(value: torch.Tensor, outside: torch.Tensor, is_soft: bool) -> torch.Tensor:
-        lowered = value.masked_fill(outside, -torch.inf)
-        if not is_soft:
-            return lowered.max(1).values
-        return (torch.softmax(lowered, 1) * value.masked_fill(outside, 0.0)).sum(1)
 
 
 def pad(tokens, rows, mean, scale):
@@ -210,7 +149,7 @@ def test_gradients_equal_autograd_on_states_standardised_by_the_fold(pooling, hi
     backward(stack, batch, trace, weight, found, space)
     through_scaling(found, scaling)
     for at in range(3):
-        model = Padded(6, options, 0).double()
+        model = ReferenceProbe(6, options, 0).double()
         arrays = {name: view[at] for name, view in stack.views.items()}
         model.load(arrays)
         parts = [
@@ -252,7 +191,7 @@ def test_models_trained_together_equal_modules_trained_alone(pooling, loss, trai
     found = fit_token_probes(tokens, train, validation, columns, options)
     for at in range(4):
         fold, seed = int(columns.fold[at]), int(columns.seed[at])
-        model = Padded(6, options, 0)
+        model = ReferenceProbe(6, options, 0)
         model.load(draw(network_shape(6, options), seed))
         watched = validation[fold].astype(float)
         if options.is_binary:
@@ -645,7 +584,7 @@ def test_seeds_scatter_like_those_of_modules_trained_alone(pooling):
              torch.randperm(len(rows), generator=generator).split(options.batch_size)]
             for _ in range(options.max_epochs)
         ]  # fmt: skip
-        model = Padded(6, options, seed)
+        model = ReferenceProbe(6, options, seed)
         weight = columns.weight[:, 0]
         score, _, n_epochs = train_alone(model, tokens, train[0], watched, y, weight, orders)
         scores.append(score)

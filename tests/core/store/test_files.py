@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import struct
@@ -13,7 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from taprobe_core.errors import ArtifactError, CorruptArtifactError, NonFiniteError
+from taprobe_core.errors import (
+    ArtifactError,
+    CorruptArtifactError,
+    MissingArtifactError,
+    NonFiniteError,
+)
 from taprobe_core.store import (
     ArtifactKey,
     Store,
@@ -103,8 +109,8 @@ def test_tensors_write_then_read_is_identity(
     for name, tensor in tensors.items():
         assert found[name].dtype == dtype
         assert torch.equal(found[name], tensor)
-    header = tensor_header(path)
-    assert header.pop("__metadata__", {}) == (metadata or {})
+    header, about = tensor_header(path)
+    assert about == (metadata or {})
     assert {name: info["shape"] for name, info in header.items()} == shapes
 
 
@@ -130,6 +136,10 @@ def test_views_and_shared_memory_are_written_whole(tmp_path: Path) -> None:
         assert torch.equal(found[name], tensor.detach())
 
 
+def sha256_of(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
 def test_bfloat16_comes_back_bit_for_bit_and_the_manifest_says_so(tmp_path: Path) -> None:
     # Every bit pattern, so also infinities, NaN with their payloads and subnormal numbers.
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).reshape(256, 256)
@@ -148,8 +158,8 @@ def test_bfloat16_comes_back_bit_for_bit_and_the_manifest_says_so(tmp_path: Path
     assert artifact.manifest.files["a.safetensors"].content.model_dump() == {
         "kind": "tensors",
         "tensors": {
-            "tokens": {"dtype": "BF16", "shape": (256, 256)},
-            "offsets": {"dtype": "I64", "shape": (2,)},
+            "offsets": {"dtype": "I64", "shape": (2,), "sha256": sha256_of(tensors["offsets"])},
+            "tokens": {"dtype": "BF16", "shape": (256, 256), "sha256": sha256_of(patterns)},
         },
         "metadata": {"dtype": "bfloat16"},
     }
@@ -167,8 +177,8 @@ def test_data_is_aligned_to_its_type_whatever_the_order_of_the_tensors(tmp_path:
     raw = (tmp_path / "a.safetensors").read_bytes()
     assert raw == (tmp_path / "b.safetensors").read_bytes()
     assert struct.unpack("<Q", raw[:8])[0] % 8 == 0
-    for name, info in tensor_header(tmp_path / "a.safetensors").items():
-        assert info["data_offsets"][0] % tensors[name].element_size() == 0
+    for name, info in tensor_header(tmp_path / "a.safetensors")[0].items():
+        assert info["range"][0] % tensors[name].element_size() == 0
 
 
 def test_a_type_that_the_format_does_not_know_is_refused(tmp_path: Path) -> None:
@@ -246,6 +256,8 @@ GOOD_HEADER = b'{"x":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}'
         header(b"[]"),
         header(b'{"x":1}'),
         header(b'{"x":{"data_offsets":[0,"2"]}}') + b"12",
+        header(GOOD_HEADER.replace(b"[0,", b"[1,")) + b"12",
+        header(GOOD_HEADER.replace(b"[0,", b"[0.0,")) + b"12",
     ],
 )
 def test_a_lying_tensor_header_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -280,4 +292,7 @@ def test_an_artifact_reads_all_three_forms(tmp_path: Path) -> None:
     artifact = Store(tmp_path).open(key)
     assert_frame_equal(artifact.read_table("t.parquet"), frame)
     assert torch.equal(artifact.read_tensors("a.safetensors")["mean"], tensor)
+    assert artifact.read_some_tensors("a.safetensors", ["mean"])["mean"].equal(tensor)
+    with pytest.raises(MissingArtifactError, match=r"no tensor last, only mean"):
+        artifact.read_some_tensors("a.safetensors", ["last"])
     assert artifact.read_json("v.json") == [1, None]
