@@ -164,9 +164,8 @@ class Probe(BaseEstimator):  # type: ignore[misc] # scikit-learn is untyped
         """Fit one probe.
 
         Args:
-            X: [row, feature] array or DataFrame; or token sets: `RaggedTokens`, a list of
-                [token, d] arrays, or one [row, token, d] array. Token probes read [row, feature] as one token
-                a row.
+            X: [row, feature] array or DataFrame; or token sets: `RaggedTokens`, a list of arrays
+                [token, d], or one [row, token, d] array. Token probes read rows as one token each.
             y: [row] two classes, or values; a Series or a DataFrame of one column will do.
             sample_weight: [row], at least 0; default 1.
             groups: [row] problem ids. What is held out to stop early is then whole problems; a

@@ -63,8 +63,9 @@ def commit_cell(
 
     upstream = list(dict.fromkeys([*plan.upstream(stage, cell), *parts]))
     key = plan.key(stage, cell)
-    if plan.store.find(key) is not None and not plan.is_complete(stage, cell):
-        # A part that was lost may have been made again under another name, with other company.
+    index = plan.store.find(key)
+    if index is not None and {*plan.part_keys(index.manifest)} - {*upstream}:
+        # A text that was lost, or found damaged, was made again by an artifact of other layers.
         plan.store.discard(key)
     return commit_once(plan, key, write, provenance, upstream)
 

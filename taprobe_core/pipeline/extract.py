@@ -29,6 +29,8 @@ from taprobe_core.activations.schedule import N_WRITERS, each_ahead
 from taprobe_core.activations.tasks import (
     ACTIVATIONS_FILE,
     ATTENTION_FILE,
+    ActivationShard,
+    AttentionShard,
     ExtractOptions,
     TextTask,
     tasks_of,
@@ -302,7 +304,10 @@ def _commit(
                     "%s %s problem %d, layer %d, %s: %.3g does not fit %s, stored as float32",
                     *(model, setting, item.problem_id, layer, pooling, max(-low, high), storage),
                 )
-    made = {"activation_shards": item.shards, "attention_shards": item.attention}
+    made: dict[str, dict[int, ActivationShard] | dict[int, AttentionShard]] = {
+        "activation_shards": item.shards,
+        "attention_shards": item.attention,
+    }
     for kind, shards in made.items():
         if not shards:
             continue

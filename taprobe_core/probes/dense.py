@@ -178,7 +178,18 @@ def fit_mlp(
         max_iter=recipe.max_iter,
         early_stopping=stopping,
     )
-    found = fit_networks(X, train, columns, options, validation, device, keep_weights=keep_weights)
+    # An undefined target has no loss.
+    known = [design.target(fit.recipe).weight > 0 for fit in fits]
+    found = fit_networks(
+        X,
+        train,
+        columns,
+        options,
+        validation,
+        device,
+        validation_weight=np.repeat(np.array(known, dtype=float), len(design.folds), axis=0).T,
+        keep_weights=keep_weights,
+    )
 
     def probe(fit: Fit, column: int) -> FittedProbe:
         fold = int(found.fold[column])

@@ -20,7 +20,7 @@ from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.stage import Check, Description, Found, Made, Outcome, Part, Stage
 from taprobe_core.store import ArtifactKey
 
-FITS = Part("fits", code_version="4")
+FITS = Part("fits", code_version="5")
 """One recipe's fits over all folds: probes, and scores of validation and test sentences."""
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from taprobe_core.devices import free_bytes
-from taprobe_core.errors import DataError, NumericsError
+from taprobe_core.errors import NumericsError
 from taprobe_core.solvers.columns import FitRequest, fold_moments
 from taprobe_core.solvers.networks.batch import (
     Networks,
@@ -75,28 +75,6 @@ class NetworkSolution:
     n_iter: NDArray[np.int64]
     is_converged: NDArray[np.bool_]
     decision: NDArray[np.float64]
-
-    def decide(self, X: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return logit or value of new rows, [row, column], computed in float64.
-
-        Args:
-            X: [row, feature] float32, raw.
-
-        Raises:
-            DataError: the weights were not kept.
-        """
-        if not self.weights:
-            raise DataError("the weights were not kept", "NetworkSolution", "fit with keep_weights")
-        found = np.empty((len(X), len(self.fold)))
-        for fold in np.unique(self.fold):
-            rows = (X - self.mean[fold]) / self.scale[fold]
-            for column in np.flatnonzero(self.fold == fold):
-                state = rows
-                for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-                    state = (np.maximum(state, 0) if layer else state) @ weight[column]
-                    state += bias[column]
-                found[:, column] = state[:, 0]
-        return found
 
 
 def fit_networks(

@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.optim.adamw import adamw
 
 from taprobe_core.devices import has_triton
-from taprobe_core.errors import DataError, NotEnoughDataError
+from taprobe_core.errors import NotEnoughDataError
 from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.tokens.backward import backward, through_scaling
 from taprobe_core.solvers.tokens.forward import FirstLayer, FoldScaling, Stack, Workspace, forward
@@ -49,34 +49,16 @@ Mask = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
 
-def stopping_weights(
-    columns: FitRequest, validation: Mask, is_binary: bool, given: Floats | None
-) -> Floats:
-    """Return the weight of every sentence in each column's validation loss.
+def stopping_weights(columns: FitRequest, validation: Mask, is_binary: bool) -> Floats:
+    """Return the weight of every sentence in each column's validation loss, [sentence, column].
 
-    Args:
-        columns: the models.
-        validation: [fold, sentence] bool.
-        is_binary: whether targets are 0 and 1.
-        given: [sentence, column], or None for the mean training weight of the sentence's class if
-            targets are binary, else 1.
-
-    Returns:
-        [sentence, column] float64.
+    It is the mean training weight of the sentence's class, 1 for values; validation is [fold,
+    sentence].
 
     Raises:
-        DataError: weights of another shape, negative or not finite.
         NotEnoughDataError: a column has no validation sentence of weight above 0.
     """
-    weight = given
-    if weight is None:
-        weight = _class_means(columns) if is_binary else np.ones_like(columns.weight)
-    if weight.shape != columns.y.shape or not (np.isfinite(weight) & (weight >= 0)).all():
-        raise DataError(
-            f"validation weights {weight.shape} for targets {columns.y.shape}",
-            "token probes",
-            "give one finite weight of at least 0 per sentence and column",
-        )
+    weight = _class_means(columns) if is_binary else np.ones_like(columns.weight)
     stopping_weight = np.where(validation[columns.fold].T, weight, 0.0)
     empty = np.flatnonzero(~stopping_weight.any(axis=0))
     if len(empty):

@@ -110,7 +110,6 @@ def fit_token_probes(
     columns: FitRequest,
     options: TokenProbeOptions,
     device: torch.device | str = "cpu",
-    validation_weight: Floats | None = None,
     *,
     keep_weights: bool = True,
     max_bytes: int | None = None,
@@ -129,9 +128,6 @@ def fit_token_probes(
         columns: models with seeds of at least 0; y is 0 or 1 for a logistic loss.
         options: settings.
         device: where to compute.
-        validation_weight: [n, column], at least 0, of validation sentences in the loss that
-            decides when to stop; None: the mean training weight of the sentence's class for binary
-            targets, 1 for continuous ones.
         keep_weights: False saves memory where the scores are enough.
         max_bytes: of the models trained at once, beside the token states; default 2 GiB on a CPU,
             half of the free memory of a GPU.
@@ -148,9 +144,7 @@ def fit_token_probes(
     states = token_states(tokens, train, torch.device(device))
     stopping_weight = None
     if validation is not None:
-        stopping_weight = stopping_weights(
-            columns, validation, options.is_binary, validation_weight
-        )
+        stopping_weight = stopping_weights(columns, validation, options.is_binary)
     n, m = columns.y.shape
     shape = network_shape(tokens.n_features, options)
     sizes = shape.parameters() if keep_weights else {}

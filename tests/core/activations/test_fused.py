@@ -79,7 +79,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     ("name", "dtype", "threads"),
     [
         *((name, torch.float32, 1) for name in KINDS),
-        *((name, torch.bfloat16, 2) for name in KINDS),
+        *((name, torch.bfloat16, 1) for name in KINDS),
         ("qwen2", torch.float32, 2),
     ],
     indirect=["threads"],

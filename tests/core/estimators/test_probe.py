@@ -257,6 +257,15 @@ def test_probes_are_searched_over_and_cross_validated_by_problem():
     assert log_loss(y, p) < 0.4
 
 
+def test_rows_of_weight_zero_neither_teach_nor_stop_a_network():
+    X, signal, rng = data(n=160)
+    groups, weight = np.arange(160) // 16, np.where(np.arange(160) % 4, 1.0, 0.0)
+    wrong = np.where(weight > 0, signal, 1e3 * rng.standard_normal(160))
+    probe = Probe("mlp", task="regression", hidden=(9,))
+    own, other = (clone(probe).fit(X, y, weight, groups=groups).predict(X) for y in (signal, wrong))
+    np.testing.assert_array_equal(own, other)
+
+
 def test_rows_of_weight_zero_teach_nothing():
     X, y = sentences(80)
     weight = np.r_[np.ones(80), np.zeros(80)]

@@ -136,6 +136,20 @@ def test_a_layer_is_read_and_checked_without_the_rest(built: Any, own: Plan) -> 
     assert of_text(plan, problem_id)[0].manifest.files == artifact.manifest.files
 
 
+def test_what_was_found_damaged_is_not_read_again_by_the_layer_that_was_made_anew(
+    built: Any, own: Plan
+) -> None:
+    (artifact,) = of_text(own, problems(own)[1])
+    means = read_activations(own, SECOND, CORRECT)
+    flip(artifact, "L01.mean")
+    with pytest.raises(CorruptArtifactError):
+        read_activations(own, SECOND, CORRECT)
+    plan = open_plan(built.study, own.data_root)
+    run(plan, SECOND)
+    again = read_activations(plan, SECOND, CORRECT)
+    assert all(np.array_equal(again[each], means[each]) for each in means)
+
+
 def test_a_damaged_header_is_a_damaged_artifact(own: Plan) -> None:
     (artifact,) = of_text(own, problems(own)[0])
     path = artifact.path / FILE
@@ -163,15 +177,17 @@ def test_an_artifact_of_other_inputs_is_not_taken_for_the_text(own: Plan) -> Non
     assert alike.fingerprint not in shards["shard_fingerprint"].to_list()
 
 
-def test_pruning_keeps_every_artifact_that_a_cell_reads(own: Plan) -> None:
-    for pooling in ("last", "max", "boundary", "tokens"):
-        run(with_poolings(own, "mean", pooling), FIRST)
-    n_artifacts = len(list(own.store.keys("activation_shards")))
-    assert n_artifacts == len(list(own.store.keys("spans"))) * len(problems(own)) + 4 * len(
-        problems(own)
-    )
-    assert [key for key in own.store.prune(1) if key.stage == "activation_shards"] == []
-    assert all(verdict.is_sound for verdict in own.store.verify())
+def test_pruning_keeps_the_older_artifacts_that_a_cell_reads(own: Plan) -> None:
+    for pooling in ("last", "max", "tokens"):
+        newest = with_poolings(own, "mean", pooling)
+        run(newest, FIRST)
+    own.store.prune(1)
+    for problem_id in problems(own):
+        first, last = of_text(own, problem_id)
+        assert [*first.tensors(FILE)] == ["L00.mean", "L01.mean"]
+        assert {*last.tensors(FILE)} == {"L00.tokens", "L00.offsets"}
+    assert list(missing_cells(newest, "activations", [(str(FIRST), CORRECT)])) == []
+    assert all(verdict.is_sound for verdict in own.store.verify("activations"))
 
 
 def test_the_lines_of_the_documentation_read_one_layer(own: Plan) -> None:

@@ -104,7 +104,6 @@ def test_a_network_is_scikit_learns_of_the_same_seed(is_classifier, early_stoppi
             np.testing.assert_allclose(ours[column], theirs, atol=1e-4)
         np.testing.assert_allclose(found.decision[:, column], decision, atol=1e-4)
         assert found.n_iter[column] == model.n_iter_
-    np.testing.assert_allclose(found.decide(data.X), found.decision, atol=1e-5)
 
 
 @pytest.mark.parametrize("is_classifier", [True, False])
@@ -450,7 +449,7 @@ def test_options_without_sense_are_refused(fault):
         NetworkOptions(**fault)
 
 
-def test_weights_that_are_not_kept_cannot_score_new_rows():
+def test_weights_that_are_not_kept_change_no_decision():
     data = Data()
     options = NetworkOptions(hidden=(4,), max_iter=2, early_stopping="off")
     columns = data.columns(data.label)
@@ -460,8 +459,6 @@ def test_weights_that_are_not_kept_cannot_score_new_rows():
     np.testing.assert_array_equal(slim.decision, kept.decision)
     assert [each.shape for each in kept.weights] == [(8, N_FEATURES, 4), (8, 4, 1)]
     assert [each.shape for each in kept.biases] == [(8, 4), (8, 1)]
-    with pytest.raises(DataError, match="not kept"):
-        slim.decide(data.X)
 
 
 def test_a_constant_target_and_a_constant_feature_are_learned():

@@ -598,23 +598,6 @@ def test_seeds_scatter_like_those_of_modules_trained_alone(pooling):
     assert len(p) * min(p) > 0.05, p
 
 
-def test_validation_weights_decide_which_sentences_stop_a_model():
-    options = replace(SMALL, pooling="multimax", max_epochs=30, patience=2, learning_rate=0.05)
-    tokens, train, validation, y = planted(seed=3)
-    noisy = np.where(np.random.default_rng(0).random(len(y)) < 0.25, 1 - y, y)
-    columns = columns_of(train, noisy, [0, 1, 2], [0, 0, 0])
-    every = np.flatnonzero(validation.any(axis=0))
-    weight = np.zeros_like(columns.y)
-    weight[every[::2]] = 3.0
-    fewer = validation & (weight[:, 0] > 0)
-    heavy = fit_token_probes(tokens, train, validation, columns, options, validation_weight=weight)
-    few = fit_token_probes(
-        tokens, train, fewer, columns, options, validation_weight=np.ones_like(weight)
-    )
-    assert (heavy.n_iter == few.n_iter).all()
-    np.testing.assert_allclose(heavy.decision, few.decision, atol=1e-6)
-
-
 def test_positive_weights_balance_the_classes_of_each_fold():
     train = np.array([[True, True, True, True, False], [False, True, True, True, True]])
     y = np.array([[1, 0], [0, 0], [0, 0], [0, 0], [1, 0]], dtype=float)
@@ -651,10 +634,6 @@ def test_arguments_that_do_not_fit_are_refused():
     empty = validation & (np.arange(3) != 1)[:, None]
     with pytest.raises(NotEnoughDataError, match="fold 1"):
         fit_token_probes(tokens, train, empty, columns, SMALL)
-    with pytest.raises(DataError, match="validation weights"):
-        fit_token_probes(
-            tokens, train, validation, columns, SMALL, validation_weight=-columns.weight - 1
-        )
     arrays = fit_token_probes(tokens, train, validation, columns, SMALL).column(0)
     with pytest.raises(DataError, match="width 2 for a probe of width 6"):
         score_token_probe(RaggedTokens.from_sentences([np.ones((2, 2))]), arrays, SMALL)
