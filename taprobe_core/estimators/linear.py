@@ -157,7 +157,7 @@ class LogisticProbe(BinaryClassifierMixin, _LinearProbe):
         C: inverse penalty on the coefficients of the standardised features, positive.
         class_weight: None, or "balanced" as in scikit-learn.
         standardise: False leaves the features as they are.
-        tol: largest change of a logit in the last iteration.
+        tol: largest relative error of the coefficients.
         max_iter: iterations at most.
         device: where a wide problem is solved, "cpu" or "cuda".
 
@@ -175,7 +175,7 @@ class LogisticProbe(BinaryClassifierMixin, _LinearProbe):
         *,
         class_weight: Literal["balanced"] | None = None,
         standardise: bool = True,
-        tol: float = 2e-4,
+        tol: float = 1e-6,
         max_iter: int = 400,
         device: str = "cpu",
     ) -> None:
@@ -192,7 +192,6 @@ class LogisticProbe(BinaryClassifierMixin, _LinearProbe):
         Raises:
             ValueError: what was passed is not a classification problem of two classes.
             DataError: C is not positive.
-            NumericsError: the solution did not converge.
         """
         features, labels = validate_data(self, X, y, dtype=[np.float64, np.float32])
         code = self._codes(labels)

@@ -32,7 +32,7 @@ from taprobe_core.pipeline.stage import (
     largest,
     present,
 )
-from taprobe_core.pipeline.stages.probe_fits import FITS
+from taprobe_core.pipeline.stages.probe_fits import FITS, unconverged
 from taprobe_core.study import Study, Sweep
 from taprobe_core.study.targets import TargetFactors
 
@@ -161,7 +161,8 @@ def _describe_fits(stage: str, plan: Plan, cell: Cell) -> Description:
         "n_recipes": recipes["recipe"].n_unique(),
         "n_fits": len(plan.part_keys(artifact.manifest)),
     }
-    return Description(metrics, results.height)
+    shown = unconverged(plan, artifact)
+    return Description(metrics | shown.metrics, results.height, None, shown.tables)
 
 
 # --- what follows from the cells of a stage, or of all
