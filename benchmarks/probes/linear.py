@@ -7,15 +7,27 @@ validate; six targets are anchors at six percentiles. scikit-learn fits the fold
 in the output, ours fits them all; agreement is taken where both did. Standardisation is inside both
 times: scikit-learn pays it per fit, ours once per feature matrix. Ours stops at the tolerance of
 recipes.
+
+    python -m benchmarks.probes.linear --before CHECKOUT [--device cuda]
+
+fits the same logistic columns by this version and by another checkout's, each in a process of its
+own, in turn, and prints the ratio of seconds (CPU seconds, or wall on a GPU) and on how many folds
+PR-AUC is equal to six digits.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +79,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--peer-folds", type=int, default=4, help="folds that scikit-learn fits, spread evenly")
     add("--kinds", default="iid,ill")
     add("--seed", type=int, default=0)
+    add("--before", type=Path, help="another checkout, to run beside this one")
+    add("--rounds", type=int, default=2, help="of both versions, with --before")
+    add("--device", default="cpu", help="with --before")
     return parser.parse_args(arguments)
 
 
@@ -88,13 +103,81 @@ def probability(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(0.5 * (1 + np.tanh(0.5 * logits)))
 
 
-def logistic(case: Case, n_targets: int, peer_folds: NDArray[np.intp]) -> None:
-    """Print the logistic table of one case."""
+def logistic_columns(case: Case, n_targets: int) -> FitRequest:
+    """Return anchors at `n_targets` percentiles on every fold, weighed by class."""
     chosen = PERCENTILES[:n_targets]
     fold = np.repeat(np.arange(case.n_folds), n_targets)
     labels = np.stack([case.data.anchors(each) for each in chosen], axis=1)
     y = np.ascontiguousarray(labels[:, np.tile(np.arange(n_targets), case.n_folds)])
-    columns = FitRequest(fold, y, balanced_weights(y, case.train, fold))
+    return FitRequest(fold, y, balanced_weights(y, case.train, fold))
+
+
+_OTHER = """
+import json, sys, time
+import numpy as np, torch
+from taprobe_core.probes.dense import tolerance_of
+from taprobe_core.solvers.columns import FitRequest
+from taprobe_core.solvers.linear.fold_matrix import FoldMatrix
+from taprobe_core.solvers.linear.logistic import solve_logistic
+device, folder = sys.argv[1:]
+torch.set_num_threads(1)
+given = np.load(folder + "/given.npz")
+columns = FitRequest(given["fold"], given["y"], given["weight"])
+clock = time.process_time if device == "cpu" else time.perf_counter
+for is_warm in (False, True) if device != "cpu" else (True,):
+    begin = clock()
+    matrix = FoldMatrix(given["train"], given["features"], device=device)
+    C = np.ones(len(columns))
+    found = solve_logistic(matrix, columns, C, tol=tolerance_of(matrix))
+    seconds = clock() - begin
+np.save(folder + "/decision.npy", found.decision)
+print(json.dumps([seconds, float(found.n_iter.mean())]))
+"""
+"""What both versions run, in a process of its own: what it imports is the same in both."""
+
+
+def beside(case: Case, n_targets: int, before: Path, device: str, n_rounds: int) -> None:
+    """Print seconds of the version before over ours, and where their PR-AUC is equal."""
+    columns = logistic_columns(case, n_targets)
+    seconds: dict[str, list[float]] = {"before": [], "ours": []}
+    decision: dict[str, NDArray[np.float64]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(
+            Path(folder) / "given.npz",
+            features=case.features,
+            train=case.train,
+            **{name: getattr(columns, name) for name in ("fold", "y", "weight")},
+        )
+        roots = {"before": before.resolve(), "ours": Path(__file__).resolve().parents[2]}
+        for _ in range(n_rounds):
+            for name, root in roots.items():
+                done = subprocess.run(  # noqa: S603
+                    [sys.executable, "-c", _OTHER, device, folder],
+                    cwd=root,
+                    env={**os.environ, "PYTHONPATH": str(root)},
+                    stdout=subprocess.PIPE,
+                    check=True,
+                )
+                used, n_iter = json.loads(done.stdout)
+                seconds[name].append(used)
+                decision[name] = np.load(Path(folder) / "decision.npy")
+                print(f"  {name:6} {used:7.2f} s, iterations {n_iter:.1f}", flush=True)
+    n_equal = 0
+    for column, fold in enumerate(columns.fold):
+        rows = case.test[fold]
+        y = columns.y[rows, column]
+        areas = {round(pr_auc(y, each[rows, column]), 6) for each in decision.values()}
+        n_equal += len(areas) == 1
+    gap = np.abs(probability(decision["ours"]) - probability(decision["before"])).max()
+    ratio = min(seconds["before"]) / min(seconds["ours"])
+    print(f"  => {ratio:.2f} x as fast as before; PR-AUC equal on {n_equal} of {len(columns)} "
+          f"columns, largest difference of a probability {gap:.1e}")  # fmt: skip
+
+
+def logistic(case: Case, n_targets: int, peer_folds: NDArray[np.intp]) -> None:
+    """Print the logistic table of one case."""
+    columns = logistic_columns(case, n_targets)
+    fold, y = columns.fold, columns.y
 
     def ours() -> Any:
         matrix = FoldMatrix(case.train, case.data.features)
@@ -193,8 +276,12 @@ def main(arguments: list[str] | None = None) -> None:
             data.lopo_train(options.folds),
             data.test_rows(options.folds),
         )
-        print(f"{kind}: {options.rows} rows x {options.features} features, {options.folds} folds; "
-              f"scikit-learn on folds {peer_folds.tolist()}")  # fmt: skip
+        shape = f"{kind}: {options.rows} rows x {options.features} features, {options.folds} folds"
+        if options.before is not None:
+            print(shape)
+            beside(case, options.targets, options.before, options.device, options.rounds)
+            continue
+        print(f"{shape}; scikit-learn on folds {peer_folds.tolist()}")
         print(" logistic regression, C = 1, class_weight balanced")
         logistic(case, options.targets, peer_folds)
         print(" ridge, alpha = 1")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from taprobe_core.attention.tables import variant_scores
 from taprobe_core.checkpoints import pick_devices
@@ -166,7 +166,8 @@ class _FitJob:
             names[fit] = contents.of(fit)
             equal = _find_equal(plan, self.site, self.setting, fit, view, names[fit])
             if equal is not None:
-                same = {"content_sha256": names[fit], "twin": str(equal.key)}
+                kept = equal.manifest.provenance.get("not_converged", {})
+                same = {"content_sha256": names[fit], "twin": str(equal.key), **_marked(kept)}
                 self._commit(keys[fit], fit, partial(_take_over, equal), same)
             return equal is not None
 
@@ -192,7 +193,7 @@ class _FitJob:
                 keys[fit],
                 fit,
                 partial(_write, result),
-                {"content_sha256": names[fit]},
+                {"content_sha256": names[fit], **_marked(result.not_converged)},
             )
             done = attempted(commit, f"{where}, recipe {fit.recipe.name}")
             if done is not None:
@@ -200,7 +201,7 @@ class _FitJob:
         return failed
 
     def _commit(
-        self, key: ArtifactKey, fit: Fit, write: Callable[[Path], None], more: Mapping[str, str]
+        self, key: ArtifactKey, fit: Fit, write: Callable[[Path], None], more: Mapping[str, Any]
     ) -> None:
         provenance = {
             "recipe": fit.recipe.name,
@@ -211,6 +212,11 @@ class _FitJob:
         }
         upstream = self.plan.fit_inputs(self.site, self.setting, fit.recipe)
         commit_once(self.plan, key, write, provenance, upstream)
+
+
+def _marked(not_converged: Mapping[str, float]) -> dict[str, Any]:
+    """What the provenance of a fit says of folds that did not converge; nothing of others."""
+    return {"not_converged": dict(not_converged)} if not_converged else {}
 
 
 def _write(result: RecipeFit, folder: Path) -> None:

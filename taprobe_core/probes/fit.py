@@ -14,7 +14,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -39,6 +39,9 @@ MAX_COLUMNS = 4096
 MAX_HOST_BYTES = 4 * 2**30
 """Of targets, weights and results of one solve, on the host."""
 
+MAX_BOUND = 1e308
+"""Stands for infinity, which JSON cannot hold."""
+
 
 @dataclass(frozen=True, eq=False)
 class RecipeFit:
@@ -48,11 +51,14 @@ class RecipeFit:
         scores: `tables.SCORES`.
         probes: one per tested fold in order; none where they were not to be kept.
         n_iter: [fold] int64, epochs or solver steps on every fold of the design.
+        not_converged: fold of the design, in words -> the error bound of a linear probe there that
+            is not within its tolerance; its scores count.
     """
 
     scores: pl.DataFrame
     probes: list[FittedProbe]
     n_iter: NDArray[np.int64]
+    not_converged: dict[str, float] = field(default_factory=dict)
 
 
 def fit_batches(
@@ -68,7 +74,7 @@ def fit_batches(
     Raises:
         DataError: a recipe reads what the data lacks.
         NotEnoughDataError: the training side of a fold has one class only, or no word.
-        NumericsError: a fit did not converge, or a network diverged.
+        NumericsError: a network diverged.
         NonFiniteError: a score is NaN or infinite.
     """
     for fit, found in fit_each(design, fits, device, keep_probes=keep_probes, precision=precision):
@@ -183,7 +189,24 @@ def _result(
         # The tables of one solve are made alike: one look at the contract is enough.
         check_table(scores, SCORES, f"recipe {fit.recipe.name!r}, target {fit.recipe.target}")
     probes = [solved.probe(fit, first + fold) for fold in range(n_kept)]
-    return RecipeFit(scores, probes, solved.n_iter[first : first + n_folds])
+    n_iter = solved.n_iter[first : first + n_folds]
+    return RecipeFit(scores, probes, n_iter, _not_converged(design, fit, solved, first))
+
+
+def _not_converged(design: Design, fit: Fit, solved: SolverResult, first: int) -> dict[str, float]:
+    if solved.not_converged is None:
+        return {}
+    own = solved.not_converged[first : first + len(design.folds)]
+    found = {
+        str(design.folds[at]): min(float(own[at]), MAX_BOUND)
+        for at in np.flatnonzero(~np.isnan(own))
+    }
+    for fold, bound in found.items():
+        _log.warning(
+            "recipe %s, %s: not converged, its relative error may be %.1g",
+            *(fit.recipe.name, fold, bound),
+        )
+    return found
 
 
 def _scores(design: Design, fit: Fit, score: NDArray[np.float32]) -> pl.DataFrame:

@@ -65,11 +65,14 @@ class SolverResult:
             else the predicted value; the columns of `Design.columns`.
         n_iter: [column] int64, epochs of a network or token probe, else solver steps.
         probe: makes the stored probe of one column; called only for folds that are tested.
+        not_converged: [column] float64, the error bound of a linear model that is not within its
+            tolerance, NaN for the others; None where no model can be.
     """
 
     score: NDArray[np.float32]
     n_iter: NDArray[np.int64]
     probe: Callable[[Fit, int], FittedProbe]
+    not_converged: NDArray[np.float64] | None = None
 
 
 def own_features(recipe: ProbeRecipe, data: ProbeData) -> tuple[str, ...]:
@@ -111,7 +114,8 @@ class Training:
 
     Attributes:
         n_iter: epochs of a network, else solver steps; 1 for equations solved at once.
-        is_converged: False when a network used up its epochs; a linear probe always is.
+        is_converged: False when a network used up its epochs, or a linear probe's error bound is
+            above its tolerance.
         early_stopping: what a network did, in words; None for a linear probe.
     """
 

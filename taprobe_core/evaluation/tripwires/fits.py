@@ -95,6 +95,7 @@ def linear_probe(X: NDArray[np.float32], C: float = 1.0, device: str | torch.dev
 
     def fit(train: NDArray[np.bool_], columns: FitRequest) -> NDArray[np.float64]:
         matrix = FoldMatrix(train, X, device=device)
-        return solve_logistic(matrix, columns, np.full(len(columns), C)).decision
+        penalty = np.full(len(columns), C)
+        return solve_logistic(matrix, columns, penalty, tol=1e-4).decision
 
     return fit

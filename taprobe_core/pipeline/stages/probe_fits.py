@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import polars as pl
 
@@ -18,7 +19,7 @@ from taprobe_core.pipeline.commit import Files, commit_cell
 from taprobe_core.pipeline.grid import Cell
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.stage import Check, Description, Found, Made, Outcome, Part, Stage
-from taprobe_core.store import ArtifactKey
+from taprobe_core.store import Artifact, ArtifactKey
 
 FITS = Part("fits", code_version="5")
 """One recipe's fits over all folds: probes, and scores of validation and test sentences."""
@@ -120,7 +121,32 @@ def _describe(plan: Plan, cell: Cell) -> Description:
         "n_folds": scores.select(pl.struct("protocol", "fold").n_unique()).item(),
         "n_scores": scores.height,
     }
-    return Description(metrics, scores.height)
+    shown = unconverged(plan, plan.open("probe_fits", cell))
+    return Description(metrics | shown.metrics, scores.height, None, shown.tables)
+
+
+class Unconverged(NamedTuple):
+    """Linear models that are not within their tolerance, as metadata: nothing where all are."""
+
+    metrics: dict[str, int]
+    tables: dict[str, pl.DataFrame]
+
+
+def unconverged(plan: Plan, index: Artifact) -> Unconverged:
+    """Return the linear models that an index lists and that did not converge; their scores count.
+
+    Args:
+        plan: the plan.
+        index: an artifact that lists fits.
+    """
+    rows = []
+    for key in plan.part_keys(index.manifest):
+        provenance = plan.store.open(key).manifest.provenance
+        for fold, bound in provenance.get("not_converged", {}).items():
+            rows.append({"recipe": provenance["recipe"], "fold": fold, "error_bound": bound})
+    if not rows:
+        return Unconverged({}, {})
+    return Unconverged({"n_not_converged": len(rows)}, {"not_converged": pl.DataFrame(rows)})
 
 
 def _of_model(cell: Cell) -> Cell:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from taprobe_core.errors import TaprobeError, attempted
 from taprobe_core.keys import Site, Trial
 from taprobe_core.pipeline.commit import Files, commit_cell
 from taprobe_core.pipeline.grid import Cell
 from taprobe_core.pipeline.plan import Plan
 from taprobe_core.pipeline.stage import Description, Outcome, Stage, cell_by_cell
 from taprobe_core.pipeline.stages.evaluation import read_evaluation
-from taprobe_core.pipeline.stages.probe_fits import read_scores
+from taprobe_core.pipeline.stages.probe_fits import FITS, read_scores, unconverged
 from taprobe_core.store import library_versions
 from taprobe_core.study import SPEED_ONLY, StandInCheckpoint
 
@@ -224,7 +226,10 @@ def _checks(plan: Plan) -> CheckSummary:
             )
             verdicts += found
     return CheckSummary(
-        pl.DataFrame(counts), _faults(verdicts), _waivers(plan, verdicts), _not_run(verdicts)
+        pl.DataFrame(counts),
+        pl.concat([_faults(verdicts), *_unconverged(plan)], how="diagonal"),
+        _waivers(plan, verdicts),
+        _not_run(verdicts),
     )
 
 
@@ -254,6 +259,39 @@ def _faults(verdicts: list[Verdict]) -> pl.DataFrame:
         ],
         schema_overrides={"reason": pl.String},
     )
+
+
+def _unconverged(plan: Plan) -> list[pl.DataFrame]:
+    """Linear models that are not within their tolerance, as warnings, a row for each cell."""
+    found = []
+    for name in plan.stages.of(plan.study):
+        if plan.stages[name].part is not FITS:
+            continue
+        for cell in plan.stages.cells(plan.study, name):
+            key = attempted(partial(plan.key, name, cell), name)
+            index = None if isinstance(key, TaprobeError) else plan.store.find(key)
+            if index is None:
+                continue
+            for table in unconverged(plan, index).tables.values():
+                what = table.select(
+                    pl.format(
+                        "{}, {}: relative error up to {}",
+                        "recipe",
+                        "fold",
+                        pl.col("error_bound").round_sig_figs(2),
+                    )
+                ).to_series()
+                row = {
+                    "state": "warning",
+                    "check": "convergence",
+                    "asset": name,
+                    "cell": "/".join(cell),
+                    "what": "; ".join(what),
+                    "artifact": str(index.key),
+                    "fix": "their scores are used; raise regularization, or leave them out",
+                }
+                found.append(pl.DataFrame([row]))
+    return found
 
 
 def _waivers(plan: Plan, verdicts: list[Verdict]) -> pl.DataFrame:

@@ -36,7 +36,7 @@ from taprobe_core.pipeline.stage import (
     largest,
     present,
 )
-from taprobe_core.pipeline.stages.probe_fits import FITS
+from taprobe_core.pipeline.stages.probe_fits import FITS, unconverged
 from taprobe_core.store.fingerprint import canonical_json
 from taprobe_core.study import Study, Sweep
 from taprobe_core.study.targets import TargetFactors, target_settings
@@ -229,7 +229,15 @@ def _describe_fits(stage: str, plan: Plan, cell: Cell) -> Description:
         "n_recipes": artifact.read_table("recipes.parquet")["recipe"].n_unique(),
         "n_fits": len(plan.part_keys(artifact.manifest)),
     }
+<<<<<<< HEAD
     return Description(metrics, artifact.read_table("problem_metrics.parquet").height)
+=======
+    shown = unconverged(plan, artifact)
+    return Description(metrics | shown.metrics, results.height, None, shown.tables)
+
+
+# --- what follows from the cells of a stage, or of all
+>>>>>>> w/linear
 
 
 def read_sweep(plan: Plan, stages: Sequence[str]) -> dict[str, pl.DataFrame]:

@@ -10,7 +10,8 @@ The same system without the rows B is solved from P by deletion: `beta = P h - P
 `lam = P[B, B]^-1 (P h)[B]`, which makes beta 0 on B. So a factorisation per kernel serves all folds
 (block inversion; Cawley and Talbot 2003 use it for leave-one-out).
 
-What does not belong here: where the kernel comes from. Invariant: results are 0 outside a column's rows and sum to 0.
+What does not belong here: where the kernel comes from. Invariant: results are 0 outside a column's
+rows and sum to 0.
 """
 
 from __future__ import annotations

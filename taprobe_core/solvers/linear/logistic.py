@@ -103,7 +103,7 @@ def solve_logistic(
     columns: FitRequest,
     C: NDArray[np.float64],
     *,
-    tol: float = 2e-4,
+    tol: float = 1e-6,
     max_iter: int = 400,
 ) -> LinearSolution:
     """Fit all columns; one that cannot be certified comes back marked, beside its bound.
@@ -138,7 +138,8 @@ def solve_logistic(
     parts = [solver.fit(columns.take(at), inverse_penalty[at], group[at]) for at in order]
     back = torch.as_tensor(np.argsort(np.concatenate(order)), device=matrix.device)
     w, b, z, bound, n_iter = (torch.cat(each)[back] for each in zip(*parts, strict=True))
-    steps, bounds = n_iter.cpu().numpy(), bound.cpu().numpy()
+    steps = n_iter.cpu().numpy()
+    bounds = np.nan_to_num(bound.cpu().numpy(), nan=np.inf)
     return finish(matrix, columns, w, b[:, 0], steps, z + b, bounds, bounds <= tol)
 
 
@@ -172,7 +173,7 @@ def _batches(group: NDArray[np.int64], max_groups: int) -> list[NDArray[np.intp]
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """Columns of one batch: sign, weight and inside (column, row) float64; penalty 1/C (column, 1)."""
+    """Columns of one batch: sign and weight (column, row), penalty 1 / C (column, 1); float64."""
 
     fold: NDArray[np.int64]
     sign: Tensor
@@ -192,8 +193,10 @@ class _Problem:
 
 @dataclass(eq=False)
 class _State:
-    """Where columns stand: w (column, feature), intercept b (column, 1), z = X w (column, row), r and
-    h the derivatives at z + b, all float64; g (column, feature) the gradient by w, rounded.
+    """Where columns stand, in float64 but for g, the gradient by w.
+
+    w and g (column, feature), intercept b (column, 1), z = X w, r and h the derivatives at z + b
+    (column, row).
     """
 
     w: Tensor
@@ -407,11 +410,8 @@ def _best_intercept(problem: _Problem, z: Tensor, b: Tensor) -> Tensor:
 def _search(problem: _Problem, state: _State, moved: Tensor, direction: Tensor) -> Tensor:
     """Minimise along a direction and over the intercept by damped Newton steps on the margins.
 
-    Args:
-        moved: (column, row) X direction.
-
-    Returns:
-        Length of the step (column, 1); intercept and derivatives of the state are those behind it.
+    `moved` is X direction (column, row). Returns the length of the step (column, 1); intercept and
+    derivatives of the state are then those behind it.
     """
     length = torch.zeros_like(state.b)
     slope = (state.w * direction).sum(1, keepdim=True) * problem.penalty
@@ -423,9 +423,8 @@ def _search(problem: _Problem, state: _State, moved: Tensor, direction: Tensor) 
         mean = share.sum(1, keepdim=True) / total
         rest = state.r.sum(1, keepdim=True)
         along = (state.r * moved).sum(1, keepdim=True) + slope + length * curvature
-        d_length = (mean * rest - along) / (
-            (share * (moved - mean)).sum(1, keepdim=True) + curvature
-        )
+        second = (share * (moved - mean)).sum(1, keepdim=True) + curvature
+        d_length = (mean * rest - along) / second
         d_b = -rest / total - mean * d_length
         damping = _damping((d_length * moved + d_b).abs().amax(1, keepdim=True))
         length, state.b = length + damping * d_length, state.b + damping * d_b
@@ -491,7 +490,8 @@ def _newton(matrix: FoldMatrix, own: _Problem) -> tuple[Tensor, Tensor, int]:
     b = X.new_full((1,), np.log(positive / (float(problem.weight.sum()) - positive)))
     z = torch.zeros_like(problem.weight[0])
     n_steps = 0
-    for n_steps in range(1, _MAX_NEWTON_STEPS + 1):
+    while n_steps < _MAX_NEWTON_STEPS:
+        n_steps += 1
         first, second = problem.slopes((z + b)[None])
         r, h = first[0], second[0]
         total = h.sum().clamp(min=_FLAT)
