@@ -229,15 +229,9 @@ def _describe_fits(stage: str, plan: Plan, cell: Cell) -> Description:
         "n_recipes": artifact.read_table("recipes.parquet")["recipe"].n_unique(),
         "n_fits": len(plan.part_keys(artifact.manifest)),
     }
-<<<<<<< HEAD
-    return Description(metrics, artifact.read_table("problem_metrics.parquet").height)
-=======
     shown = unconverged(plan, artifact)
-    return Description(metrics | shown.metrics, results.height, None, shown.tables)
-
-
-# --- what follows from the cells of a stage, or of all
->>>>>>> w/linear
+    n_rows = artifact.read_table("problem_metrics.parquet").height
+    return Description(metrics | shown.metrics, n_rows, None, shown.tables)
 
 
 def read_sweep(plan: Plan, stages: Sequence[str]) -> dict[str, pl.DataFrame]:
