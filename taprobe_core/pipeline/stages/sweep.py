@@ -361,7 +361,7 @@ def _fits_stage(
         grid=("site", "setting"),
         # The spans are in the key of the activations.
         reads=reads,
-        code_version="1",
+        code_version="2",
         config=partial(_fits_config, fields),
         part=FITS,
         make=partial(_make_fits, name),

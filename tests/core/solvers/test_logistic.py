@@ -239,9 +239,9 @@ def test_a_fold_that_is_blind_to_features_is_fitted_without_them(n_rows):
 
 
 def test_random_designs_of_every_kind_end_and_agree_with_scikit_learn():
-    every = [compared(seed) for seed in range(96)]
+    every = [compared(seed) for seed in range(64)]
     assert {each.kind for each in every} == set(KINDS)
     for seed, each in enumerate(every):
         assert each.is_converged, (seed, each)
         assert each.n_equal == each.peer_converged, (seed, each)
-    assert sum(each.peer_converged for each in every) > 250
+    assert sum(each.peer_converged for each in every) > 170
