@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -42,6 +43,7 @@ from taprobe_core.pipeline import (
     stages_of,
     verdicts_of,
 )
+from taprobe_core.pipeline.stages import study_report
 from taprobe_core.probes import Fit
 from taprobe_core.probes import fit as probe_fit
 from taprobe_core.probes.fitted import Solver
