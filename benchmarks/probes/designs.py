@@ -132,6 +132,28 @@ def stand_in_states(problem: NDArray[np.int64], d_model: int, seed: int) -> NDAr
     return (states + offset).astype(np.float16).astype(np.float32)
 
 
+def problems(seed: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Draw eight problems of unequal length with heavy-tailed values: problem and value, [row]."""
+    rng = np.random.default_rng(1000 + seed)
+    problem = np.repeat(np.arange(8), rng.integers(30, 120, 8))
+    return problem, rng.standard_t(3, len(problem))
+
+
+def anchor_columns(
+    problem: NDArray[np.int64], value: NDArray[np.float64]
+) -> tuple[NDArray[np.bool_], FitRequest]:
+    """Return masks that leave one problem out, and anchors at three percentiles on each fold."""
+    every = np.unique(problem)
+    train = np.stack([problem != each for each in every])
+    labels = np.zeros((len(value), 3))
+    for each in every:
+        rows = problem == each
+        labels[rows] = value[rows, None] >= np.percentile(value[rows], (90, 85, 80))
+    fold = np.repeat(np.arange(len(every)), 3)
+    y = np.tile(labels, len(every))
+    return train, FitRequest(fold, y, balanced_weights(y, train, fold))
+
+
 def main() -> None:
     """Print one line a kind, and every design that disagrees."""
     n = int(sys.argv[1]) if len(sys.argv) > 1 else 1000

@@ -196,7 +196,7 @@ PROBE_FITS = Stage(
     title="Every recipe fitted on every fold; scores of validation and test sentences.",
     grid=("site", "trial"),
     reads=("labels", "spans", "activations", "vertical_attention"),
-    code_version="2",
+    code_version="3",
     # Each fit is keyed by what it reads: another pooling leaves the text baselines where they are.
     keyed_by=_fits,
     part=FITS,

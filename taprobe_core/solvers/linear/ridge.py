@@ -57,11 +57,12 @@ def solve_ridge(
         max_iter: of conjugate gradients.
 
     Returns:
-        Coefficients, intercepts and decisions; `n_iter` is 0 where the solution is direct.
+        Coefficients, intercepts and decisions; `n_iter` is 0 where the solution is direct. A column
+        that is not within `tol` is marked and ends no other.
 
     Raises:
         DataError: faulty columns or penalties; names the first.
-        NumericsError: a column did not converge, or a system is singular to rounding.
+        NumericsError: normal equations are singular to rounding.
     """
     alpha = np.asarray(alpha, dtype=np.float64)
     check_request(matrix, columns, alpha)
@@ -111,24 +112,27 @@ def _dual(
     kernel_beta = torch.zeros_like(beta)
     intercept = torch.zeros(len(columns), dtype=torch.float64, device=matrix.device)
     n_iter = np.zeros(len(columns), dtype=np.int64)
+    bound = np.zeros(len(columns))
     for each in np.unique(group):
         chosen = np.flatnonzero(group == each)
         part = columns.take(chosen)
         at = torch.as_tensor(chosen, device=matrix.device)
-        beta[at], kernel_beta[at], intercept[at], n_iter[chosen] = _dual_group(
+        beta[at], kernel_beta[at], intercept[at], n_iter[chosen], bound[chosen] = _dual_group(
             matrix, gram, part, float(alpha[chosen[0]]), tol, max_iter
         )
     coef = matrix.backward(columns.fold, beta)
-    return finish(matrix, columns, coef, intercept, n_iter, kernel_beta + intercept[:, None])
+    decision = kernel_beta + intercept[:, None]
+    return finish(matrix, columns, coef, intercept, n_iter, decision, bound, bound <= tol)
 
 
 def _dual_group(
     matrix: FoldMatrix, gram: Tensor, columns: FitRequest, alpha: float, tol: float, max_iter: int
-) -> tuple[Tensor, Tensor, Tensor, NDArray[np.int64]]:
+) -> tuple[Tensor, Tensor, Tensor, NDArray[np.int64], NDArray[np.float64]]:
     """Solve columns whose penalties agree on common rows.
 
     Returns:
-        beta and K_f beta, [column, row]; intercept [column]; iterations [column].
+        beta and K_f beta, [column, row]; intercept, iterations, residual over that of a constant
+        model, [column].
     """
     weight = as_rows(columns.weight, matrix.device)
     inside = weight > 0
@@ -137,7 +141,7 @@ def _dual_group(
     known = mask.sum(0)
     mean_penalty = torch.where(known > 0, penalty.sum(0) / known.clamp(min=1), alpha)
     patterns, pattern = row_patterns(columns.weight > 0)
-    inverse = BorderedInverse(gram, mean_penalty.to(gram), patterns)
+    inverse = _preconditioner(gram, mean_penalty.to(gram), patterns)
     count = mask.sum(1, keepdim=True)
 
     def project(values: Tensor, inside: Tensor, count: Tensor) -> Tensor:
@@ -147,6 +151,7 @@ def _dual_group(
     n_columns = len(columns)
     all_beta, all_kernel = torch.zeros_like(y), torch.zeros_like(y)
     n_iter = np.zeros(n_columns, dtype=np.int64)
+    bound = np.zeros(n_columns)
     live = np.arange(n_columns)
     residual = project(y, mask, count)
     norm = residual.norm(dim=1)
@@ -182,12 +187,22 @@ def _dual_group(
         residual = residual - step * product
         n_iter[live] += 1
     else:
-        raise NumericsError(
-            f"{len(live)} ridge columns did not converge in {max_iter} iterations",
-            f"column {live[0]}, fold {int(columns.fold[live[0]])}",
-            "raise alpha or max_iter",
-        )
+        at = torch.as_tensor(live, device=y.device)
+        all_beta[at], all_kernel[at] = beta, kernel
+        left = (residual.norm(dim=1) / norm).cpu().numpy()
+        bound[live] = np.nan_to_num(left, nan=np.inf)
     mask = inside.double()
     penalty = torch.where(inside, alpha / weight.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
     intercept = ((y - all_kernel - penalty * all_beta) * mask).sum(1) / mask.sum(1)
-    return all_beta, all_kernel, intercept, n_iter
+    return all_beta, all_kernel, intercept, n_iter, bound
+
+
+def _preconditioner(gram: Tensor, penalty: Tensor, patterns: NDArray[np.bool_]) -> BorderedInverse:
+    """Factorise the shared system; with a larger penalty where rounding leaves it indefinite."""
+    size = gram.diagonal().mean()
+    for share in (0.0, 1e-5, 1e-3):
+        try:
+            return BorderedInverse(gram, penalty + share * size, patterns)
+        except NumericsError:
+            continue
+    return BorderedInverse(gram, penalty + size, patterns)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -43,6 +44,7 @@ from taprobe_core.pipeline import (
     stages_of,
     verdicts_of,
 )
+from taprobe_core.pipeline.stages import study_report
 from taprobe_core.probes import Fit
 from taprobe_core.probes import fit as probe_fit
 from taprobe_core.probes.fitted import Solver
@@ -217,6 +219,36 @@ def test_one_poisoned_recipe_leaves_the_others_of_its_solve_and_the_next_run_fit
     for key in plan.store.keys("fits"):
         found = plan.store.open(key).manifest.files["scores.parquet"].sha256
         assert found == expected[str(key)], key
+
+
+def test_a_model_that_does_not_converge_is_named_and_its_scores_count(
+    own: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    linear = probe_fit.SOLVERS["linear"]
+
+    def solve(design: Any, fits: Sequence[Fit], *rest: Any) -> Any:
+        found = linear.solve(design, fits, *rest)
+        bound = np.full(len(found.n_iter), np.nan)
+        for index, fit in enumerate(fits):
+            if fit.recipe.name == "linear_probe":
+                bound[index * len(design.folds)] = np.inf
+        return replace(found, not_converged=bound)
+
+    plan = without(own, "fits", "probe_fits")
+    cell = ("tiny@L01", f"{CORRECT}@s00")
+    monkeypatch.setitem(probe_fit.SOLVERS, "linear", replace(linear, solve=solve))
+    with caplog.at_level(logging.WARNING, "taprobe_core"):
+        run = Run(plan, "probe_fits", [cell])
+    assert (run.error, run.made) == (None, {cell: False})
+    assert "recipe linear_probe, lopo fold 0: not converged" in caplog.text
+    shown = plan.stages["probe_fits"].describe(plan, cell)
+    assert shown.metrics["n_not_converged"] == 1
+    assert shown.tables["not_converged"].rows() == [("linear_probe", "lopo fold 0", 1e308)]
+    faults = study_report._checks(plan).faults.filter(check="convergence")
+    assert faults.select("state", "asset", "cell").rows() == [
+        ("warning", "probe_fits", "/".join(cell))
+    ]
+    assert "linear_probe, lopo fold 0: relative error up to" in faults["what"][0]
 
 
 def test_a_recipe_that_fails_everywhere_fails_every_cell_and_nothing_else(

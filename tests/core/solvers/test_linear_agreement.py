@@ -23,11 +23,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Rows:
 @pytest.fixture(scope="module")
 def real(
     tmp_path_factory: pytest.TempPathFactory, real_rollouts: Path, real_tokenizers: Path
-) -> Rows:
+) -> list[Rows]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TAPROBE_ROLLOUTS", str(real_rollouts))
         patch.setenv("TAPROBE_TOKENIZERS", str(real_tokenizers))
-        return next(real_rows(tmp_path_factory.mktemp("real")))
+        return list(real_rows(tmp_path_factory.mktemp("real")))
 
 
 def check(data: ProbeData, labels: Labels, kind: str, states: np.ndarray) -> None:
@@ -45,6 +45,21 @@ def test_on_the_demos_labels(demo: Rows, kind: str) -> None:
 
 @pytest.mark.real_data
 @pytest.mark.parametrize("kind", KINDS)
-def test_on_real_labels(real: Rows, demo: Rows, kind: str) -> None:
-    _, data, labels = real
+def test_on_real_labels(real: list[Rows], demo: Rows, kind: str) -> None:
+    _, data, labels = real[0]
     check(data, labels, kind, demo[1].activations["mean"])
+
+
+@pytest.mark.real_data
+def test_a_design_on_real_labels_that_the_solver_before_gave_up_is_certified(
+    real: list[Rows],
+) -> None:
+    """Seed 3 of the first 24 on the fourth of the real label sets (885 sentences): C = 100."""
+    _, data, _ = real[3]
+    problem = data.labels["problem_id"].to_numpy().astype(np.int64)
+    value = data.labels["importance_signed"].to_numpy().astype(np.float64)
+    train, columns = anchor_columns(problem, value)
+    matrix = FoldMatrix(train, stand_in_states(problem, 700, 3))
+    found = solve_logistic(matrix, columns, np.full(len(columns), 100.0), tol=3e-4)
+    assert found.is_converged.all()
+    assert found.bound.max() <= 3e-4

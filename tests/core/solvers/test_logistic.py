@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 
-from benchmarks.probes.designs import KINDS, compared
+from benchmarks.probes.designs import KINDS, anchor_columns, compared, problems, stand_in_states
 from taprobe_core.errors import DataError, NotEnoughDataError
 from taprobe_core.solvers.columns import FitRequest
 from taprobe_core.solvers.linear import logistic
@@ -239,9 +239,19 @@ def test_a_fold_that_is_blind_to_features_is_fitted_without_them(n_rows):
 
 
 def test_random_designs_of_every_kind_end_and_agree_with_scikit_learn():
-    every = [compared(seed) for seed in range(96)]
+    every = [compared(seed) for seed in range(64)]
     assert {each.kind for each in every} == set(KINDS)
     for seed, each in enumerate(every):
         assert each.is_converged, (seed, each)
         assert each.n_equal == each.peer_converged, (seed, each)
-    assert sum(each.peer_converged for each in every) > 250
+    assert sum(each.peer_converged for each in every) > 170
+
+
+@pytest.mark.parametrize("seed", [3, 23])  # found among the first 60
+def test_designs_that_the_solver_before_gave_up_are_certified(seed):
+    problem, value = problems(seed)
+    train, columns = anchor_columns(problem, value)
+    matrix = FoldMatrix(train, stand_in_states(problem, 300, seed))
+    found = solve_logistic(matrix, columns, np.full(len(columns), 100.0), tol=3e-4)
+    assert found.is_converged.all()
+    assert found.bound.max() <= 3e-4
