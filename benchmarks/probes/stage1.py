@@ -45,7 +45,7 @@ from taprobe_core.probes import Design, Fit, fit_batches
 from taprobe_core.probes.features import ProbeData, TokenSets
 from taprobe_core.splits import make_folds
 from taprobe_core.study import Precision, Study, load_study
-from taprobe_core.sweep.space import recipes_of, sweep_space, uses_of
+from taprobe_core.sweep.space import SweepSpace, recipes_of, uses_of
 from taprobe_core.tables import LABELS, schema_of
 
 Floats = NDArray[np.float64]
@@ -135,7 +135,7 @@ class Kind(NamedTuple):
 def lay_out(study: Study, n_seeds: int) -> tuple[list[Kind], int]:
     """Return what the slice fits, by kind and view, and its number of configurations."""
     assert study.sweep is not None
-    space = sweep_space(study.sweep, study)
+    space = SweepSpace(study.sweep, study)
     site, setting = study.sites[0], study.settings[0]
     place = (site.model, site.layer, setting)
     slice_ = [each for each in space.stage1() if (each.model, each.layer, each.setting) == place]
@@ -251,7 +251,7 @@ def summary(
 ) -> dict[str, object]:
     """Print the slice's share, its seconds, and those of the whole stage."""
     assert study.sweep is not None
-    space = sweep_space(study.sweep, study)
+    space = SweepSpace(study.sweep, study)
     every = space.stage1()
     n_loop = sum(len(uses_of(space, each)) for each in every)
     n_loop *= options.problems * len(study.seeds)

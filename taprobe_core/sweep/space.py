@@ -20,7 +20,6 @@ from typing import Any
 import polars as pl
 
 from taprobe_core.errors import ConfigError
-from taprobe_core.keys import Site
 from taprobe_core.store.fingerprint import canonical_json
 from taprobe_core.study import Study
 from taprobe_core.study.estimators import Tuning
@@ -54,23 +53,24 @@ def tuned(kind: ProbeRecipe, settings: Mapping[str, Any]) -> ProbeRecipe:
 
 @dataclass(frozen=True)
 class SweepSpace:
-    """A sweep beside the parts of its study that decide what it expands to.
-
-    Of the study's recipes, the kinds, the sweep fills in target, pooling and residualisation.
-    `variants` holds `off` alone without kinds that read attention.
-    """
+    """A sweep beside its study, which together decide what it expands to."""
 
     sweep: Sweep
-    kinds: tuple[ProbeRecipe, ...]
-    baselines: tuple[str, ...]
-    sites: tuple[Site, ...]
-    settings: tuple[str, ...]
-    variants: tuple[AttentionVariant, ...]
-    attention_mode: str
+    study: Study
+
+    @property
+    def kinds(self) -> tuple[ProbeRecipe, ...]:
+        """The study's recipes; the sweep fills in target, pooling and residualisation."""
+        return self.study.probes.recipes
+
+    @property
+    def variants(self) -> tuple[AttentionVariant, ...]:
+        """Attention of stage 2; `off` alone without kinds that read attention."""
+        return self.sweep.variants(self.kinds, self.study.attention)
 
     def stage1(self) -> tuple[Configuration, ...]:
         """Every configuration of stage 1."""
-        sweep = self.sweep
+        sweep, study = self.sweep, self.study
         return tuple(
             Configuration(
                 stage="stage1",
@@ -82,7 +82,11 @@ class SweepSpace:
                 **target,
             )
             for setting, site, pooling, target, residualize in product(
-                self.settings, self.sites, sweep.poolings, _targets(sweep), sweep.residualize
+                self.study.settings,
+                self.study.sites,
+                sweep.poolings,
+                _targets(sweep),
+                sweep.residualize,
             )
         )
 
@@ -111,19 +115,6 @@ class SweepSpace:
                 "make the shortlist again for this study",
             )
         return found
-
-
-def sweep_space(sweep: Sweep, study: Study) -> SweepSpace:
-    """Put a sweep beside its study."""
-    return SweepSpace(
-        sweep=sweep,
-        kinds=study.probes.recipes,
-        baselines=study.evaluation.baselines,
-        sites=study.sites,
-        settings=study.settings,
-        variants=sweep.variants(study.probes.recipes, study.attention),
-        attention_mode=study.attention.mode,
-    )
 
 
 def _targets(sweep: Sweep) -> Iterator[dict[str, Any]]:
@@ -203,7 +194,7 @@ def _role(
     looks = "vertical_attention" in kind.features
     if looks and variant.mode == "off":
         return None
-    if kind.name in space.baselines:
+    if kind.name in space.study.evaluation.baselines:
         return "baseline"
     if configuration.kind is not None:
         return "candidate" if kind.name == configuration.kind else None
@@ -237,7 +228,11 @@ def _fits(
         }
     )
     named = space.sweep.residualized
-    is_also = kind.name in named if named is not None else kind.name not in space.baselines
+    is_also = (
+        kind.name in named
+        if named is not None
+        else kind.name not in space.study.evaluation.baselines
+    )
     levels = {"none": None, configuration.residualize if is_also else "none": None}
     for level in levels:
         yield RecipeUse(
@@ -247,7 +242,7 @@ def _fits(
                 plain.model_copy(update={"residualize": level}),
                 configuration.drop_last_sentence,
                 variant if looks else None,
-                space.attention_mode if looks else "off",
+                space.study.attention.mode if looks else "off",
             ),
         )
 

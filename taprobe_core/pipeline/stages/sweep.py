@@ -87,9 +87,9 @@ def _make_fits(stage: str, plan: Plan, cells: Sequence[Cell]) -> Iterator[tuple[
     leaves the other fits of its cell committed.
     """
     from taprobe_core.devices import side_by_side
-    from taprobe_core.sweep.space import sweep_space
+    from taprobe_core.sweep.space import SweepSpace
 
-    space = sweep_space(_sweep(plan), plan.study)
+    space = SweepSpace(_sweep(plan), plan.study)
     configurations = _configurations(plan, space, stage)
 
     def fit(cell: Cell) -> Made:

@@ -54,7 +54,7 @@ from taprobe_core.study.targets import (
     target_settings,
 )
 from taprobe_core.sweep.boards import configuration_table, recipe_table
-from taprobe_core.sweep.space import grid, sweep_space, uses_of
+from taprobe_core.sweep.space import SweepSpace, grid, uses_of
 from taprobe_core.tables import LABEL_STATUS, LABELS, check_table, schema_of
 
 # What a new target is: an entry, and how labels become its values.
@@ -284,7 +284,7 @@ def test_a_setting_that_no_sweep_varies_keeps_its_default_there(
     assert study.sweep is not None
     own = [
         each
-        for each in sweep_space(study.sweep, study).stage1()
+        for each in SweepSpace(study.sweep, study).stage1()
         if each.target == "ending_importance"
     ]
 
@@ -364,7 +364,7 @@ def test_a_new_target_and_estimator_are_hashed_fitted_and_selected_on() -> None:
 def test_a_sweep_varies_what_the_entries_say() -> None:
     study = parse_study(CAMPAIGN, "study.yaml")
     assert study.sweep is not None
-    space = sweep_space(study.sweep, study)
+    space = SweepSpace(study.sweep, study)
     first = space.stage1()
 
     # Two windows; one percentile with and without the last sentence.

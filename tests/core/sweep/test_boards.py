@@ -27,7 +27,7 @@ from taprobe_core.sweep.boards import (
     sweep_paired_deltas,
 )
 from taprobe_core.sweep.shortlist import shortlist
-from taprobe_core.sweep.space import SweepSpace, sweep_space
+from taprobe_core.sweep.space import SweepSpace
 from taprobe_core.tables.contract import schema_of
 from taprobe_core.tables.results import CONTRASTS, PROTOCOLS
 from taprobe_core.tables.sweep import SWEEP_LEADERBOARD
@@ -54,7 +54,7 @@ Level = Callable[[dict[str, Any], str], float | None]
 def space() -> SweepSpace:
     study = load_study("demo_sweep", environ={})
     assert study.sweep is not None
-    return sweep_space(study.sweep, study)
+    return SweepSpace(study.sweep, study)
 
 
 @cache

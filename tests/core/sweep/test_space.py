@@ -20,7 +20,7 @@ from taprobe_core.study import ProbeRecipe, Study, TokenProbe, load_study, parse
 from taprobe_core.study.sweep import ATTENTION_VARIANTS, AttentionVariant
 from taprobe_core.sweep.boards import configuration_table, recipe_table
 from taprobe_core.sweep.recipes import Configuration, configuration_id
-from taprobe_core.sweep.space import SweepSpace, duplicates, recipes_of, sweep_space, uses_of
+from taprobe_core.sweep.space import SweepSpace, duplicates, recipes_of, uses_of
 
 REFERENCE_KINDS = {
     "position_baseline",
@@ -35,7 +35,7 @@ REFERENCE_KINDS = {
 def shipped(name: str) -> SweepSpace:
     study = load_study(name, environ={})
     assert study.sweep is not None
-    return sweep_space(study.sweep, study)
+    return SweepSpace(study.sweep, study)
 
 
 def demo_with(**changes: Any) -> Study:
@@ -51,7 +51,7 @@ def demo_with(**changes: Any) -> Study:
 
 def space_of(study: Study) -> SweepSpace:
     assert study.sweep is not None
-    return sweep_space(study.sweep, study)
+    return SweepSpace(study.sweep, study)
 
 
 def shortlist(*chosen: tuple[Configuration, str]) -> pl.DataFrame:
