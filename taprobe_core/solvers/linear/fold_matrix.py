@@ -134,6 +134,7 @@ Scaling = Literal["fold", "shared", "none"]
 
 _CACHED_FLOAT64_VALUES = 1 << 22
 _CHUNK_VALUES = 1 << 21
+_GRAM_ROWS = 256
 _MANY = 32
 """Columns."""
 
@@ -356,6 +357,17 @@ class FoldMatrix:
                 gram = shared @ shared.T
         if self.text is not None:
             gram += torch.as_tensor(self.text.shared_gram()).to(gram)
+        return gram
+
+    def fold_gram(self, fold: int, rows: Tensor) -> Tensor:
+        """Return products of some of a fold's rows with one another, [row, row] float64."""
+        gram = torch.empty(len(rows), len(rows), dtype=torch.float64, device=self.device)
+        for start in range(0, len(rows), _GRAM_ROWS):
+            part = rows[start : start + _GRAM_ROWS]
+            unit = torch.zeros(len(part), self.n_rows, dtype=torch.float64, device=self.device)
+            unit[torch.arange(len(part), device=self.device), part] = 1.0
+            products = self.kernel(np.full(len(part), fold), unit)
+            gram[start : start + len(part)] = products[:, rows]
         return gram
 
     def shared_dense(self, dtype: torch.dtype) -> Tensor:

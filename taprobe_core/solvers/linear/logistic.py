@@ -38,6 +38,7 @@ from taprobe_core.solvers.linear.solution import (
     as_rows,
     check_request,
     finish,
+    group_batches,
     row_patterns,
 )
 
@@ -59,7 +60,6 @@ _FLAT = 1e-300
 _MAX_INTERCEPT_STEPS = 60
 _MAX_NEWTON_STEPS = 100
 _NEWTON_ENDS = 1e-13
-_KERNEL_ROWS = 256
 
 
 def balanced_weights(
@@ -134,7 +134,7 @@ def solve_logistic(
     group = agreeing_groups(support, columns.y, key.reshape(-1).astype(np.float64))
     solver = _Solver(matrix, tol, max_iter)
     max_groups = max(1, _FACTOR_BYTES // (4 * matrix.n_rows**2))
-    order = _batches(group, max_groups)
+    order = group_batches(group, max_groups, MAX_COLUMNS_PER_BATCH)
     parts = [solver.fit(columns.take(at), inverse_penalty[at], group[at]) for at in order]
     back = torch.as_tensor(np.argsort(np.concatenate(order)), device=matrix.device)
     w, b, z, bound, n_iter = (torch.cat(each)[back] for each in zip(*parts, strict=True))
@@ -154,21 +154,6 @@ def _check_labels(columns: FitRequest, support: NDArray[np.bool_]) -> None:
         )
     positive = ((columns.y == 1) & support).sum(axis=0)
     _require_two_classes(support.sum(axis=0) - positive, positive, columns.fold)
-
-
-def _batches(group: NDArray[np.int64], max_groups: int) -> list[NDArray[np.intp]]:
-    """Cut columns into batches of whole groups."""
-    batches: list[NDArray[np.intp]] = []
-    pending: list[NDArray[np.intp]] = []
-    for each in np.unique(group):
-        members = np.flatnonzero(group == each)
-        size = sum(len(part) for part in pending) + len(members)
-        if pending and (size > MAX_COLUMNS_PER_BATCH or len(pending) >= max_groups):
-            batches.append(np.concatenate(pending))
-            pending = []
-        pending.append(members)
-    batches.append(np.concatenate(pending))
-    return batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -483,7 +468,7 @@ def _newton(matrix: FoldMatrix, own: _Problem) -> tuple[Tensor, Tensor, int]:
     penalty = float(own.penalty)
     is_dual = len(rows) < matrix.n_features
     # The kernel (row, row), or the features (row, feature).
-    X = _kernel(matrix, own.fold, rows) if is_dual else matrix.rows(int(own.fold[0]))[rows]
+    X = matrix.fold_gram(int(own.fold[0]), rows) if is_dual else matrix.rows(int(own.fold[0]))[rows]
     problem = _Problem(own.fold, own.sign[:, rows], own.weight[:, rows], own.penalty)
     v = X.new_zeros(X.shape[1])
     positive = float((problem.weight * (problem.sign > 0)).sum())
@@ -527,14 +512,3 @@ def _newton(matrix: FoldMatrix, own: _Problem) -> tuple[Tensor, Tensor, int]:
         alpha[0, rows] = v
         return matrix.backward(own.fold, alpha), b[None], n_steps
     return v[None], b[None], n_steps
-
-
-def _kernel(matrix: FoldMatrix, fold: NDArray[np.int64], rows: Tensor) -> Tensor:
-    """Products of a fold's rows with one another, (row, row) float64."""
-    kernel = torch.empty(len(rows), len(rows), dtype=torch.float64, device=rows.device)
-    for start in range(0, len(rows), _KERNEL_ROWS):
-        part = rows[start : start + _KERNEL_ROWS]
-        unit = torch.zeros(len(part), matrix.n_rows, dtype=torch.float64, device=rows.device)
-        unit[torch.arange(len(part), device=rows.device), part] = 1.0
-        kernel[start : start + len(part)] = matrix.kernel(fold.repeat(len(part)), unit)[:, rows]
-    return kernel

@@ -130,6 +130,23 @@ def agreeing_groups(
     return group
 
 
+def group_batches(
+    group: NDArray[np.int64], max_groups: int, max_columns: int
+) -> list[NDArray[np.intp]]:
+    """Cut columns into batches of whole groups."""
+    batches: list[NDArray[np.intp]] = []
+    pending: list[NDArray[np.intp]] = []
+    for each in np.unique(group):
+        members = np.flatnonzero(group == each)
+        size = sum(len(part) for part in pending) + len(members)
+        if pending and (size > max_columns or len(pending) >= max_groups):
+            batches.append(np.concatenate(pending))
+            pending = []
+        pending.append(members)
+    batches.append(np.concatenate(pending))
+    return batches
+
+
 def as_rows(values: NDArray[np.float64], device: torch.device) -> Tensor:
     """Return [row, column] as a contiguous [column, row] tensor."""
     return torch.as_tensor(np.ascontiguousarray(values.T), device=device)

@@ -247,8 +247,8 @@ def test_random_designs_of_every_kind_end_and_agree_with_scikit_learn():
     assert sum(each.peer_converged for each in every) > 170
 
 
-@pytest.mark.parametrize("seed", [3, 23])  # found among the first 60
-def test_designs_that_the_solver_before_gave_up_are_certified(seed):
+def test_a_design_that_the_solver_before_gave_up_is_certified():
+    seed = 23  # as 3, of the first 24
     problem, value = problems(seed)
     train, columns = anchor_columns(problem, value)
     matrix = FoldMatrix(train, stand_in_states(problem, 300, seed))
