@@ -82,11 +82,7 @@ class SweepSpace:
                 **target,
             )
             for setting, site, pooling, target, residualize in product(
-                self.study.settings,
-                self.study.sites,
-                sweep.poolings,
-                _targets(sweep),
-                sweep.residualize,
+                study.settings, study.sites, sweep.poolings, _targets(sweep), sweep.residualize
             )
         )
 
