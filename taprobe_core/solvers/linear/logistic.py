@@ -10,10 +10,9 @@ standardised on its fold's training rows and b free: scikit-learn's
     L-BFGS: two-loop recursion, exact line search ─► certificate ─┬─► done, leaves the batch
                                                                   └─► Newton, one column at a time
 
-A column ends when a float64 gradient bounds the relative error of its coefficients by `tol`; what
-even Newton's method cannot certify comes back with `is_converged` False and its bound.
+A column ends when a float64 gradient bounds its relative error by `tol`, or is marked with its bound.
 
-What does not belong here: which penalties, thresholds on scores. Invariants: precision decides
+What does not belong here: penalties, thresholds. Invariants: precision decides
 speed, not the result; a column's result does not depend on its neighbours up to that bound; no
 column ends the fits of others. Source: Liu and Nocedal (1989) for L-BFGS.
 """
@@ -69,9 +68,7 @@ def balanced_weights(
 
     `y` [row, column] is 0 and 1 there, `train` [fold, row], `fold` [column]; the result [row,
     column] float64 is n / (2 n_class), and 0 on other rows.
-
-    Raises:
-        NotEnoughDataError: a column has one class only; names it.
+    Raises NotEnoughDataError where a column has one class only.
     """
     inside = train[fold].T
     negative, positive = class_sizes(y, inside)
