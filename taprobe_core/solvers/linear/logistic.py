@@ -10,7 +10,7 @@ standardised on its fold's training rows and b free: scikit-learn's
     L-BFGS: two-loop recursion, exact line search ─► certificate ─┬─► done, leaves the batch
                                                                   └─► Newton, one column at a time
 
-A column ends when a float64 gradient bounds its relative error by `tol`, or is marked with its bound.
+A column ends when a float64 gradient bounds its error by `tol`; else it is marked with its bound.
 
 What does not belong here: penalties, thresholds. Invariants: precision decides
 speed, not the result; a column's result does not depend on its neighbours up to that bound; no
