@@ -10,10 +10,9 @@ standardised on its fold's training rows and b free: scikit-learn's
     L-BFGS: two-loop recursion, exact line search ─► certificate ─┬─► done, leaves the batch
                                                                   └─► Newton, one column at a time
 
-A column ends when a float64 gradient bounds the relative error of its coefficients by `tol`; what
-even Newton's method cannot certify comes back with `is_converged` False and its bound.
+A column ends when a float64 gradient bounds its error by `tol`; else it is marked with its bound.
 
-What does not belong here: which penalties, thresholds on scores. Invariants: precision decides
+What does not belong here: penalties, thresholds. Invariants: precision decides
 speed, not the result; a column's result does not depend on its neighbours up to that bound; no
 column ends the fits of others. Source: Liu and Nocedal (1989) for L-BFGS.
 """
@@ -67,16 +66,9 @@ def balanced_weights(
 ) -> NDArray[np.float64]:
     """Return scikit-learn's `class_weight="balanced"` on each column's training rows.
 
-    Args:
-        y: [row, column], 0 and 1 on training rows.
-        train: [fold, row] bool.
-        fold: [column].
-
-    Returns:
-        [row, column] float64, n / (2 n_class) on training rows, 0 elsewhere.
-
-    Raises:
-        NotEnoughDataError: a column has one class only; names it.
+    `y` [row, column] is 0 and 1 there, `train` [fold, row], `fold` [column]; the result [row,
+    column] float64 is n / (2 n_class), and 0 on other rows.
+    Raises NotEnoughDataError where a column has one class only.
     """
     inside = train[fold].T
     negative, positive = class_sizes(y, inside)
@@ -180,8 +172,7 @@ class _Problem:
 class _State:
     """Where columns stand, in float64 but for g, the gradient by w.
 
-    w and g (column, feature), intercept b (column, 1), z = X w, r and h the derivatives at z + b
-    (column, row).
+    w, g (column, feature), b (column, 1), z = X w, r and h the derivatives at z + b (column, row).
     """
 
     w: Tensor
@@ -199,10 +190,6 @@ class _State:
             getattr(self, name)[at] = values.to(getattr(self, name))
 
 
-_Fit = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""w, b, z, bound and iterations of a batch."""
-
-
 class _Solver:
     """L-BFGS, its certificate and its successor on one matrix."""
 
@@ -212,7 +199,9 @@ class _Solver:
         self.dtype = torch.float64 if is_small else torch.float32
         self.lengths = matrix.shared_lengths().sqrt()
 
-    def fit(self, columns: FitRequest, C: NDArray[np.float64], group: NDArray[np.int64]) -> _Fit:
+    def fit(
+        self, columns: FitRequest, C: NDArray[np.float64], group: NDArray[np.int64]
+    ) -> tuple[Tensor, ...]:
         device = self.matrix.device
         sign = torch.where(as_rows(columns.y, device) > 0.5, 1.0, -1.0).double()
         penalty = torch.as_tensor(1 / C, device=device)[:, None]
@@ -457,11 +446,8 @@ class _NewtonSystem:
 def _newton(matrix: FoldMatrix, own: _Problem) -> tuple[Tensor, Tensor, int]:
     """Fit one column from 0 by exact Newton steps in float64, dual or primal, whichever is smaller.
 
-    With features centred by the curvature h the intercept falls out of the system. In the dual,
-    w = X' alpha, the step is X' times a vector of the rows, and the system has their size.
-
-    Returns:
-        w (1, feature), b (1, 1) and the number of steps.
+    With features centred by the curvature h the intercept falls out of the system. Returns w (1,
+    feature), b (1, 1) and the number of steps.
     """
     inside = own.weight[0] > 0
     rows = torch.nonzero(inside)[:, 0]
