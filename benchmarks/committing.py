@@ -33,6 +33,11 @@ SIZES = {"512": (45, 512), "14b": (150, 5120)}
 """Sentences of a text, and dimensions."""
 
 
+def _path_of(checkout: Path) -> str:
+    """The checkout's packages before all that are found already."""
+    return os.pathsep.join([str(checkout.resolve()), os.environ.get("PYTHONPATH", "")])
+
+
 def items_of(size: str) -> list[Any]:
     """Texts as `extract` gives them, with random rows of the size in place of their own."""
     import torch
@@ -100,7 +105,7 @@ def measured(checkout: Path, size: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(  # noqa: S603
             [sys.executable, str(HERE), "--child", folder, "--sizes", size],
-            env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": _path_of(checkout), "OMP_NUM_THREADS": "1"},
             cwd=checkout,
             check=True,
             capture_output=True,

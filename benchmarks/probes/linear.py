@@ -64,6 +64,11 @@ class Case:
         return len(self.train)
 
 
+def _path_of(checkout: Path) -> str:
+    """The checkout's packages before all that are found already."""
+    return os.pathsep.join([str(checkout.resolve()), os.environ.get("PYTHONPATH", "")])
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the options; see `--help`."""
     parser = argparse.ArgumentParser(
@@ -154,7 +159,7 @@ def beside(case: Case, n_targets: int, before: Path, device: str, n_rounds: int)
                 done = subprocess.run(  # noqa: S603
                     [sys.executable, "-c", _OTHER, device, folder],
                     cwd=root,
-                    env={**os.environ, "PYTHONPATH": str(root)},
+                    env={**os.environ, "PYTHONPATH": _path_of(root)},
                     stdout=subprocess.PIPE,
                     check=True,
                 )
