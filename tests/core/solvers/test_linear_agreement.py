@@ -54,6 +54,7 @@ def test_on_real_labels(real: Rows, demo: Rows, kind: str) -> None:
 
 
 @pytest.mark.real_data
+@pytest.mark.slow
 def test_a_design_on_real_labels_that_the_solver_before_gave_up_is_certified(
     real: Rows,
 ) -> None:
