@@ -26,8 +26,6 @@ from tools.demo.build import Recipe, build_demo, recipe_of
 from tools.demo.sampling import Reasoner, base_traces
 from tools.demo.training import Architecture, Training
 
-pytestmark = pytest.mark.slow  # a whole build, if a tiny one
-
 CPU = torch.device("cpu")
 NAME = "tiny-llama"
 # The seed of a problem with short base traces.
@@ -43,7 +41,7 @@ RECIPE = Recipe(
     n_gate=9,
 )
 
-pytestmark = pytest.mark.timeout(400)  # samples real texts
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # a whole build, if a tiny one
 STEPS = [f"{NAME}/gates.json", f"{NAME}/{ROLLOUTS}", f"{NAME}/{TRUTH}"]
 WEIGHTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 

@@ -28,6 +28,8 @@ from tools.demo.training import (
     training_examples,
 )
 
+pytestmark = pytest.mark.slow  # trains, if briefly
+
 CPU = torch.device("cpu")
 SHAPE = Architecture("llama", n_layers=2, d_model=32)
 BRIEF = Training(n_traces=300, n_steps=5, batch_size=8, n_warmup=2)
