@@ -3,8 +3,7 @@
 Reads lines of JSON `{"study", "data", "log", "kill"}` and answers each with the fork's exit code.
 The fork runs every stage over every cell, without Dagster. A line of the log is the key of an
 artifact whose writing has begun. `kill` is [n, moment]: SIGKILL at the n-th such artifact, either
-`in` the middle of its writing or just `after` it has its name; null lets the fork finish. Artifacts
-are committed by several threads, so it is the artifact that is counted, not the moment.
+`in` the middle of its writing or just `after` it has its name; null lets the fork finish.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from taprobe_core.pipeline import cells_of, open_plan, run_stage, stages_of
-from taprobe_core.store import LocalBackend, Store, batch
+from taprobe_core.store import LocalBackend, Store
 
 
 def die() -> None:
@@ -58,7 +57,7 @@ class Killer:
             die()
 
     def arm_store(self) -> None:
-        """Watch single commits."""
+        """Watch commits."""
         real_commit, real_publish = Store.commit, LocalBackend.publish
 
         def commit(store: Store, key: Any, write: Callable[[Path], None], **more: Any) -> Any:
@@ -75,24 +74,10 @@ class Killer:
         Store.commit = commit  # type: ignore[method-assign]
         LocalBackend.publish = publish  # type: ignore[method-assign]
 
-    def arm_batches(self) -> None:
-        """Watch commits in a batch."""
-        staged = batch._Staged
-        real_write, real_publish = staged.write, staged.publish
-
-        def write(each: Any, *about: Any) -> None:
-            self.write(each._key, lambda: real_write(each, *about))
-
-        def publish(each: Any) -> None:
-            self.name(each._key, lambda: real_publish(each))
-
-        staged.write, staged.publish = write, publish  # type: ignore[method-assign]
-
 
 def run(study: str, data: str, log: str, kill: tuple[int, str] | None) -> None:
     killer = Killer(log, kill)
     killer.arm_store()
-    killer.arm_batches()
     plan = open_plan(study, data)
     for stage in stages_of(plan.study):
         for _ in run_stage(plan, stage, cells_of(plan.study, stage)):
